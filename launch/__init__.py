@@ -1,0 +1,1 @@
+"""What a person types: submit.py and runs.py. Imports pneumo_dist, never the reverse."""

@@ -1,0 +1,37 @@
+"""Find a Python that has the requirements: this one, else `.venv` beside launch/. Standard library only.
+
+Must run under any Python 3 that can parse it, and never install anything by itself.
+"""
+
+import importlib.util
+import os
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+NEEDED = ("torch", "numpy", "cv2", "albumentations", "pydicom", "omegaconf", "yaml", "tensorboard")
+SLURM_NEEDED = ("submitit",)
+OLDEST = (3, 11)  # numpy 2.4 needs it
+_MARK = "PNEUMO_REEXECUTED"
+SETUP = "bash launch/setup_env.sh"
+
+
+def missing(names):
+    """Return those of `names` that this Python cannot import, without importing any."""
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def ensure(slurm=False):
+    """Return when this Python can do the work; else re-execute with `.venv`, or exit 2 with the set-up command."""
+    lacking = missing(NEEDED + (SLURM_NEEDED if slurm else ()))
+    if not lacking and sys.version_info >= OLDEST:
+        os.environ.pop(_MARK, None)
+        return
+    python = os.path.join(ROOT, ".venv", "bin", "python")
+    if os.path.exists(python) and not os.environ.get(_MARK):
+        os.environ[_MARK] = "1"
+        sys.stdout.flush()
+        os.execv(python, [python] + sys.argv)
+    reason = "lacks " + ", ".join(lacking) if lacking else "is older than %d.%d" % OLDEST
+    where = python if os.environ.get(_MARK) else sys.executable
+    sys.stderr.write("error: %s %s: set up the environment with `cd %s && %s`\n" % (where, reason, ROOT, SETUP))
+    sys.exit(2)

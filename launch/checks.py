@@ -1,0 +1,170 @@
+"""What can be known to be wrong before anything starts: one line for each finding.
+
+Writes nothing, apart from one test file that is removed at once when a run is really to start.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from launch import slurm
+from launch.plan import Plan
+from launch.profile import CPU_ONLY, Profile
+from pneumo_dist.config import TRAIN_STAGES, ConfigError
+
+CHECKPOINT_BYTES = 400_000_000  # 24.4 million weights in float32, Adam's two averages, the SWA average
+WEIGHTS_BYTES = 100_000_000
+
+
+def _existing(path: Path) -> Path:
+    """Return the nearest folder above that exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _writable(run_dir: Path, probe: bool) -> str | None:
+    """Say why the run directory cannot be written, or None. With `probe` it is made, and a file in it tried."""
+    advice = "choose another place with run_root=DIR"
+    parent = _existing(run_dir)
+    if not parent.is_dir():
+        return f"{parent} is a file: the run directory cannot be made below it; {advice}"
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return f"{parent} is not writable: {advice}"
+    if not probe:
+        return None
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        test = run_dir / f".write-test-{uuid.uuid4().hex[:8]}"
+        try:
+            test.write_bytes(b"x" * 4096)
+        finally:
+            test.unlink(missing_ok=True)
+    except OSError as error:
+        return f"{run_dir} cannot be written ({error.strerror}): {advice}"
+    return None
+
+
+def _space(plan: Plan) -> str | None:
+    config = plan.recipe.config
+    training = [node for node in plan.todo if node.stage in TRAIN_STAGES]
+    if not training:
+        return None
+    each = (config.train.keep + 1) * CHECKPOINT_BYTES + 3 * WEIGHTS_BYTES
+    need = len(training) * each
+    there = _existing(plan.recipe.run_dir)
+    free = shutil.disk_usage(there).free
+    kept = sum(
+        f.stat().st_size
+        for node in training
+        for f in plan.recipe.run_dir.glob(f"fold{node.fold}/stage{node.stage}/**/*")
+        if f.is_file()
+    )
+    if free + kept >= need:
+        return None
+    return f"{there} has {free / 1e9:.1f} GB free, but the checkpoints need {need / 1e9:.1f} GB: make room, or choose another place with run_root=DIR"
+
+
+def _ranks(plan: Plan, nodes: int, ranks: int) -> Iterator[str]:
+    for stage in dict.fromkeys(node.stage for node in plan.todo if node.stage in TRAIN_STAGES):
+        batch = plan.recipe.config.train_stage(stage).batch_size
+        if ranks > batch:
+            yield (
+                f"stage{stage}.batch_size={batch} cannot feed {ranks} ranks (--nodes {nodes} x {ranks // nodes}): "
+                f"use at most {batch} ranks, or a larger batch"
+            )
+
+
+def _paths(plan: Plan) -> Iterator[str]:
+    config = plan.recipe.config
+    stages = {node.stage for node in plan.todo}
+    if "1" in stages and config.model.weights and not Path(config.model.weights).is_file():
+        yield f"model.weights={config.model.weights}: no such file"
+    for stage in stages & set(TRAIN_STAGES):
+        start = config.train_stage(stage).init_from
+        if start:
+            from pneumo_dist.training.start import start_path
+
+            for fold in plan.folds:
+                try:
+                    start_path(start, fold)
+                except ConfigError as error:
+                    yield f"stage{stage}.{error}"
+    if "infer" in stages:
+        for path in config.infer.models:
+            if not Path(path).exists():
+                yield f"infer.models={path}: no such file"
+
+
+def _sources(plan: Plan) -> Iterator[str]:
+    """Ask the packages that read films whether there is something to read."""
+    stages = {node.stage for node in plan.todo}
+    config, run_dir = plan.recipe.config, plan.recipe.run_dir
+    if "preprocess" in stages and not config.phantom.films:
+        from pneumo_dist.data.preprocess import check_source
+
+        yield from _said(lambda: check_source(config, run_dir))
+    if "infer" in stages and (config.infer.dir or not config.phantom.films):
+        from pneumo_dist.prediction.infer import check_source as check_infer
+
+        yield from _said(lambda: check_infer(config, run_dir))
+
+
+def _said(check: Callable[[], object]) -> Iterator[str]:
+    try:
+        check()
+    except ConfigError as error:
+        yield str(error)
+
+
+def _limits(plan: Plan, profile: Profile) -> Iterator[str]:
+    """Compare the profile's time limits with what the partitions allow: such a job would wait for ever."""
+    asked: dict[str | None, slurm.Partition | None] = {}
+    for stage in dict.fromkeys(node.stage for node in plan.todo):
+        minutes, partition = profile.minutes(stage), profile.resources(stage).partition
+        if partition not in asked:
+            asked[partition] = slurm.partition(partition)
+        facts = asked[partition]
+        if minutes and facts and facts.max_minutes and minutes > facts.max_minutes:
+            yield (
+                f"the profile asks for {minutes} minutes for {stage}, but partition {partition or '(default)'} allows "
+                f"{facts.max_minutes}: lower time_min"
+            )
+        cpus = profile.resources(stage).cpus_per_task
+        tasks = 1 if stage in CPU_ONLY else max(1, profile.gpus_per_node or 0)
+        if cpus and facts and facts.cpus and cpus * tasks > facts.cpus:
+            yield (
+                f"the profile asks for {cpus * tasks} CPUs on a node for {stage}, but the nodes of partition "
+                f"{partition or '(default)'} have {facts.cpus}: lower cpus_per_task"
+            )
+
+
+def problems(plan: Plan, *, nodes: int, ranks: int, profile: Profile, slurm_asked: bool, probe: bool) -> Iterator[str]:
+    """Yield what is wrong with a plan, gravest first.
+
+    Args:
+        ranks: processes of a training job.
+        slurm_asked: the jobs go to SLURM, whose limits hold.
+        probe: really try to write; False for a dry run.
+    """
+    yield from plan.differing
+    yield from _ranks(plan, nodes, ranks)
+    yield from _paths(plan)
+    yield from _sources(plan)
+    written = _writable(plan.recipe.run_dir, False)
+    if written:
+        yield written
+        return
+    space = _space(plan)
+    if space:
+        yield space
+    if slurm_asked:
+        yield from _limits(plan, profile)
+    if probe:
+        written = _writable(plan.recipe.run_dir, True)
+        if written:
+            yield written

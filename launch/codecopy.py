@@ -1,0 +1,67 @@
+"""The copy of the code that a run's jobs use, so that editing the checkout changes nothing under way.
+
+Never touches a copy that is there: its name is the hash of its files. Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+FOLDERS = ("launch", "pneumo_dist", "configs")
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted(
+        path.relative_to(root)
+        for folder in FOLDERS
+        for path in (root / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
+    )
+
+
+def code_hash(root: Path) -> str:
+    """Return a short hash of the names and bytes of all that is copied."""
+    found = hashlib.sha256()
+    for path in _files(root):
+        data = (root / path).read_bytes()
+        found.update(f"{path.as_posix()}\0{len(data)}\0".encode() + data)
+    return found.hexdigest()[:12]
+
+
+def copy(root: Path, run_dir: Path) -> Path:
+    """Copy the code to `run_dir/code/<hash>` unless it is there, and return that folder."""
+    target = run_dir / "code" / code_hash(root)
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".copying-", dir=target.parent))
+    try:
+        for path in _files(root):
+            (temporary / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / path, temporary / path)
+        temporary.chmod(0o755)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if not target.is_dir():  # else another submission was quicker with the same files
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def git_state(root: Path) -> dict[str, object] | None:
+    """Return commit and number of changed files of the checkout, or None where it is no git repository."""
+    try:
+        run = [subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=False)
+               for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])]  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if run[0].returncode:
+        return None
+    return {"commit": run[0].stdout.strip(), "changed_files": len(run[1].stdout.splitlines())}

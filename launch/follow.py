@@ -1,0 +1,100 @@
+"""`--wait`: follow submitted jobs until they have ended, and say how. Cancels nothing, whatever happens here."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from launch import slurm
+from launch.arguments import Request
+from launch.outcome import last_error
+from launch.plan import Plan, closing
+from launch.status import progress_text
+from launch.submission import finish, say
+from pneumo_dist import done
+
+POLL_S = (2.0, 10.0)  # first and longest pause between two looks
+SETTLE_S = 20.0  # how long a shared file system may take to show the last DONE.json
+
+
+def _state(rows: list[slurm.JobState]) -> str:
+    """Return one word for a job or for all elements of an array."""
+    names = sorted({row.state for row in rows}, key=lambda name: (name not in slurm.LIVE, name))
+    return "+".join(names) if names else "ENDED"
+
+
+def follow(request: Request, made: Plan, submitted: dict[str, str]) -> int:
+    """Print every change of the jobs until none is left, and return 0 when all of the plan is done, else 1."""
+    told: dict[str, str] = {}
+    pause, quiet_looks, complained = POLL_S[0], 0, False
+    try:
+        while quiet_looks < 2:  # a job that is being requeued may be missing from one look
+            time.sleep(pause)
+            pause = min(POLL_S[1], pause * 1.2)
+            try:
+                rows = slurm.queued(submitted.values())
+            except slurm.SlurmError as error:
+                if not complained:
+                    print(f"{error}: waiting for SLURM to answer again", file=sys.stderr)
+                complained = True
+                continue
+            complained = False
+            for key, job_id in submitted.items():
+                mine = [row for row in rows if row.parent == job_id]
+                live = [row for row in mine if row.live]
+                text = _state(mine)
+                if live and live[0].reason and live[0].state == "PENDING":
+                    text += f" ({live[0].reason})"
+                elif live and live[0].nodes:
+                    text += f" on {live[0].nodes}"
+                more = progress_text(made.recipe.run_dir, key)
+                text += f", {more}" if more and live and live[0].state == "RUNNING" else ""
+                if told.get(key) != text:
+                    told[key] = text
+                    say(f"{time.strftime('%H:%M:%S')} {key:18} {job_id:>8} {text}")
+            quiet_looks = 0 if any(row.live for row in rows) else quiet_looks + 1
+    except KeyboardInterrupt:
+        print(
+            f"\nno longer waiting; the jobs go on (python launch/runs.py cancel {made.recipe.run} stops them)",
+            file=sys.stderr,
+        )
+        return 130
+    return _result(request, made, submitted)
+
+
+def _result(request: Request, made: Plan, submitted: dict[str, str]) -> int:
+    config, run_dir = made.recipe.config, made.recipe.run_dir
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        undone = [node for node in made.todo if done.read_done(config, run_dir, closing(node.stage), node.fold) is None]
+        if not undone:
+            finish(request, made)
+            return 0
+        try:
+            states = slurm.states(submitted.values())
+        except slurm.SlurmError:
+            states = {}
+        ended_well = all(row.state == "COMPLETED" for row in states.values())
+        if not ended_well or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    for node in undone:
+        job_id = submitted.get(node.key, "")
+        mine = [row for row in states.values() if row.parent == job_id and row.state != "COMPLETED"]
+        if mine or node is undone[-1]:
+            worst = mine[0] if mine else None
+            state = f"{worst.state} {worst.reason}".strip() if worst else "ended without a result"
+            logs = _logs(run_dir, job_id)
+            reason = next((text for path in logs if (text := last_error(path))), None)
+            print(f"error: {node.key} (job {job_id}): {state}{f': {reason}' if reason else ''}", file=sys.stderr)
+            if logs:
+                print(f"its log: {logs[0]}; after correcting the cause, the same command continues", file=sys.stderr)
+            break
+    return 1
+
+
+def _logs(run_dir: Path, job_id: str) -> list[Path]:
+    """Return the logs of a job, newest first."""
+    found = [*(run_dir / "jobs").glob(f"{job_id}_*_log.out")]
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)

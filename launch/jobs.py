@@ -1,0 +1,97 @@
+"""The job that SLURM runs: which stage, fold, part and run directory, nothing else, so that its pickle stays small.
+
+Standard library only until the signal handlers stand: a signal in the first second must not be lost.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pneumo_dist.runtime import stopping
+
+Handler = Callable[[int, FrameType | None], Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process's work. Pickles as launch.jobs.Job; all state lies in the run directory."""
+
+    stage: str
+    fold: int | None
+    part: tuple[int, int]  # array element: index, count
+    run_dir: str
+
+    def __call__(self) -> None:
+        """Run the stage; on a time-limit signal save, then let rank 0 requeue the job."""
+        before = signal.getsignal(signal.SIGUSR2)  # submitit's: it installs its own after unpickling
+        stop = stopping.install()
+        _forget_stale_result()
+        from pneumo_dist.config import ConfigError
+        from pneumo_dist.runtime.attempt import Stale
+        from pneumo_dist.stages import run_stage
+
+        first = os.environ.get("SLURM_PROCID", "0") == "0"
+        try:
+            run_stage(self.stage, Path(self.run_dir), self.fold, self.part, stop=stop)
+        except stopping.Stopped as stopped:
+            leave(stopped, before if callable(before) else None, first)
+        except ConfigError as error:
+            if first:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(1)
+        except Stale as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(1)
+
+    def checkpoint(self) -> Any:
+        """Return the same job again (submitit's protocol for a requeue)."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def leave(stopped: stopping.Stopped, requeue: Handler | None, first: bool) -> None:
+    """End this task after its state is saved: rank 0 requeues with submitit's handler, the others exit 0.
+
+    A rank that exited with an error here would, by --kill-on-bad-exit, take the requeue down with it.
+    """
+    if stopped.signum != signal.SIGUSR2 or requeue is None:
+        sys.exit(stopped.status)
+    if not first:
+        sys.exit(0)
+    try:
+        requeue(stopped.signum, None)
+    except subprocess.CalledProcessError as error:
+        if error.returncode < 0:
+            # SLURM had requeued the job already and killed scontrol together with it: nothing went wrong.
+            sys.exit(0)
+        print(
+            f"error: the state is saved, but SLURM refused to requeue (scontrol exited {error.returncode}): "
+            "repeat the same submit command to continue",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(1)
+    except subprocess.TimeoutExpired:
+        print(
+            "error: the state is saved, but scontrol requeue did not answer: repeat the same submit command",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(1)
+
+
+def _forget_stale_result() -> None:
+    """Remove the result file that this task's earlier attempt left: it would be taken for this attempt's."""
+    if "SUBMITIT_FOLDER" in os.environ:
+        from submitit import JobEnvironment
+
+        JobEnvironment().paths.result_pickle.unlink(missing_ok=True)

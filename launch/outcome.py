@@ -1,0 +1,83 @@
+"""What came out of a run: its scores, where things lie, or the line that says why a job failed. Only reads."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from pneumo_dist.config import Config, ConfigError
+from pneumo_dist.runtime.files import read_json
+from pneumo_dist.runtime.task import infer_dir
+
+TAIL_BYTES = 64 * 1024
+# The last line of a traceback, our own one-line errors, and what SLURM and the kernel say about a killed job.
+_TELLING = re.compile(
+    r"^error: |^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Timeout|Stale)\b|^slurmstepd: error|^srun: error|oom.kill|"
+    r"Out Of Memory|No space left|CUDA out of memory",
+    re.IGNORECASE,
+)
+# Follow-ups of another rank's end: worth telling only when nothing else was said.
+_FOLLOWS = re.compile(r"Connection (closed|reset) by peer|^srun: error: .*: task|Terminating StepId|CANCELLED AT")
+
+
+def last_error(path: Path) -> str | None:
+    """Return the last line of a log that tells why its job failed, shortened; None where nothing does."""
+    try:
+        with open(path, "rb") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - TAIL_BYTES))
+            lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return None
+    # Only the newest attempt's lines count: attempts append to the same file.
+    starts = [
+        i
+        for i, line in enumerate(lines)
+        if re.match(r"--- \d{4}-|.*submitit INFO .*Starting with JobEnvironment", line)
+    ]
+    lines = lines[starts[-1] :] if starts else lines
+    telling = [line for line in lines if _TELLING.search(line)]
+    first_hand = [line for line in telling if not _FOLLOWS.search(line)]
+    found = (first_hand or telling)[-1:]
+    return found[0].removeprefix("error: ")[:300] if found else None
+
+
+def shown(path: Path) -> str:
+    """Return a path as short as it can be typed from here."""
+    relative = os.path.relpath(path)
+    return relative if not relative.startswith("..") else str(path)
+
+
+def score_table(folder: Path) -> list[str]:
+    """Return the honest scores of an evaluation, beside what calling every film empty gives; [] where there are none."""
+    try:
+        scores = read_json(folder / "scores.json")
+    except (OSError, ValueError):
+        return []
+    columns = {"dice": "Dice", "dice_positive": "on positives", "sensitivity": "sensitivity", "specificity": "specificity"}
+    rows = [("validation films", list(columns.values()))]
+    for name, entry in scores["headline"].items():
+        label = "triplet, cross-fitted" if name == "cross_fitted" else f"fixed threshold {entry['mask_threshold']:g}"
+        rows.append((label, ["-" if entry[c] is None else f"{entry[c]:.4f}" for c in columns]))
+    rows.append(("every film empty", [f"{scores['dice_all_empty']:.4f}", "0.0000", "0.0000", "1.0000"]))
+    text = [f"{label:24}" + "".join(f"{cell:>14}" for cell in cells) for label, cells in rows]
+    return [f"{scores['films']} films of {scores['patients']} patients, {scores['positive']} with pneumothorax", *text]
+
+
+def outcome_text(config: Config, run_dir: Path, folds: tuple[int, ...]) -> str:
+    """Return the scores of the run (pooled, where there are several folds) and the places of all that it made."""
+    scores = [run_dir / "evaluate"] if len(folds) > 1 else [run_dir / f"fold{k}" / "evaluate" for k in folds]
+    lines = [line for folder in scores if (folder / "DONE.json").is_file() for line in score_table(folder)]
+    places = [("model", run_dir / f"fold{k}" / "model.pt") for k in folds]
+    places += [("report", folder / "report.html") for folder in scores]
+    try:
+        folder = infer_dir(config, run_dir)
+        names = {"submission": "submission.csv", "overlays": "overlays", "masks": "masks", "films": "report.html"}
+        places += [(name, folder / file) for name, file in names.items()]
+    except ConfigError:
+        pass  # nothing to infer on has been named
+    found = [f"{name:14}{shown(path)}" for name, path in places if path.exists()]
+    if any(run_dir.glob("fold*/*/tensorboard")):
+        program = shown(Path(__file__).resolve().parents[1] / "launch" / "runs.py")
+        found.append(f"{'TensorBoard':14}python {program} tensorboard {shown(run_dir)}")
+    return "\n".join(["", *lines, "", *found] if lines else ["", *found] if found else [])

@@ -1,0 +1,268 @@
+"""Look after runs: `python launch/runs.py list | status RUN | logs RUN | cancel RUN | tensorboard RUN | validate | score`.
+
+Changes nothing, except that `cancel` cancels. Any Python starts this file (launch/bootstrap.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+if __name__ == "__main__":
+    # `launch` is a package of the repository: its folder must not stand on the import path by itself.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+from launch import bootstrap
+
+EXAMPLES = """\
+examples:
+  python launch/runs.py list
+  python launch/runs.py status chest              what runs, what waits, what failed and why
+  python launch/runs.py logs chest 2 -f           follow stage 2's first rank
+  python launch/runs.py logs chest 1 --fold 3 --rank 5
+  python launch/runs.py cancel chest              every live SLURM job of the run
+  python launch/runs.py tensorboard chest         on localhost, with the ssh line for a login node
+  python launch/runs.py validate submission.csv --against /data/dicom-images-test
+  python launch/runs.py score submission.csv --truth /data/train-rle.csv
+
+RUN is a name in the run root (--run-root, default runs/ beside launch/), or the path of a run directory.
+"""
+
+
+class UsageError(Exception):
+    """A mistake on the command line: one line, exit status 2."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (--help shows examples)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="launch/runs.py",
+        description="Look after runs.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    shared = _Parser(add_help=False)
+    shared.add_argument("--run-root", default=os.path.join(bootstrap.ROOT, "runs"), help="folder that holds the runs")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands.add_parser("list", parents=[shared], help="the runs that there are")
+    status = commands.add_parser("status", parents=[shared], help="one table for the chain of a run")
+    status.add_argument("run")
+    logs = commands.add_parser("logs", parents=[shared], help="print a job's log")
+    logs.add_argument("run")
+    logs.add_argument("stage", nargs="?", help="preprocess, 1, 2, swa, evaluate, infer (default: the newest)")
+    logs.add_argument("--fold", type=int)
+    logs.add_argument("--rank", type=int, default=0, help="rank, or element of an array (default 0)")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on showing what is appended")
+    cancel = commands.add_parser("cancel", parents=[shared], help="cancel the live SLURM jobs of a run")
+    cancel.add_argument("run")
+    cancel.add_argument("stage", nargs="?")
+    board = commands.add_parser("tensorboard", parents=[shared], help="show a run's events on localhost")
+    board.add_argument("run")
+    board.add_argument("--port", type=int, default=6006)
+    validate = commands.add_parser("validate", help="check the form of a submission")
+    validate.add_argument("submission")
+    validate.add_argument("--against", required=True, metavar="DIR_OR_CSV", help="the films, or a csv with their ids")
+    score = commands.add_parser("score", help="score a submission")
+    score.add_argument("submission")
+    score.add_argument("--truth", required=True, metavar="RLE.csv")
+    return parser
+
+
+def _run_dir(found: argparse.Namespace) -> Path:
+    path = Path(found.run).expanduser()
+    if os.sep in found.run or (path / "config.yaml").is_file():
+        return path.absolute()
+    return Path(found.run_root).expanduser().absolute() / found.run
+
+
+def _list(found: argparse.Namespace) -> int:
+    from launch.status import collect
+    from pneumo_dist.config import ConfigError
+
+    root = Path(found.run_root).expanduser().absolute()
+    runs = sorted(path.parent for path in root.glob("*/config.yaml"))
+    if not runs:
+        print(f"{root}: no runs yet: python launch/submit.py --stage 1 --nodes 2 makes one")
+    for run_dir in runs:
+        try:
+            rows, _ = collect(run_dir)
+        except ConfigError as error:
+            print(f"{run_dir.name:24} {error}")
+            continue
+        done = sum(row.state == "done" for row in rows)
+        word = next((f"{row.node.key} {row.state}" for row in rows if row.state not in ("done", "-")), "")
+        print(f"{run_dir.name:24} {done}/{len(rows)} done  {word}".rstrip())
+    return 0
+
+
+def _status(found: argparse.Namespace) -> int:
+    from launch.outcome import outcome_text
+    from launch.status import collect, folds_of, table
+    from pneumo_dist import config as configuration
+
+    run_dir = _run_dir(found)
+    rows, note = collect(run_dir)
+    print(table(rows))
+    if note:
+        print(f"\n{note}")
+    text = outcome_text(configuration.load(run_dir / "config.yaml"), run_dir, tuple(folds_of(run_dir, [])))
+    if text:
+        print(text)
+    return 0
+
+
+def _entries(found: argparse.Namespace) -> list:  # type: ignore[type-arg]
+    """Return the run's submissions of the named stage, oldest first."""
+    from launch.ledger import Ledger
+    from launch.plan import command_stage
+    from pneumo_dist.config import ConfigError
+
+    run_dir = _run_dir(found)
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir}: no such run (no config.yaml): python launch/runs.py list shows what there is")
+    entries = [e for e in Ledger(run_dir).entries() if e.event == "submitted"]
+    stage = found.stage
+    chosen = [
+        e
+        for e in entries
+        if (stage is None or stage in (e.stage, e.key, command_stage(e.stage)))
+        and (getattr(found, "fold", None) in (None, e.fold))
+    ]
+    if not chosen:
+        known = ", ".join(dict.fromkeys(e.key for e in entries)) or "nothing"
+        raise ConfigError(f"{run_dir.name}: no job of {stage or 'any stage'} has been submitted; there is: {known}")
+    return chosen
+
+
+def _logs(found: argparse.Namespace) -> int:
+    from launch.status import logs_of
+    from pneumo_dist.config import ConfigError
+
+    run_dir = _run_dir(found)
+    entry = next((e for e in reversed(_entries(found)) if logs_of(run_dir, e)), None)
+    if entry is None:
+        raise ConfigError(
+            f"{run_dir.name}: no log yet: the job has not started (python launch/runs.py status {run_dir.name})"
+        )
+    logs = logs_of(run_dir, entry)
+    if not 0 <= found.rank < len(logs):
+        raise ConfigError(f"--rank {found.rank}: {entry.key} has logs 0 to {len(logs) - 1}")
+    path = logs[found.rank]
+    print(f"==> {path} <==", file=sys.stderr)
+    with open(path, "rb") as log:
+        while True:
+            new = log.read(1 << 16)
+            if new:
+                sys.stdout.buffer.write(new)
+                sys.stdout.flush()
+            elif not found.follow:
+                return 0
+            else:
+                time.sleep(0.5)
+
+
+def _cancel(found: argparse.Namespace) -> int:
+    from launch import slurm
+    from launch.ledger import Ledger, holder
+    from pneumo_dist.config import ConfigError
+
+    run_dir = _run_dir(found)
+    keys = {e.key for e in _entries(found)}
+    try:
+        live = Ledger(run_dir).live(keys)
+        slurm.cancel(live.values())
+    except slurm.SlurmError as error:
+        raise ConfigError(f"SLURM does not answer ({error}): nothing has been cancelled") from None
+    for key, job_id in live.items():
+        print(f"{key}: job {job_id} cancelled")
+    local = {held for key in keys if (held := holder(run_dir / "jobs" / f".{key}.lock"))}
+    for held in sorted(local):
+        print(f"{held} runs jobs of this run in the foreground: stop it there with Ctrl-C")
+    if not live and not local:
+        print("nothing is waiting or running")
+    return 0
+
+
+def _tensorboard(found: argparse.Namespace) -> int:
+    from pneumo_dist.config import ConfigError
+
+    run_dir = _run_dir(found)
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir}: no such run: python launch/runs.py list shows what there is")
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", found.port)) == 0:
+            raise ConfigError(f"port {found.port} is taken: choose another one with --port")
+    host = socket.getfqdn()
+    print(f"http://localhost:{found.port}/")
+    print(
+        f"from your own machine: ssh -L {found.port}:localhost:{found.port} {os.environ.get('USER', 'me')}@{host}",
+        flush=True,
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(run_dir),
+        "--host",
+        "localhost",
+        "--port",
+        str(found.port),
+    ]
+    os.execv(sys.executable, command)
+
+
+def _validate(found: argparse.Namespace) -> int:
+    from pneumo_dist.prediction.outputs import validate_submission
+
+    problems = validate_submission(Path(found.submission), Path(found.against))
+    for problem in problems:
+        print(problem)
+    print(f"{found.submission}: {len(problems)} problems" if problems else f"{found.submission}: valid")
+    return 1 if problems else 0
+
+
+def _score(found: argparse.Namespace) -> int:
+    from pneumo_dist.prediction.outputs import score_submission
+
+    print(score_submission(Path(found.submission), Path(found.truth)))
+    return 0
+
+
+COMMANDS = {
+    "list": _list, "status": _status, "logs": _logs, "cancel": _cancel, "tensorboard": _tensorboard,
+    "validate": _validate, "score": _score,
+}  # fmt: skip
+
+
+def main(words: list[str] | None = None) -> int:
+    """Do what the command line asks and return the exit status."""
+    try:
+        found = _parser().parse_args(words)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if words is None:
+        bootstrap.ensure()
+    from pneumo_dist.config import ConfigError
+
+    try:
+        return COMMANDS[found.command](found)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, BrokenPipeError):
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

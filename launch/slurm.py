@@ -1,0 +1,194 @@
+"""Questions to SLURM: is it there, what does a partition have, what became of these jobs. Changes nothing but `cancel`.
+
+Every call has a time limit, since clients hang on a dead controller. Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+LIVE = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT", "SPECIAL_EXIT", "RESV_DEL_HOLD")  # fmt: skip
+
+
+class SlurmError(RuntimeError):
+    """SLURM could not be asked: one line."""
+
+
+def _run(words: list[str], timeout_s: float = 20.0) -> str:
+    environ = {**os.environ, "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, env=environ, check=False)
+    except FileNotFoundError:
+        raise SlurmError(f"{words[0]} is not on PATH") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{words[0]} did not answer within {timeout_s:.0f} s") from None
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        said = lines[0].split("error: ")[-1] if lines else f"exit status {done.returncode}"
+        raise SlurmError(f"{words[0]}: {said}")
+    return done.stdout
+
+
+def why_not() -> str | None:
+    """Return None where SLURM can be used from here, else the reason in a few words."""
+    if shutil.which("sbatch") is None:
+        return "no sbatch on PATH"
+    try:
+        answer = _run(["scontrol", "ping"], 5.0)
+    except SlurmError as error:
+        return f"sbatch is there, but no controller answers ({error})"
+    if not re.search(r"\bis UP\b", answer):
+        return "sbatch is there, but no controller is up (scontrol ping)"
+    return None
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The smallest of what a partition's nodes have."""
+
+    cpus: int
+    memory_mb: int
+    gpus: int
+    max_minutes: int | None  # None: no limit
+
+
+def minutes(text: str) -> int | None:
+    """Read SLURM's time notation ([days-]hours:minutes:seconds and shorter forms); None for no limit.
+
+    >>> minutes("1-02:00:00"), minutes("30:00"), minutes("infinite")
+    (1560, 30, None)
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if not match:
+        return None
+    days, a, b, c = (int(g) if g else 0 for g in match.groups())
+    if match[1] is not None:
+        return days * 1440 + a * 60 + b
+    return a * 60 + b if match[4] is not None else a
+
+
+def partition(name: str | None) -> Partition | None:
+    """Return what the named partition (the default one for None) has, or None where SLURM does not say."""
+    try:
+        text = _run(["sinfo", "-h", "-o", "%P|%c|%m|%G|%l", *(["-p", name] if name else [])], 5.0)
+    except SlurmError:
+        return None
+    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 4]
+    rows = [row for row in rows if name or row[0].endswith("*")]
+    if not rows:
+        return None
+
+    def least(column: int) -> int:
+        return min(int(match[0]) if (match := re.match(r"\d+", row[column].strip())) else 0 for row in rows)
+
+    def gpus(text: str) -> int:
+        return sum(int(n) for n in re.findall(r"gpu(?::[A-Za-z_][\w.-]*)?:(\d+)", text))
+
+    limits = [m for row in rows if (m := minutes(row[4])) is not None]
+    return Partition(least(1), least(2), min(gpus(row[3]) for row in rows), min(limits) if limits else None)
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One job, or one element of an array, as SLURM reports it."""
+
+    job_id: str  # "12" or, for an array element, "12_3"
+    name: str
+    state: str
+    reason: str = ""
+    nodes: str = ""
+    elapsed: str = ""
+    restarts: int = 0
+
+    @property
+    def parent(self) -> str:
+        """The id without the array element."""
+        return self.job_id.split("_")[0]
+
+    @property
+    def live(self) -> bool:
+        """Whether the job is waiting or running."""
+        return self.state in LIVE
+
+
+def queued(job_ids: Iterable[str]) -> list[JobState]:
+    """Return those of the jobs (by parent id) that SLURM's controller still knows, array elements one by one.
+
+    Raises:
+        SlurmError: the controller cannot be asked.
+    """
+    wanted = sorted({i.split("_")[0] for i in job_ids}, key=int)
+    if not wanted:
+        return []
+    try:
+        text = _run(["squeue", "-h", "-r", "--states=all", "-o", "%i|%j|%T|%r|%N|%M", "-j", ",".join(wanted)])
+    except SlurmError as error:
+        if "Invalid job id" in str(error):
+            return []
+        raise
+    found = []
+    for line in text.splitlines():
+        parts = line.split("|")
+        if len(parts) == 6:
+            reason = "" if parts[3] == "None" else parts[3]
+            found.append(JobState(parts[0].strip(), parts[1], parts[2], reason, parts[4], parts[5].strip()))
+    return found
+
+
+def accounted(job_ids: Iterable[str]) -> list[JobState]:
+    """Return what accounting knows of the jobs (by parent id); [] where there is no accounting."""
+    wanted = sorted({i.split("_")[0] for i in job_ids}, key=int)
+    if not wanted or shutil.which("sacct") is None:
+        return []
+    fields = "JobID,JobName%200,State%30,ExitCode,NodeList%200,Elapsed"
+    try:
+        text = _run(["sacct", "-n", "-X", "-P", "-D", "-o", fields, "-j", ",".join(wanted)])
+    except SlurmError:
+        return []
+    runs: dict[str, list[JobState]] = {}
+    for line in text.splitlines():
+        parts = line.split("|")
+        if len(parts) == 6 and "[" not in parts[0]:
+            state = parts[2].split()[0] if parts[2] else "UNKNOWN"  # "CANCELLED by 0"
+            reason = "" if parts[3] in ("0:0", "") else f"exit {parts[3]}"
+            runs.setdefault(parts[0], []).append(JobState(parts[0], parts[1], state, reason, parts[4], parts[5]))
+    # -D lists every run of a requeued job, oldest first.
+    return [
+        JobState(**{**last.__dict__, "restarts": len(all_runs) - 1})
+        for all_runs in runs.values()
+        for last in all_runs[-1:]
+    ]
+
+
+def states(job_ids: Iterable[str]) -> dict[str, JobState]:
+    """Return the newest known state of every job and array element; the controller's word goes before accounting's.
+
+    Raises:
+        SlurmError: the controller cannot be asked.
+    """
+    wanted = list(job_ids)
+    found = {row.job_id: row for row in accounted(wanted)}
+    for row in queued(wanted):
+        old = found.get(row.job_id)
+        found[row.job_id] = JobState(**{**row.__dict__, "restarts": old.restarts if old else 0})
+    return found
+
+
+def cancel(job_ids: Iterable[str]) -> None:
+    """Cancel jobs; those that have ended already are no error.
+
+    Raises:
+        SlurmError: the controller cannot be asked.
+    """
+    wanted = list(job_ids)
+    if wanted:
+        try:
+            _run(["scancel", *wanted])
+        except SlurmError as error:
+            if "Invalid job id" not in str(error) and "already completed" not in str(error):
+                raise

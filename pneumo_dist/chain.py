@@ -1,0 +1,132 @@
+"""The chain as data: each stage with its function, its shape and what determines its result; what depends on what.
+
+Functions are named as strings, so that nothing here imports torch. Nothing is run or read from disk in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from pneumo_dist import config as configuration
+from pneumo_dist.config import Config, ConfigError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the chain."""
+
+    name: str
+    function: str  # "module:function", called with a Task
+    shape: str  # "single" process, "array" of independent elements, or "ranks" of one process group
+    keys: tuple[str, ...]  # configuration keys, or prefixes ending in ".", that determine the result
+    per_fold: bool = False
+    closes: str = ""  # the array that this job merges; its DONE.json speaks for both
+
+    @property
+    def title(self) -> str:
+        """The stage's name for people."""
+        return f"stage {self.name}" if self.name in configuration.TRAIN_STAGES else self.name
+
+
+_TRAINING = (
+    "augment.", "loss.", "model.pretrained", "model.sync_bn", "train.seed", "train.amp", "train.clip_norm",
+    "train.eval_every", "train.compile", "train.deterministic", "evaluate.threshold", "evaluate.batch_size",
+)  # fmt: skip
+_SHARDS = (
+    "phantom.",
+    "data.shards",
+    "data.folds",
+    "data.fold_seed",
+    "data.unannotated",
+    "data.max_bad",
+    "data.max_pixels",
+)
+_SCORES = ("evaluate.",)
+
+_INFER = ("infer.tta", "infer.outputs", "infer.batch_size", "infer.part_size", "train.amp", "data.max_pixels")
+
+
+def _rows() -> Iterator[Stage]:
+    data, training, prediction = "pneumo_dist.data.", "pneumo_dist.training.", "pneumo_dist.prediction."
+    yield Stage("phantom", data + "phantom:run", "single", ("phantom.",))
+    yield Stage("preprocess", data + "preprocess:run_part", "array", _SHARDS)
+    yield Stage("finalize", data + "preprocess:finalize", "single", _SHARDS, closes="preprocess")
+    yield Stage("1", training + "trainer:run", "ranks", (*_TRAINING, "stage1."), per_fold=True)
+    yield Stage("2", training + "trainer:run", "ranks", (*_TRAINING, "stage2."), per_fold=True)
+    yield Stage("swa", training + "swa:run", "ranks", ("swa.bn_batches", "train.seed", "train.amp"), per_fold=True)
+    yield Stage("evaluate", prediction + "evaluate:run", "ranks", (*_SCORES, "train.amp"), per_fold=True)
+    yield Stage("pool", prediction + "evaluate:pool", "single", _SCORES)
+    yield Stage("infer", prediction + "infer:run_part", "array", _INFER)
+    yield Stage("merge", prediction + "infer:merge", "single", _INFER, closes="infer")
+
+
+STAGES: dict[str, Stage] = {stage.name: stage for stage in _rows()}
+
+
+@dataclass(frozen=True)
+class Node:
+    """One job of a chain; `after` lists the (stage, fold) that must have ended well."""
+
+    stage: str
+    fold: int | None
+    after: tuple[tuple[str, int | None], ...]
+
+    @property
+    def key(self) -> str:
+        """The job's name within a run: stage, and fold where it has one."""
+        name = f"stage{self.stage}" if self.stage in configuration.TRAIN_STAGES else self.stage
+        return name if self.fold is None else f"{name}-fold{self.fold}"
+
+
+def upstream(config: Config, stage: str, fold: int | None, folds: Iterable[int] = ()) -> list[tuple[str, int | None]]:
+    """Return the jobs whose results `stage` reads, nearest last."""
+    trained = config.train_stages
+    if stage == "preprocess":
+        return [("phantom", None)] if config.phantom.films else []
+    if stage == "finalize":
+        return [("preprocess", None)]
+    if stage in trained:
+        before = trained[: trained.index(stage)]
+        own = config.train_stage(stage).init_from
+        return [("finalize", None), *((name, fold) for name in before[-1:] if not own)]
+    if stage == "swa":
+        return [("finalize", None), (config.last_stage, fold)]
+    if stage == "evaluate":
+        return [("finalize", None), ("swa" if "swa" in config.stages else config.last_stage, fold)]
+    if stage == "pool":
+        return [("evaluate", k) for k in folds]
+    if stage == "infer":
+        return [] if config.infer.models else [("evaluate", k) for k in folds]
+    if stage == "merge":
+        return [("infer", None)]
+    return []
+
+
+def jobs_of(config: Config, stage: str, folds: list[int]) -> list[Node]:
+    """Return the jobs that the command line's `--stage` stands for, in submission order.
+
+    Raises:
+        ConfigError: the recipe has no such stage, or a fold lies outside `data.folds`.
+    """
+    for fold in folds:
+        if not 0 <= fold < config.data.folds:
+            raise ConfigError(
+                f"--folds {fold}: data.folds={config.data.folds} makes folds 0 to {config.data.folds - 1}"
+            )
+    if stage in (*configuration.TRAIN_STAGES, "swa") and stage not in config.stages:
+        raise ConfigError(f"this recipe has no {STAGES[stage].title}: it lists stages={','.join(config.stages)}")
+    pooled = ["pool"] if len(folds) > 1 else []
+    names = {
+        "preprocess": ["preprocess", "finalize"],
+        "evaluate": ["evaluate", *pooled],
+        "infer": ["infer", "merge"],
+        "all": ["preprocess", "finalize", *config.stages, "evaluate", *pooled, "infer", "merge"],
+    }.get(stage, [stage])
+    if "preprocess" in names and config.phantom.films:
+        names = ["phantom", *names]
+    return [
+        Node(name, fold, tuple(upstream(config, name, fold, folds)))
+        for name in names
+        for fold in (folds if STAGES[name].per_fold else [None])
+    ]

@@ -1,0 +1,1 @@
+"""Films, annotations, shards and batches: everything up to the tensors a rank receives."""

@@ -1,0 +1,57 @@
+"""The recipe's four augmentations, as a pure function of (seed, epoch, index): no worker or rank changes a pixel.
+
+albumentations draws from its own generators; they are seeded anew for every sample, or epochs would repeat.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+import numpy as np
+
+from pneumo_dist.config import Augment
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it would look for updates over the network while being imported
+import albumentations  # noqa: E402
+
+
+class Augmenter:
+    """Flips, and changes one of contrast, brightness and gamma, with the configured probabilities and limits."""
+
+    def __init__(self, config: Augment, seed: int) -> None:
+        self.config, self.seed = config, seed
+        self._compose = _build(config)
+
+    def __call__(self, image: np.ndarray, mask: np.ndarray, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the augmented (image, mask), both uint8 (size, size) as given; the inputs are left as they are."""
+        text = f"{self.seed} {epoch} {index}".encode()
+        self._compose.set_random_seed(int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little"))
+        done = self._compose(image=image, mask=mask)
+        return np.ascontiguousarray(done["image"]), np.ascontiguousarray(done["mask"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "seed": self.seed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def _build(config: Augment) -> Any:
+    """Build the pipeline; a limit of 0 leaves its augmentation without effect."""
+    contrast, brightness, gamma = config.contrast, config.brightness, config.gamma
+    darkest = max(1, round(100 * (1 - gamma)))  # albumentations counts gamma in per cent, from 1 on
+    return albumentations.Compose(
+        [
+            albumentations.HorizontalFlip(p=config.hflip),
+            albumentations.OneOf(
+                [
+                    albumentations.RandomBrightnessContrast(brightness_limit=0, contrast_limit=contrast, p=1),
+                    albumentations.RandomGamma(gamma_limit=(darkest, max(darkest, round(100 * (1 + gamma)))), p=1),
+                    albumentations.RandomBrightnessContrast(brightness_limit=brightness, contrast_limit=0, p=1),
+                ],
+                p=config.tone,
+            ),
+        ]
+    )

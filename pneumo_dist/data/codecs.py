@@ -1,0 +1,179 @@
+"""Compressed pixel data to arrays of stored values: which package decodes which transfer syntax.
+
+Sizes are read from the compressed stream itself and checked before any decoder runs: a crafted header must not
+make one allocate. All packages have permissive licences (MIT, BSD, HPND); the GPL's pylibjpeg-libjpeg is not used.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+JPEG_8BIT = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")  # Baseline; Extended where it has 8 bits
+JPEG_FAMILY = "1.2.840.10008.1.2.4."
+JPEG_2000 = tuple(f"1.2.840.10008.1.2.4.{end}" for end in (90, 91, 201, 202, 203))  # the last three: high throughput
+DEFLATED = "1.2.840.10008.1.2.1.99"
+MAX_TILES = 65_535  # JPEG 2000 part 1, A.4.2: the tile index has 16 bits
+
+# Transfer syntax -> pydicom's name of the plugin that is asked first, and the package a person has to install.
+PLUGINS = {
+    "1.2.840.10008.1.2.4.80": ("pyjpegls", "pyjpegls"),
+    "1.2.840.10008.1.2.4.81": ("pyjpegls", "pyjpegls"),
+    **{uid: ("pylibjpeg", "pylibjpeg-openjpeg") for uid in JPEG_2000},
+    "1.2.840.10008.1.2.5": ("pydicom", "pydicom"),
+    "1.2.840.10008.1.2.4.51": ("gdcm", "python-gdcm"),  # 12 bit
+    "1.2.840.10008.1.2.4.57": ("gdcm", "python-gdcm"),
+    "1.2.840.10008.1.2.4.70": ("gdcm", "python-gdcm"),
+}
+
+
+class FilmError(ValueError):
+    """A film that cannot be read; the message is the reason, without path, name or id of a patient."""
+
+
+def check_size(rows: int, columns: int, max_pixels: int) -> None:
+    """Raise FilmError for a matrix that is empty or larger than the limit."""
+    if rows < 1 or columns < 1:
+        raise FilmError(f"empty matrix ({rows} x {columns})")
+    if rows * columns > max_pixels:
+        raise FilmError(f"matrix of {rows} x {columns} pixels: more than data.max_pixels={max_pixels}")
+
+
+def stream_size(stream: bytes) -> tuple[int, int, int, int] | None:
+    """Return the (rows, columns, components, bits) that a JPEG, JPEG-LS or JPEG 2000 stream declares, or None."""
+    if stream[:4] == b"\xff\x4f\xff\x51" and len(stream) >= 43:  # JPEG 2000: SOC, SIZ
+        numbers = [int.from_bytes(stream[at : at + 4], "big") for at in range(8, 40, 4)]
+        width, height, left, top, tile_width, tile_height = numbers[:6]
+        if not (tile_width and tile_height) or -(-width // tile_width) * -(-height // tile_height) > MAX_TILES:
+            raise FilmError("JPEG 2000 stream with an impossible number of tiles")
+        return height - top, width - left, int.from_bytes(stream[40:42], "big"), (stream[42] & 0x7F) + 1
+    if stream[:2] != b"\xff\xd8":
+        return None
+    at = 2
+    while at + 9 < len(stream) and stream[at] == 0xFF:
+        marker = stream[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+            continue
+        if marker == 0xDA:  # the scan begins: no frame header before it
+            return None
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            frame = stream[at + 4 : at + 10]
+            return int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big"), frame[5], frame[0]
+        at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+    return None
+
+
+def decode_jpeg(stream: bytes) -> tuple[np.ndarray, str]:
+    """Decode an 8-bit one-component JPEG; return (uint8 array (rows, columns), decoder name and version).
+
+    simplejpeg stops at libjpeg-turbo's corruption warnings, which Pillow and OpenCV pass over in silence; where it
+    is not installed OpenCV decodes: the same pixels for an undamaged stream, but less damage is noticed.
+
+    Raises:
+        FilmError: the stream is damaged.
+    """
+    try:
+        import simplejpeg
+    except ImportError:
+        import cv2
+
+        pixels = cv2.imdecode(np.frombuffer(stream, np.uint8), cv2.IMREAD_GRAYSCALE)
+        if pixels is None:
+            raise FilmError("damaged or truncated JPEG data") from None
+        return pixels, f"opencv {cv2.__version__}"
+    try:
+        pixels = simplejpeg.decode_jpeg(stream, colorspace="GRAY", strict=True)[..., 0]
+    except ValueError as error:
+        raise FilmError(f"damaged JPEG data ({plain(error)})") from None
+    return pixels, f"simplejpeg {simplejpeg.__version__}"
+
+
+def decode_picture(data: bytes, max_pixels: int) -> tuple[np.ndarray, str]:
+    """Decode a PNG or JPEG file; return (uint8 or uint16 array (rows, columns), decoder name and version).
+
+    Raises:
+        FilmError: damaged, too large, several frames, or colour (equal colour channels are grey).
+    """
+    if data[:2] == b"\xff\xd8":
+        size = stream_size(data)
+        if size and size[2:] == (1, 8):
+            check_size(*size[:2], max_pixels)
+            return decode_jpeg(data)
+    import PIL
+    from PIL import Image
+
+    try:
+        image: Any = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+        check_size(image.height, image.width, max_pixels)
+        if getattr(image, "n_frames", 1) > 1:
+            raise FilmError(f"multi-frame picture ({image.n_frames} frames): give one film per file")
+        if image.mode in ("P", "PA"):
+            image = image.convert("RGBA")
+        if image.mode == "1":
+            image = image.convert("L")
+        pixels = np.asarray(image)
+    except FilmError:
+        raise
+    except Exception as error:  # a decoder on damaged input may raise anything
+        raise FilmError(f"damaged picture ({plain(error)})") from None
+    colours = {"RGB": 3, "RGBA": 3, "LA": 1}.get(image.mode)
+    if colours:
+        if any((pixels[..., 0] != pixels[..., band]).any() for band in range(1, colours)):
+            raise FilmError(f"colour picture ({image.mode}): films have one grey channel")
+        pixels = np.ascontiguousarray(pixels[..., 0])
+    if pixels.ndim != 2 or pixels.dtype not in (np.uint8, np.uint16):
+        raise FilmError(f"picture of mode {image.mode}: films are 8 or 16 bit grey")
+    return pixels, f"pillow {PIL.__version__}"
+
+
+def decode_dataset(dataset: Dataset, uid: str) -> tuple[np.ndarray, str]:
+    """Decode any other transfer syntax with pydicom; return (stored values (rows, columns), plugin and version).
+
+    Raises:
+        FilmError: damaged, or the decoder is missing (the package to install is named).
+    """
+    import pydicom
+    from pydicom.pixels import get_decoder
+
+    first, package = PLUGINS.get(uid, ("", ""))
+    try:
+        decoder = get_decoder(pydicom.uid.UID(uid))
+    except NotImplementedError:
+        raise FilmError(f"transfer syntax {_name(uid)} is not supported: convert the film") from None
+    if not decoder.is_available:
+        raise FilmError(f"no decoder for {_name(uid)}: install {package or 'one that pydicom knows'}")
+    plugin = first if first in decoder.available_plugins else ""
+    try:
+        pixels, _ = decoder.as_array(dataset, raw=True, decoding_plugin=plugin)
+    except Exception as error:  # plugins raise whatever their libraries do
+        raise FilmError(f"damaged {_name(uid)} pixel data ({type(error).__name__})") from None
+    helper = f" with {_version(package)}" if package not in ("", "pydicom") else ""
+    return pixels, f"pydicom {pydicom.__version__}{helper}"
+
+
+def plain(error: BaseException) -> str:
+    """Return a decoder's message cut to one line without memory addresses: the same in every run."""
+    words = [word for word in str(error).split() if "0x" not in word and "<" not in word]
+    return " ".join(words)[:100] or type(error).__name__
+
+
+def _name(uid: str) -> str:
+    import pydicom
+
+    name = pydicom.uid.UID(uid).name
+    return f"{name} ({uid})" if name != uid else f"{uid[:64]!r}"
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return "another plugin"

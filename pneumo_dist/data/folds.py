@@ -1,0 +1,88 @@
+"""Patient groups and cross-validation folds: pure functions of ids, patients, labels, K and seed.
+
+A patient must never be on both sides of a split, and `check_folds` says so loudly if one ever is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from pneumo_dist.config import ConfigError
+
+SIZE_BINS = 3  # mask-size strata of the positive films: terciles
+
+
+def group_films(ids: Sequence[str], patients: Mapping[str, str], same: Iterable[Sequence[str]] = ()) -> np.ndarray:
+    """Return a group number per film, int64 (n,), numbered in the order of first appearance.
+
+    Films of one patient share a group; so do films with the same pixels (`same`: lists of ids), whatever the
+    patient map says, and with them their patients. A film without a patient is a group of its own.
+    """
+    owner: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while owner.setdefault(name, name) != name:
+            owner[name] = name = owner[owner[name]]
+        return name
+
+    for film in ids:
+        if film in patients:
+            owner[root(f"film {film}")] = root(f"patient {patients[film]}")
+    for films in same:
+        for other in films[1:]:
+            owner[root(f"film {other}")] = root(f"film {films[0]}")
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(root(f"film {film}"), len(numbers)) for film in ids], dtype=np.int64)
+
+
+def strata(labels: np.ndarray, areas: np.ndarray) -> np.ndarray:
+    """Return the stratum of each film, int64 (n,): 0 negative, 1 to SIZE_BINS positive, by the mask's share."""
+    found = np.zeros(len(labels), dtype=np.int64)
+    positive = np.flatnonzero(labels)
+    if len(positive):
+        edges = np.quantile(areas[positive], np.linspace(0, 1, SIZE_BINS + 1)[1:-1])
+        found[positive] = 1 + np.searchsorted(edges, areas[positive], side="right")
+    return found
+
+
+def assign_folds(groups: np.ndarray, labels: np.ndarray, areas: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """Return the fold of each film, int64 (n,), 0 to k - 1; whole groups only, balanced in films and in every stratum.
+
+    Greedy: the groups that weigh most come first (ties in a seeded order), each goes to the fold where the sum of
+    squared loads grows least. Arguments are (n,) arrays; `areas` are mask sizes as a share of the film.
+
+    Raises:
+        ConfigError: fewer groups than folds.
+    """
+    names, member = np.unique(groups, return_inverse=True)
+    if len(names) < k:
+        raise ConfigError(f"data.folds={k} is more than the {len(names)} patients: use fewer folds")
+    counts = np.zeros((len(names), SIZE_BINS + 3))
+    np.add.at(counts, (member, strata(labels, areas)), 1)
+    counts[:, -2] = counts[:, 1 : SIZE_BINS + 1].sum(axis=1)  # all positives
+    counts[:, -1] = counts[:, : SIZE_BINS + 1].sum(axis=1)  # all films
+    share = counts / np.maximum(counts.sum(axis=0), 1)
+    order = np.random.default_rng(seed).permutation(len(names))
+    order = order[np.argsort(-share[order].sum(axis=1), kind="stable")]
+    load = np.zeros((k, share.shape[1]))
+    fold_of = np.zeros(len(names), dtype=np.int64)
+    for group in order:
+        growth = load @ share[group]
+        best = np.flatnonzero(growth <= growth.min() + 1e-15)
+        fold = best[load[best, -1].argmin()]
+        load[fold] += share[group]
+        fold_of[group] = fold
+    return fold_of[member]
+
+
+def check_folds(groups: Sequence[int] | np.ndarray, folds: Sequence[int] | np.ndarray) -> None:
+    """Raise ConfigError if films of one group (patient) are in different folds, the hold-out counting as one."""
+    seen: dict[int, int] = {}
+    for group, fold in zip(groups, folds, strict=True):
+        if seen.setdefault(int(group), int(fold)) != int(fold):
+            raise ConfigError(
+                f"patient group {group} is in folds {seen[int(group)]} and {fold}: the scores would be dishonest; "
+                "preprocess again, and do not edit cases.csv by hand"
+            )

@@ -1,0 +1,218 @@
+"""Batches: which films in which order on which rank, and the loader that reads them.
+
+Orders are pure functions of (seed, epoch), never of ranks or workers; nothing here draws from a global generator.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pneumo_dist.config import ConfigError
+from pneumo_dist.data.augment import Augmenter
+from pneumo_dist.data.cases import HOLDOUT, Case
+from pneumo_dist.data.decoding import die_with_parent
+from pneumo_dist.data.folds import check_folds
+from pneumo_dist.data.shards import ShardReader
+from pneumo_dist.data.staging import stage_shards
+from pneumo_dist.runtime import stopping
+
+__all__ = [
+    "FilmDataset", "TrainBatches", "deal", "epoch_order", "fixed_batches", "fold_cases", "make_loader", "share_at",
+    "split_batch", "stage_shards",
+]  # fmt: skip
+
+Key = tuple[int, int]  # (epoch, index)
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+T = TypeVar("T")
+
+
+def fold_cases(cases: Sequence[Case], fold: int) -> tuple[list[Case], list[Case]]:
+    """Return (training, validation) films of a fold, each in the order given; the hold-out is in neither.
+
+    Raises:
+        ConfigError: a patient is on both sides, or a side is empty.
+    """
+    check_folds([case.group for case in cases], [case.fold for case in cases])
+    train = [case for case in cases if case.fold not in (fold, HOLDOUT)]
+    validation = [case for case in cases if case.fold == fold]
+    if not train or not validation:
+        raise ConfigError(
+            f"fold {fold} has {len(train)} training and {len(validation)} validation films: check data.folds"
+        )
+    return train, validation
+
+
+def share_at(shares: Sequence[float], epoch: int, epochs: int) -> float:
+    """Return the share of positive films in `epoch` on the line from shares[0] (first epoch) to shares[1] (last)."""
+    first, last = shares
+    return first + (last - first) * (epoch / (epochs - 1) if epochs > 1 else 0.0)
+
+
+def epoch_order(
+    n: int, seed: int, epoch: int, labels: Sequence[int] | np.ndarray | None = None, positive_share: float | None = None
+) -> np.ndarray:
+    """Return the order of an epoch: int64 (n,), a permutation of 0 to n - 1.
+
+    With a share (and labels, (n,)) positives and negatives are drawn anew, each without repeats until all have been
+    drawn: round(share * n) positives. A class without films is left to the other.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    if positive_share is None:
+        return generator.permutation(n).astype(np.int64)
+    if labels is None or len(labels) != n:
+        raise ValueError("a share of positives needs the label of each film")
+    classes = [np.flatnonzero(np.asarray(labels) != 0), np.flatnonzero(np.asarray(labels) == 0)]
+    wanted = [round(positive_share * n), n - round(positive_share * n)]
+    if not len(classes[0]):
+        wanted = [0, n]
+    elif not len(classes[1]):
+        wanted = [n, 0]
+    drawn = []
+    for members, count in zip(classes, wanted, strict=True):
+        rounds = -(-count // max(len(members), 1))
+        drawn += [generator.permutation(members)[: count - i * len(members)] for i in range(rounds)]
+    return generator.permutation(np.concatenate(drawn)).astype(np.int64)
+
+
+def split_batch(batch: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
+    """Return this rank's slice of a global batch; the first ranks take one more: 14 on 4 ranks are 4, 4, 3, 3."""
+    each, more = divmod(len(batch), world_size)
+    start = rank * each + min(rank, more)
+    return batch[start : start + each + (rank < more)]
+
+
+class TrainBatches:
+    """A batch sampler over all epochs that are left: this rank's (epoch, index) keys of each global batch.
+
+    The k-th global batch is the same set of films for every number of ranks. The last incomplete batch of an epoch
+    is dropped. `shares` is (first epoch, last epoch), see `share_at`; it needs `labels`.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        seed: int,
+        epochs: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: Key = (0, 0),
+        labels: Sequence[int] | np.ndarray | None = None,
+        shares: Sequence[float] | None = None,
+    ) -> None:
+        if not 1 <= batch_size <= n:
+            raise ConfigError(f"a batch of {batch_size} does not fit into {n} training films")
+        if world_size > batch_size:
+            raise ConfigError(f"a batch of {batch_size} cannot feed {world_size} ranks: use at most {batch_size}")
+        self.n, self.batch_size, self.seed, self.epochs = n, batch_size, seed, epochs
+        self.rank, self.world_size, self.start = rank, world_size, start
+        self.labels, self.shares = labels, shares
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole global batches in an epoch."""
+        return self.n // self.batch_size
+
+    def __len__(self) -> int:
+        epoch, batch = self.start
+        return max(0, (self.epochs - epoch) * self.steps_per_epoch - batch)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        first_epoch, first_batch = self.start
+        for epoch in range(first_epoch, self.epochs):
+            share = share_at(self.shares, epoch, self.epochs) if self.shares else None
+            order = epoch_order(self.n, self.seed, epoch, self.labels, share).tolist()
+            for batch in range(first_batch if epoch == first_epoch else 0, self.steps_per_epoch):
+                whole = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+                yield [(epoch, index) for index in split_batch(whole, self.rank, self.world_size)]
+
+
+def fixed_batches(n: int, batch_size: int) -> list[list[int]]:
+    """Cut 0 to n - 1 into batches in order; the last may be shorter. Never cut by rank: bits depend on batch sizes."""
+    return [list(range(start, min(start + batch_size, n))) for start in range(0, n, batch_size)]
+
+
+def deal(batches: Sequence[T], rank: int, world_size: int) -> list[T]:
+    """Return batch j of those with j mod world_size == rank."""
+    return list(batches[rank::world_size])
+
+
+class FilmDataset(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
+    """Films of one size. The key (epoch, index) gives (image, mask, index): uint8 (1, size, size) each, mask 0 or 1.
+
+    Opens nothing until the first key is asked for in each process, and pickles small.
+    """
+
+    def __init__(self, shard_dir: Path, size: int, cases: Sequence[Case], augmenter: Augmenter | None = None) -> None:
+        self.size, self.augmenter = size, augmenter
+        self._reader = ShardReader(shard_dir, size)
+        self._where = np.array([(case.shard, case.row) for case in cases], dtype=np.int32).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def _arrays(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
+        epoch, index = key
+        shard, row = (int(value) for value in self._where[index])
+        image, mask = self._reader.image(shard, row), self._reader.mask(shard, row)
+        return self.augmenter(image, mask, epoch, index) if self.augmenter else (image, mask)
+
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, torch.Tensor, int]:
+        image, mask = self._arrays(key)
+        return torch.from_numpy(image)[None], torch.from_numpy(mask)[None], key[1]
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        """Return a whole batch, written once into its final place: (N, 1, size, size) twice, and the indices (N,)."""
+        images = torch.empty((len(keys), 1, self.size, self.size), dtype=torch.uint8)
+        masks = torch.empty_like(images)
+        for at, key in enumerate(keys):
+            images[at, 0].numpy()[:], masks[at, 0].numpy()[:] = self._arrays(key)
+        return images, masks, torch.tensor([index for _, index in keys], dtype=torch.int64)
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+class _StartWorker:
+    """Set up one loader worker: it ends with its parent and only then, and leaves the other cores alone."""
+
+    def __init__(self) -> None:
+        self.parent = os.getpid()
+
+    def __call__(self, worker: int) -> None:
+        stopping.ignore()
+        if os.getppid() == self.parent:  # under forkserver the parent is another process
+            die_with_parent()
+        import cv2
+
+        cv2.setNumThreads(0)
+        torch.set_num_threads(1)
+
+
+def make_loader(
+    dataset: FilmDataset, batches: TrainBatches | Sequence[Sequence[Any]], workers: int, seed: int, pin: bool = False
+) -> DataLoader[Batch]:
+    """Return a loader over lists of keys (a sampler, or a list of lists); it never draws from the global generator.
+
+    Args:
+        workers: processes; 0 reads in this one, with the same result.
+        pin: put the batches into pinned memory, for copies to a GPU beside its work.
+    """
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_as_is,  # type: ignore[arg-type]
+        pin_memory=pin,
+        worker_init_fn=_StartWorker() if workers else None,
+        generator=torch.Generator().manual_seed(seed),
+        prefetch_factor=4 if workers else None,
+    )

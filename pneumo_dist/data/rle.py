@@ -1,0 +1,100 @@
+"""Run-length masks of the SIIM-ACR competition: text to boolean mask and back, exact at the last pixel.
+
+Numpy only, no files: it must stay importable by submit.py and by the scoring tools.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+EMPTY = "-1"
+
+
+class RleError(ValueError):
+    """A run-length text that describes no mask; the message says what is wrong, without file or id."""
+
+
+def runs(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the (start, end) pixel positions of the runs of one annotation row, end exclusive.
+
+    Tokens are pairs (offset, length); an offset counts from the end of the previous run (the first from 0),
+    in column-major order. `-1` is the empty mask.
+
+    Returns:
+        Two int64 arrays of equal length, ascending, not overlapping.
+    Raises:
+        RleError: no token, an odd number of tokens, a token that is no integer, an offset below 0, a length below 1.
+    """
+    tokens = text.split()
+    if tokens == [EMPTY]:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    if not tokens:
+        raise RleError("empty cell (a film without pneumothorax is -1)")
+    if len(tokens) % 2:
+        raise RleError(f"odd number of values ({len(tokens)}): runs are pairs of offset and length")
+    if not all(token.isascii() and token.isdigit() and len(token) <= 10 for token in tokens):
+        wrong = next(token for token in tokens if not (token.isascii() and token.isdigit() and len(token) <= 10))
+        raise RleError(f"{wrong[:20]!r} is not a whole number of 0 to 10 digits without sign")
+    pairs = np.array(tokens, dtype=np.int64).reshape(-1, 2)
+    if not pairs[:, 1].all():
+        raise RleError("a run of length 0")
+    ends = np.cumsum(pairs.ravel())[1::2]
+    return ends - pairs[:, 1], ends
+
+
+def decode_union(texts: Iterable[str], rows: int, columns: int) -> np.ndarray:
+    """Return the union of several annotation rows as a boolean mask of shape (rows, columns).
+
+    Raises:
+        RleError: as `runs`, or a run that ends past rows * columns.
+    """
+    flat = np.zeros(rows * columns, dtype=bool)
+    found = [pair for pair in map(runs, texts) if len(pair[0])]
+    if not found:
+        return flat.reshape(rows, columns)
+    for starts, ends in found:
+        if ends[-1] > flat.size:
+            raise RleError(f"the runs end at pixel {ends[-1]}, past the {rows} x {columns} film ({flat.size} pixels)")
+        # Counts of zeros and ones in turn: np.repeat fills whole runs at memory speed.
+        counts = np.empty(2 * len(starts) + 1, dtype=np.int64)
+        counts[1::2] = ends - starts
+        counts[0] = starts[0]
+        counts[2:-1:2] = starts[1:] - ends[:-1]
+        counts[-1] = flat.size - ends[-1]
+        values = np.zeros(len(counts), dtype=bool)
+        values[1::2] = True
+        flat |= np.repeat(values, counts)
+    return np.ascontiguousarray(flat.reshape(columns, rows).T)
+
+
+def overlap_px(texts: Iterable[str]) -> int:
+    """Return how many pixels more the annotation rows cover together than their union does. Raises as `runs`."""
+    pairs = [runs(text) for text in texts]
+    starts, ends = (np.concatenate([pair[i] for pair in pairs]) if pairs else np.zeros(0, np.int64) for i in (0, 1))
+    order = np.argsort(starts, kind="stable")
+    starts, ends = starts[order], ends[order]
+    covered = np.maximum.accumulate(ends) if len(ends) else ends
+    before = np.concatenate([[0], covered[:-1]]) if len(ends) else ends
+    return int((ends - starts).sum() - np.maximum(covered - np.maximum(before, starts), 0).sum())
+
+
+def decode_rle(text: str, rows: int, columns: int) -> np.ndarray:
+    """Return one annotation row as a boolean mask of shape (rows, columns). Raises as `decode_union`."""
+    return decode_union([text], rows, columns)
+
+
+def encode_rle(mask: np.ndarray) -> str:
+    """Return a mask of shape (rows, columns), any dtype, non-zero meaning inside, as text; `-1` when empty.
+
+    The inverse of `decode_rle`; a run that touches the last pixel is kept.
+    """
+    if mask.ndim != 2:
+        raise ValueError(f"a mask has 2 dimensions, not {mask.ndim}")
+    flat = np.zeros(mask.size + 2, dtype=np.int8)
+    flat[1:-1] = (mask != 0).T.ravel()
+    edges = np.flatnonzero(np.diff(flat))
+    if not len(edges):
+        return EMPTY
+    return " ".join(map(str, np.diff(edges, prepend=0).tolist()))

@@ -1,0 +1,116 @@
+"""What the films and the annotation list say before any film is opened, and which film goes to which shard.
+
+Light enough for submit.py: no film is decoded, nothing is written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from pneumo_dist.config import Config, ConfigError
+from pneumo_dist.data import cases as casefiles
+from pneumo_dist.data.cases import Annotations
+from pneumo_dist.runtime.task import shard_dir, source
+
+
+@dataclass(frozen=True)
+class FilmJob:
+    """One film to decode; `texts` are its annotation rows, `where` names them in messages."""
+
+    id: str
+    path: str  # relative to the folder of the films
+    texts: tuple[str, ...]
+    where: str = ""
+    broken: str = ""  # an annotation row is unusable: the film is not decoded
+    digest: str = ""  # sha256 of the annotation rows, "" without any
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the films and the annotation list say before any film is opened."""
+
+    folder: Path
+    jobs: list[list[FilmJob]]  # per shard, sorted by id throughout
+    annotations: Annotations
+    unannotated: list[str]
+    orphans: list[str]  # annotated ids without a film
+    ignored: int
+
+    @property
+    def films(self) -> int:
+        """How many films go to shards, readable or not."""
+        return sum(len(shard) for shard in self.jobs)
+
+
+def read_source(config: Config, run_dir: Path) -> Source:
+    """List the films and read the annotations; which film goes to which shard depends on the sorted ids alone.
+
+    Raises:
+        ConfigError: a path is missing, there is no film or no annotated film, the list cannot be used, or films are
+            not annotated where `data.unannotated=error`.
+    """
+    folder, csv = source(config, run_dir, "dicom_dir"), source(config, run_dir, "rle_csv")
+    for key, path in (("data.dicom_dir", folder), ("data.rle_csv", csv)):
+        if path is None or not path.exists():
+            raise ConfigError(f"{key}={path}: no such {'folder' if key == 'data.dicom_dir' else 'file'}")
+    assert folder is not None and csv is not None
+    if not folder.is_dir():
+        raise ConfigError(f"data.dicom_dir={folder} is no folder")
+    films, ignored = casefiles.find_films(folder)
+    if not films:
+        raise ConfigError(
+            f"data.dicom_dir={folder}: no film in it ({ignored} other files): a film is DICOM, PNG or JPEG"
+        )
+    annotations = casefiles.read_annotations(csv)
+    ids = {name for name, _ in films}
+    unannotated = [name for name, _ in films if name not in annotations.rows]
+    if unannotated and config.data.unannotated == "error":
+        raise ConfigError(
+            f"{len(unannotated)} films have no row in {csv} (first: {unannotated[0]}): "
+            "annotate them, or set data.unannotated=drop or negative"
+        )
+    wanted = films if config.data.unannotated == "negative" else [f for f in films if f[0] in annotations.rows]
+    if not wanted:
+        raise ConfigError(f"{csv}: no row belongs to any of the {len(films)} films in {folder}: is it the right list?")
+    count = min(config.data.shards, len(wanted))
+    edges = [len(wanted) * j // count for j in range(count + 1)]
+    jobs = [[_job(annotations, *film) for film in wanted[a:b]] for a, b in zip(edges, edges[1:], strict=False)]
+    orphans = sorted(annotations.rows.keys() - ids)
+    return Source(folder, jobs, annotations, unannotated, orphans, ignored)
+
+
+def _job(annotations: Annotations, name: str, path: str) -> FilmJob:
+    if name not in annotations.rows:
+        return FilmJob(name, path, ("-1",), digest="")
+    return FilmJob(
+        id=name,
+        path=path,
+        texts=tuple(annotations.texts(name)),
+        where=annotations.where(name),
+        broken=annotations.broken.get(name, ""),
+        digest=annotations.digest(name),
+    )
+
+
+def check_source(config: Config, run_dir: Path) -> None:
+    """Raise ConfigError for what can be known beforehand: paths, csv headers, at least one film, free space."""
+    found = read_source(config, run_dir)
+    patients = source(config, run_dir, "patient_map")
+    if patients is not None:
+        casefiles.read_patient_map(patients)
+    if config.data.holdout_ids:
+        casefiles.read_ids(Path(config.data.holdout_ids))
+    out = shard_dir(config, run_dir)
+    there = out
+    while not there.exists():
+        there = there.parent
+    need = found.films * sum(size * size for size in config.sizes) * 17 // 16  # a sixteenth for masks and lists
+    have = sum(path.stat().st_size for path in out.glob("*.npy")) if out.is_dir() else 0
+    free = shutil.disk_usage(there).free
+    if free + have < need:
+        raise ConfigError(
+            f"{there} has {free / 1e9:.1f} GB free, but the shards need {need / 1e9:.1f} GB: make room, "
+            "or choose another place with data.shard_dir=DIR"
+        )

@@ -1,0 +1,1 @@
+"""The network, its ImageNet weights and the model file."""

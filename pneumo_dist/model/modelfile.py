@@ -1,0 +1,100 @@
+"""The model file: weights with plain keys plus everything inference needs to know about them.
+
+Written atomically and byte-identical for equal content; read with `weights_only=True`, so that a file from
+elsewhere cannot run code.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pneumo_dist.config import ConfigError
+from pneumo_dist.model.unet import ResNet34UNet
+from pneumo_dist.runtime.files import atomic_path
+
+FORMAT = "pneumo_dist.model/1"
+_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and AveragedModel; torch.compile
+
+
+def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the network's own state as float32 copies on the CPU, wrapper prefixes and averaging count dropped.
+
+    Raises:
+        ValueError: the keys are not the network's.
+    """
+    with torch.device("meta"):
+        wanted = ResNet34UNet().state_dict()
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        while key.startswith(_WRAPPERS):
+            key = key.partition(".")[2]
+        if key != "n_averaged":
+            found[key] = value
+    if found.keys() != wanted.keys():
+        missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+        raise ValueError(
+            f"not a ResNet34UNet state: {len(missing)} keys missing {missing[:3]}, {len(extra)} unknown {extra[:3]}"
+        )
+    return {
+        key: found[key].detach().to("cpu", like.dtype, copy=True, memory_format=torch.contiguous_format)
+        for key, like in wanted.items()
+    }
+
+
+def save_model(path: str | Path, state_dict: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write a model file atomically.
+
+    state_dict: of a ResNet34UNet, wrapped (DDP, AveragedModel, compiled) or not, any float type, any device.
+    meta: strings, numbers, booleans, None, and lists and dicts of them (tuples become lists).
+
+    Raises:
+        ValueError: the keys are not the network's. TypeError: meta holds something else.
+    """
+    payload = {"format": FORMAT, "model": plain_state(state_dict), "meta": _plain(meta, "meta")}
+    with atomic_path(Path(path)) as temporary, open(temporary, "wb") as file:
+        torch.save(payload, file)  # a file object: given a path, torch stores the temporary name inside
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[ResNet34UNet, dict[str, Any]]:
+    """Read a model file and return (network in evaluation mode on `device`, meta).
+
+    Raises:
+        ConfigError: the file is missing, or is not a model file of this project.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: give the model file in it, for example {path}/fold0/model.pt")
+    try:
+        payload = torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the model file ({error.strerror or error})") from None
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
+        raise ConfigError(f"{path} is damaged or not a model file: give a model.pt that training wrote") from None
+    found = payload.get("format") if isinstance(payload, dict) else None
+    if found != FORMAT:
+        raise ConfigError(
+            f"{path} is not a model file (format {found!r}, wanted {FORMAT!r}): give a model.pt that training wrote"
+        )
+    with torch.device("meta"):  # no memory, no random numbers: every value comes from the file
+        model = ResNet34UNet()
+    try:
+        model.load_state_dict(payload["model"], assign=True)
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} does not fit this network: {' '.join(str(error).split())[:300]}") from None
+    return model.eval(), payload.get("meta", {})
+
+
+def _plain(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    raise TypeError(f"{where} is a {type(value).__name__}: a model file holds plain values only")

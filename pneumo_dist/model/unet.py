@@ -1,0 +1,86 @@
+"""ResNet34-UNet: the encoder, a five-block decoder and a one-channel head (arXiv 2009.02805, PeerJ CS 7:e607).
+
+Nothing in here reads a file or draws from torch's global random generator.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from pneumo_dist.model.resnet34 import ResNet34Encoder
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class DecoderBlock(nn.Module):
+    """Double the map by nearest neighbour, join the skip connection, then twice (3x3 convolution, batch norm, ReLU)."""
+
+    def __init__(self, channels_in: int, channels_skip: int, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in + channels_skip, channels, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        x = interpolate(x, scale_factor=2.0, mode="nearest")
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(x)))
+
+
+class ResNet34UNet(nn.Module):
+    """Segment films: normalised float (N, 3, S, S), S a multiple of 32 -> logits float (N, 1, S, S)."""
+
+    # Decoder widths are not in the papers; these are the ones in common use for this encoder.
+    widths = (256, 128, 64, 32, 16)
+
+    def __init__(self, seed: int = 0) -> None:
+        """Build the network with a random start that is a pure function of `seed`."""
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):  # torch's layers draw their defaults from the global generator
+            self.encoder = ResNet34Encoder()
+            skips = (*ResNet34Encoder.channels[-2::-1], 0)
+            inputs = (ResNet34Encoder.channels[-1], *self.widths[:-1])
+            self.decoder = nn.ModuleList(DecoderBlock(*sizes) for sizes in zip(inputs, skips, self.widths, strict=True))
+            self.head = nn.Conv2d(self.widths[-1], 1, 3, 1, 1)
+        if not self.head.weight.is_meta:
+            self._initialise(torch.Generator().manual_seed(seed))
+
+    def forward(self, x: Tensor) -> Tensor:
+        *skips, x = self.encoder(x)
+        for block in self.decoder:
+            x = block(x, skips.pop() if skips else None)
+        return self.head(x)
+
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator) -> None:
+        self.encoder.initialise(generator)
+        for module in self.decoder.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, mode="fan_in", nonlinearity="relu", generator=generator)
+        nn.init.xavier_uniform_(self.head.weight, generator=generator)
+        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+
+
+@cache
+def _scale_and_shift(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean = torch.tensor(IMAGENET_MEAN, dtype=torch.float64).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, dtype=torch.float64).view(1, 3, 1, 1)
+    return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Return uint8 (N, 1, S, S) films as float32 (N, 3, S, S): three equal channels, ImageNet mean and deviation.
+
+    Works on the tensor's own device, so that one byte a pixel travels there.
+    """
+    scale, shift = _scale_and_shift(images.device)
+    return torch.addcmul(shift, images.float(), scale)

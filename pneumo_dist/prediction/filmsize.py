@@ -1,0 +1,42 @@
+"""From a model's size to the film's size: thresholds, areas and tops belong after this, never before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Map = NDArray[np.float32]
+
+
+def film_probability(prob: Map, rows: int, columns: int) -> Map:
+    """Bring one probability map to the film's size, bilinearly (pixel centres, the inverse of the shards' resize).
+
+    OpenCV rather than torch: a quarter of the time on one core, and safe to call from many threads at once.
+
+    Args:
+        prob: float32 (S, S), an array or a CPU tensor.
+
+    Returns:
+        float32 (rows, columns).
+    """
+    array = np.asarray(prob, dtype=np.float32)
+    if array.shape == (rows, columns):
+        return array
+    return np.asarray(cv2.resize(array, (columns, rows), interpolation=cv2.INTER_LINEAR), dtype=np.float32)
+
+
+def mean_film_probability(parts: Sequence[tuple[float, Map]], rows: int, columns: int) -> Map:
+    """Return the weighted mean at film size of maps of several model sizes; of one map just that map.
+
+    Args:
+        parts: (weight, float32 (S, S)) for each size, in ascending size; the weights sum to 1.
+    """
+    if len(parts) == 1:
+        return film_probability(parts[0][1], rows, columns)
+    total = np.zeros((rows, columns), np.float32)
+    for weight, prob in parts:
+        total += np.float32(weight) * film_probability(prob, rows, columns)
+    return total

@@ -1,0 +1,158 @@
+"""Validation records of one rank, and `predict` for Python users. No collectives in here: callers gather.
+
+Both go through `Predictor` and `film_probability`, as inference does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pneumo_dist.data.cases import Case
+from pneumo_dist.data.dicom import read_film
+from pneumo_dist.data.loaders import deal, fixed_batches
+from pneumo_dist.data.rle import decode_rle
+from pneumo_dist.data.shards import ShardReader, to_size
+from pneumo_dist.model.modelfile import load_model
+from pneumo_dist.prediction.ensemble import stored_triplet
+from pneumo_dist.prediction.filmsize import film_probability, mean_film_probability
+from pneumo_dist.prediction.overlap import film_threads, overlap
+from pneumo_dist.prediction.predictor import Predictor
+from pneumo_dist.runtime.stopping import StopSignal
+from pneumo_dist.scoring.records import FilmRecord, Records, Triplet, apply_triplet, film_record
+
+__all__ = ["Prediction", "Predictor", "film_probability", "mean_film_probability", "predict", "predict_records"]
+
+PerFilm = Callable[[Case, NDArray[np.float32], NDArray[np.bool_]], Any]
+
+
+def predict_records(
+    predictor: Predictor,
+    cases: Sequence[Case],
+    shard_dir: Path,
+    size: int,
+    batch_size: int,
+    thresholds: Sequence[float],
+    rank: int = 0,
+    world_size: int = 1,
+    stop: StopSignal | None = None,
+    per_film: PerFilm | None = None,
+) -> Records:
+    """Score this rank's share of `cases` (sorted by id) at film size; fixed batches are dealt whole to ranks.
+
+    Join the ranks' results with `Records.concatenate`. Once `stop` is requested the rest is left out: agree between
+    the ranks on the stop before using what came back.
+
+    Args:
+        thresholds: mask thresholds to count at.
+        per_film: called from threads with (case, probability at film size, truth), each film once.
+    """
+    reader = ShardReader(shard_dir, size)
+    batches = deal(fixed_batches(len(cases), batch_size), rank, world_size)
+
+    def polled() -> Iterator[list[int]]:
+        for batch in batches:
+            if stop is not None and stop.requested:
+                return
+            yield batch
+
+    def stack(batch: list[int]) -> Tensor:
+        images = np.stack([reader.image(cases[i].shard, cases[i].row) for i in batch])
+        return torch.from_numpy(images)[:, None]
+
+    def count(i: int, prob: NDArray[np.float32]) -> FilmRecord:
+        case = cases[i]
+        truth = decode_rle(case.rle, case.rows, case.columns)
+        wide = film_probability(prob, case.rows, case.columns)
+        if per_film is not None:
+            per_film(case, wide, truth)
+        return film_record(wide, truth, thresholds)
+
+    mine: list[Case] = []
+    rows: list[FilmRecord] = []
+    with film_threads() as pool:
+
+        def read(batch: list[int]) -> list[Future[Tensor]]:
+            return [pool.submit(stack, batch)]
+
+        def write(batch: list[int], _: list[Tensor], probs: Tensor) -> list[Future[FilmRecord]]:
+            return [pool.submit(count, i, prob) for i, prob in zip(batch, probs.numpy(), strict=True)]
+
+        for batch, counted in overlap(polled(), read, lambda _, images: predictor.launch(images[0]), write):
+            mine += [cases[i] for i in batch]
+            rows += counted
+    return Records.build(mine, rows, thresholds)
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The answer on one film, at the film's own size."""
+
+    mask: NDArray[np.bool_]  # (rows, columns); all False: no pneumothorax found
+    probability: NDArray[np.float32]  # (rows, columns)
+    top_score: float  # highest probability of the film
+
+    @property
+    def positive(self) -> bool:
+        """Whether a pneumothorax was found."""
+        return bool(self.mask.any())
+
+    @property
+    def area_px(self) -> int:
+        """Pixels of the mask."""
+        return int(np.count_nonzero(self.mask))
+
+
+Loaded = tuple[nn.Module, dict[str, Any]]
+Film = str | Path | NDArray[np.uint8]
+
+
+def predict(
+    model: Loaded | str | Path,
+    films: Film | Sequence[Film],
+    *,
+    tta: str | None = None,
+    triplet: Triplet | None = None,
+    batch_size: int = 8,
+) -> list[Prediction]:
+    """Predict films with one model file; for folders and ensembles use `submit.py --stage infer`.
+
+    Args:
+        model: what `load_model` returned, or the path of a model file. The model's device is used.
+        films: one or several of: path of a DICOM, PNG or JPEG file; uint8 array (rows, columns), 0 black.
+        tta: "hflip" or "none"; the one stored in the model where left out.
+        triplet: decision rule; the one stored in the model where left out.
+
+    Raises:
+        FilmError: a file that is no readable film. TypeError: an array that is not uint8 with two dimensions.
+    """
+    network, meta = load_model(model) if isinstance(model, (str, Path)) else model
+    if isinstance(films, (str, Path, np.ndarray)):
+        films = [films]
+    rule = stored_triplet(meta) if triplet is None else triplet
+    size = int(meta["size"])
+    predictor = Predictor([network], size, next(network.parameters()).device, tta or meta.get("tta") or "none")
+    answers: list[Prediction] = []
+    for start in range(0, len(films), batch_size):
+        pixels = [_pixels(film) for film in films[start : start + batch_size]]
+        images = torch.from_numpy(np.stack([to_size(image, size) for image in pixels]))[:, None]
+        for image, prob in zip(pixels, predictor.probabilities(images).numpy(), strict=True):
+            wide = film_probability(prob, *image.shape)
+            answers.append(Prediction(apply_triplet(wide, rule), wide, float(wide.max())))
+    return answers
+
+
+def _pixels(film: Film) -> NDArray[np.uint8]:
+    if isinstance(film, (str, Path)):
+        return read_film(film).pixels
+    if film.dtype != np.uint8 or film.ndim != 2:
+        raise TypeError(f"a film array is uint8 with two dimensions, not {film.dtype} with {film.ndim}")
+    return film

@@ -1,0 +1,172 @@
+"""Plots for the reports as inline SVG text. Equal data give equal text; no figure is ever shown or left open.
+
+Imported by reports only: matplotlib takes a second to load.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+matplotlib.use("Agg")
+
+_STYLE = {
+    "svg.hashsalt": "pneumo_dist",  # ids in the text would be random
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+ORANGE, BLUE, GREY = "#d98200", "#1a7f9c", "#888888"
+Floats = NDArray[np.floating[Any]]
+
+
+def _figure(panels: int, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list[Any]]:
+    figure = Figure(figsize=(width * panels, height), layout="constrained")
+    return figure, [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]  # without the XML prologue: it goes inside HTML
+
+
+def score_histogram(scores: Floats, positive: NDArray[np.bool_], threshold: float) -> str:
+    """Plot how many films have which top score, by decision; the threshold of the triplet as a line."""
+    with matplotlib.rc_context(_STYLE):
+        figure, (axes,) = _figure(1, 7.0, 2.4)
+        bins = np.linspace(0, 1, 41)
+        axes.hist([scores[positive], scores[~positive]], bins, stacked=True, color=[ORANGE, GREY], label=["positive", "negative"])
+        if threshold > 0:
+            axes.axvline(threshold, color="black", linewidth=1, linestyle="--")
+        axes.set(xlabel="highest probability of the film", ylabel="films", xlim=(0, 1))
+        axes.legend(frameon=False)
+        return _svg(figure)
+
+
+def learning_curves(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Plot losses and Dice of each stage by epoch from its metrics.jsonl rows; "" where there are none."""
+    shown = {name: rows for name, rows in stages.items() if rows}
+    if not shown:
+        return ""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(2 * len(shown), 3.6)
+        for i, (name, rows) in enumerate(shown.items()):
+            loss, dice = axes[2 * i], axes[2 * i + 1]
+            for key, label, colour in (("train_loss", "training", GREY), ("loss", "validation", BLUE)):
+                _line(loss, rows, key, label, colour)
+            for key, label, colour in (("dice", "all films", BLUE), ("dice_positive", "on positives", ORANGE)):
+                _line(dice, rows, key, label, colour)
+            loss.set(title=f"{name}: loss", xlabel="epoch")
+            dice.set(title=f"{name}: validation Dice", xlabel="epoch", ylim=(0, 1))
+            for panel in (loss, dice):
+                panel.legend(frameon=False)
+        return _svg(figure)
+
+
+def _line(axes: Any, rows: Sequence[Mapping[str, Any]], key: str, label: str, colour: str) -> None:
+    points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label, color=colour, marker="." if len(points) < 30 else "")
+
+
+def ranking_curves(top: Floats, positive: NDArray[np.bool_]) -> str:
+    """Plot ROC and precision-recall of the films' top scores; "" where one class is missing."""
+    if not positive.any() or positive.all():
+        return ""
+    order = np.argsort(-top, kind="stable")
+    ranked = positive[order]
+    last = np.flatnonzero(np.append(np.diff(top[order]) != 0, True))  # ties move together
+    hits, alarms = np.cumsum(ranked)[last], np.cumsum(~ranked)[last]
+    recall, fall_out = hits / positive.sum(), alarms / (~positive).sum()
+    with matplotlib.rc_context(_STYLE):
+        figure, (roc, pr) = _figure(2)
+        roc.plot(np.append(0, fall_out), np.append(0, recall), color=BLUE)
+        roc.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--")
+        roc.set(title="ROC, by film", xlabel="1 - specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01))
+        pr.plot(recall, hits / (hits + alarms), color=ORANGE)
+        pr.axhline(positive.mean(), color=GREY, linewidth=0.8, linestyle="--")
+        pr.set(title="precision-recall, by film", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01))
+        return _svg(figure)
+
+
+def reliability(top: Floats, positive: NDArray[np.bool_], pixels: NDArray[np.int64]) -> str:
+    """Plot observed against predicted: films by top score (10 bins), pixels by probability (2, bins) of truth counts."""
+    with matplotlib.rc_context(_STYLE):
+        figure, (films, dots) = _figure(2)
+        place = np.minimum((top * 10).astype(int), 9)
+        count = np.bincount(place, minlength=10)
+        seen = count > 0
+        mean = np.bincount(place, top, 10)[seen] / count[seen]
+        share = np.bincount(place, positive, 10)[seen] / count[seen]
+        films.scatter(mean, share, s=12 + 120 * count[seen] / count.max(), color=BLUE)
+        films.set(title="films: top score against share with pneumothorax", xlabel="top score", ylabel="observed share")
+        total = pixels.sum(0)
+        used = total > 0
+        middle = (np.arange(len(total)) + 0.5) / max(1, len(total))
+        dots.plot(middle[used], pixels[1][used] / total[used], marker="o", markersize=3, color=ORANGE)
+        dots.set(title="pixels: probability against share inside", xlabel="probability", ylabel="observed share")
+        for axes in (films, dots):
+            axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--")
+            axes.set(xlim=(0, 1), ylim=(0, 1))
+        return _svg(figure)
+
+
+def threshold_surface(
+    surface: NDArray[np.float64], tops: Sequence[float], areas: Sequence[int], masks: Sequence[float], best: tuple[float, int, float]
+) -> str:
+    """Plot mean Dice over (top score, minimum area) at the chosen mask threshold, and the best Dice by mask threshold."""
+    chosen = int(np.argmin(np.abs(np.asarray(masks) - best[2])))
+    with matplotlib.rc_context(_STYLE):
+        figure, (heat, line) = _figure(2, 4.6)
+        shown = heat.imshow(surface[:, :, chosen], origin="lower", aspect="auto", cmap="viridis")
+        heat.grid(False)
+        heat.set_xticks(range(len(areas)), [str(a) for a in areas], rotation=60)
+        heat.set_yticks(range(len(tops)), [f"{t:g}" for t in tops])
+        heat.plot(int(np.argmin(np.abs(np.asarray(areas) - best[1]))), int(np.argmin(np.abs(np.asarray(tops) - best[0]))), "wo", mfc="none")
+        heat.set(title=f"mean Dice, mask threshold {masks[chosen]:g}", xlabel="minimum area (px of 1024x1024)", ylabel="top score")
+        figure.colorbar(shown, ax=heat)
+        order = np.argsort(masks)
+        line.plot(np.asarray(masks)[order], surface.max((0, 1))[order], marker=".", color=BLUE)
+        line.axvline(best[2], color=ORANGE, linewidth=1)
+        line.set(title="best mean Dice by mask threshold", xlabel="mask threshold")
+        return _svg(figure)
+
+
+def dice_by_size(bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Plot mean Dice by size of the annotated mask for several rules ({label: summary's by_mask_size})."""
+    with matplotlib.rc_context(_STYLE):
+        figure, (axes,) = _figure(1, 6.4, 2.8)
+        width = 0.8 / max(1, len(bins))
+        for i, (label, rows) in enumerate(bins.items()):
+            values = [row["dice"] or 0.0 for row in rows]
+            axes.bar(np.arange(len(rows)) + i * width, values, width, label=label, color=[BLUE, ORANGE, GREY][i % 3])
+        rows = next(iter(bins.values()))
+        names = [f"{r['from_px']:,}" + ("+" if r["below_px"] is None else f" to {r['below_px']:,}") + f"\n{r['films']} films" for r in rows]
+        axes.set_xticks(np.arange(len(rows)) + 0.4 - width / 2, names)
+        axes.set(ylabel="mean Dice", ylim=(0, 1), title="by size of the annotated mask (px of 1024x1024)")
+        axes.legend(frameon=False)
+        return _svg(figure)
+
+
+def dice_histogram(values: Floats) -> str:
+    """Plot the Dice of the films with pneumothorax; "" where there are none."""
+    if not len(values):
+        return ""
+    with matplotlib.rc_context(_STYLE):
+        figure, (axes,) = _figure(1, 4.2, 2.8)
+        axes.hist(values, np.linspace(0, 1, 21), color=ORANGE)
+        axes.set(title="Dice of the films with pneumothorax", xlabel="Dice", ylabel="films", xlim=(0, 1))
+        return _svg(figure)

@@ -1,0 +1,178 @@
+"""Who this process is among its peers, and the few collectives that stages use.
+
+One description for torchrun, submitit, plain srun and this machine's own executor. torch is imported only when
+a process group is set up, so that single-process stages start quickly.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Position in the job. With `world_size` 1 no process group exists and every collective is the identity."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes what all share."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The rank's GPU where there are any, else the CPU."""
+        import torch
+
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Return every rank's picklable `value`, in rank order, on rank 0; None elsewhere."""
+        if self.world_size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] | None = [None] * self.world_size if self.first else None
+        dist.gather_object(value, values)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's picklable `value` on every rank."""
+        if self.world_size == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=_cpu())
+        return box[0]
+
+    def maximum(self, values: list[int]) -> list[int]:
+        """Return the elementwise maximum of `values` over the ranks, on every rank."""
+        if self.world_size == 1:
+            return values
+        import torch
+        import torch.distributed as dist
+
+        reduced = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
+        return [int(v) for v in reduced.tolist()]
+
+    def any(self, flag: bool) -> bool:
+        """Return on every rank whether `flag` is true on any of them."""
+        return bool(self.maximum([int(flag)])[0])
+
+    def barrier(self) -> None:
+        """Wait for all ranks (over the CPU backend: no GPU is needed)."""
+        self.maximum([0])
+
+
+def _cpu() -> Any:
+    import torch
+
+    return torch.device("cpu")
+
+
+def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
+    """Read the position from torchrun's (or the local executor's) variables, else from SLURM's."""
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return Ranks(
+            rank=int(environ["RANK"]),
+            world_size=int(environ["WORLD_SIZE"]),
+            local_rank=int(environ.get("LOCAL_RANK", "0")),
+            local_world_size=int(environ.get("LOCAL_WORLD_SIZE", "1")),
+        )
+    if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
+        tasks = int(environ["SLURM_STEP_NUM_TASKS"])
+        nodes = int(environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1")))
+        return Ranks(
+            rank=int(environ["SLURM_PROCID"]),
+            world_size=tasks,
+            local_rank=int(environ.get("SLURM_LOCALID", "0")),
+            local_world_size=max(1, tasks // nodes),
+        )
+    return Ranks()
+
+
+def _init_method(environ: Mapping[str, str]) -> str:
+    """Where the ranks meet: a file on this machine, else MASTER_ADDR:MASTER_PORT, else the job's first node."""
+    if "PNEUMO_STORE" in environ:
+        return f"file://{environ['PNEUMO_STORE']}"
+    address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+    if not address:
+        from submitit.slurm.slurm import SlurmJobEnvironment
+
+        address = SlurmJobEnvironment().hostnames[0]
+    if not port:
+        # The same at each requeue, other for other jobs, below the ephemeral range where connections take ports.
+        port = str(10000 + int(environ["SLURM_JOB_ID"]) % 20000)
+    return f"tcp://{address}:{port}"
+
+
+def init(timeout_s: float) -> Ranks:
+    """Set up the process group (gloo on the CPU, NCCL beside it with a GPU for each rank) and return the position.
+
+    Args:
+        timeout_s: seconds a collective may wait for the slowest rank before the first step is done.
+    """
+    ranks = discover()
+    if ranks.world_size == 1:
+        return ranks
+    import torch
+    import torch.distributed as dist
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    backend = "cpu:gloo,cuda:nccl" if gpus >= ranks.local_world_size else "gloo"
+    if 0 < gpus < ranks.local_world_size:
+        log.warning(
+            "%d ranks share %d GPU(s) of %s over gloo: slow, for trying out only", ranks.local_world_size, gpus, host()
+        )
+    if gpus:
+        torch.cuda.set_device(ranks.device)
+    dist.init_process_group(
+        backend,
+        init_method=_init_method(os.environ),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    return ranks
+
+
+def shorten_timeout(ranks: Ranks, timeout_s: float) -> None:
+    """From now on let a collective wait `timeout_s` seconds only: start-up, the slow part, is over."""
+    if ranks.world_size == 1:
+        return
+    # No public call exists; torchtitan uses the same one.
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    _set_pg_timeout(timedelta(seconds=timeout_s))
+
+
+def close(ranks: Ranks) -> None:
+    """Leave the process group in good order."""
+    if ranks.world_size > 1:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+
+def host() -> str:
+    """The node's name, for messages."""
+    return socket.gethostname()

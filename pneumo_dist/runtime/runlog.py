@@ -1,0 +1,92 @@
+"""What a run says: log lines, progress, TensorBoard events. Rank 0 speaks, the others only warn.
+
+No patient name or id ever comes through here: films are named by their SOP instance UID or file name.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+def setup(rank: int = 0) -> None:
+    """Send log records of this process to its standard output, marked with the rank."""
+    mark = f" [rank {rank}]" if rank else ""
+    logging.basicConfig(
+        stream=sys.stdout,
+        level=logging.WARNING if rank else logging.INFO,
+        format=f"%(asctime)s{mark} %(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+    for chatty in ("pydicom", "highdicom", "matplotlib", "PIL"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+
+
+class RunLog:
+    """TensorBoard events of one stage, written by rank 0; on other ranks every call does nothing."""
+
+    def __init__(self, folder: Path, first: bool = True, purge_step: int | None = None) -> None:
+        """Open the events in `folder`; `purge_step` hides what a lost attempt wrote from that step on."""
+        self._writer: Any = None
+        if first:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=15)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Add one point per tag."""
+        if self._writer:
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
+
+    def image(self, tag: str, image: np.ndarray, step: int) -> None:
+        """Add a uint8 image of shape (rows, columns, 3)."""
+        if self._writer:
+            self._writer.add_image(tag, image, step, dataformats="HWC")
+
+    def text(self, tag: str, text: str, step: int = 0) -> None:
+        """Add a text (Markdown)."""
+        if self._writer:
+            self._writer.add_text(tag, text, step)
+
+    def flush(self) -> None:
+        """Put everything on disk now."""
+        if self._writer:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is left and close the files."""
+        if self._writer:
+            self._writer.close()
+
+
+def progress(items: Iterable[T], total: int, what: str, unit: str = "film", every_s: float = 15.0) -> Iterator[T]:
+    """Yield from `items`, showing how many of `total` are done: a bar on a terminal, a line now and then elsewhere."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, total=total, desc=what, unit=unit)
+        return
+    begin = said = time.monotonic()
+    done = 0
+    for item in items:
+        yield item
+        done += 1
+        now = time.monotonic()
+        if now - said >= every_s and done < total:
+            rate = done / (now - begin)
+            log.info(
+                "%s: %d of %d %ss, %.1f %ss/s, %.0f s left", what, done, total, unit, rate, unit, (total - done) / rate
+            )
+            said = now

@@ -1,0 +1,1 @@
+"""Scores of stored predictions; numpy only, no torch."""

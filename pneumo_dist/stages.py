@@ -1,0 +1,163 @@
+"""How one process runs its share of a stage: look, take the stage over, work, mark it done; and the plain entry.
+
+    python -m pneumo_dist.stages --stage S --run-dir DIR [--fold K] [--part I/N]
+
+Importing this file imports no torch; what a stage is stands in chain.py, when it is done in done.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pneumo_dist import config as configuration
+from pneumo_dist import done
+from pneumo_dist.chain import STAGES, Node
+from pneumo_dist.config import Config, ConfigError
+from pneumo_dist.runtime import ranks as ranks_module
+from pneumo_dist.runtime import stopping
+from pneumo_dist.runtime.attempt import Attempt, Stale
+from pneumo_dist.runtime.ranks import Ranks
+from pneumo_dist.runtime.runlog import setup as setup_log
+from pneumo_dist.runtime.task import Task, stage_dir
+
+log = logging.getLogger("pneumo_dist.stages")
+
+
+def submitted_config(run_dir: Path, node_key: str) -> Config:
+    """Read the configuration of a job's last submission, else the run's.
+
+    Raises:
+        ConfigError: the run has no configuration.
+    """
+    for path in (run_dir / "jobs" / f"{node_key}.yaml", run_dir / "config.yaml"):
+        if path.exists():
+            return configuration.load(path)
+    raise ConfigError(f"{run_dir}: no config.yaml: is this a run directory? submit.py makes one")
+
+
+def run_stage(
+    stage: str,
+    run_dir: Path,
+    fold: int | None = None,
+    part: tuple[int, int] = (0, 1),
+    stop: stopping.StopSignal | None = None,
+) -> None:
+    """Run this process's share of a stage, and mark the stage done when it is.
+
+    Raises:
+        ConfigError: something the stage needs is missing or differs.
+        stopping.Stopped: a signal asked to leave; the state is saved.
+    """
+    node = Node(stage, fold, ())
+    run_dir = Path(run_dir).absolute()
+    config = submitted_config(run_dir, node.key)
+    stop = stop or stopping.StopSignal()
+    row = STAGES[stage]
+    if row.per_fold and fold is None:
+        raise ConfigError(f"{row.title} belongs to a fold: give --fold K")
+    ranks = ranks_module.init(config.train.first_timeout_s) if row.shape == "ranks" else Ranks()
+    setup_log(ranks.rank)
+    started = time.monotonic()
+    # Rank 0 looks and decides for all: file systems may show the others an older state.
+    decided = ranks.broadcast(_decide(config, run_dir, stage, fold) if ranks.first else None)
+    if isinstance(decided, str):
+        raise ConfigError(decided)
+    if decided is None:
+        log.info("%s is done in %s", node.key, stage_dir(config, run_dir, stage, fold))
+        ranks_module.close(ranks)
+        return
+    settings, inputs = decided
+    attempt = None
+    if row.shape != "array":
+        token = run_dir / "jobs" / f"{node.key}.attempt"
+        attempt = ranks.broadcast(Attempt.begin(token) if ranks.first else None)
+    task = Task(
+        config=config, run_dir=run_dir, stage=stage, fold=fold, part=part, ranks=ranks, stop=stop, attempt=attempt,
+        result_hash=done.result_hash(settings, inputs), settings=settings, inputs=inputs,
+    )  # fmt: skip
+    log.info("%s starts on %s: rank %d of %d", node.key, ranks_module.host(), ranks.rank, ranks.world_size)
+    module, function = row.function.split(":")
+    outputs = getattr(importlib.import_module(module), function)(task)
+    if row.shape != "array" and ranks.first:
+        done.write_done(task, outputs)
+        log.info("%s is done after %.0f s: %s", node.key, time.monotonic() - started, task.out)
+    ranks.barrier()
+    ranks_module.close(ranks)
+
+
+def _decide(
+    config: Config, run_dir: Path, stage: str, fold: int | None
+) -> tuple[dict[str, Any], dict[str, str]] | str | None:
+    """Return what determines the result, None when it is there already, or the line that says why it cannot run."""
+    try:
+        closing = next((s.name for s in STAGES.values() if s.closes == stage), stage)
+        keys = done.differences(config, run_dir, closing, fold)
+        if keys:
+            done.refuse_difference(config, run_dir, closing, fold, keys)
+        if keys == []:
+            return None
+        return done.settings_of(config, stage), done.inputs_of(config, run_dir, stage, fold)
+    except ConfigError as error:
+        return str(error)
+
+
+def _part(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    try:
+        part = (int(index), int(count or "1"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, for example 0/4") from None
+    if not 0 <= part[0] < part[1]:
+        raise argparse.ArgumentTypeError(f"{text!r}: I must lie between 0 and N-1")
+    return part
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Enter from a plain script: ranks come from srun's or torchrun's environment."""
+    stop = stopping.install()
+    parser = argparse.ArgumentParser(
+        prog="python -m pneumo_dist.stages", description="Run one process of one stage of a run."
+    )
+    parser.add_argument("--stage", required=True, choices=list(STAGES))
+    parser.add_argument("--run-dir", required=True, type=Path)
+    parser.add_argument("--fold", type=int)
+    parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="array element I of N")
+    options = parser.parse_args(arguments)
+    return guarded(lambda: run_stage(options.stage, options.run_dir, options.fold, options.part, stop))
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Call `work` and turn how it ends into an exit status: one line for the user's mistakes, a traceback for ours."""
+    me = ranks_module.discover()
+    try:
+        work()
+        return 0
+    except ConfigError as error:
+        if me.first:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stale as error:
+        print(f"rank {me.rank} on {ranks_module.host()}: {error}", file=sys.stderr)
+        return 1
+    except stopping.Stopped as stopped:
+        if stopping.under_slurm():
+            if me.first and not stopping.requeue():
+                print("error: state saved, but SLURM refused to requeue: submit again to continue", file=sys.stderr)
+                return 1  # a job that ended well would let its dependants start
+            return 0  # a rank that failed here would take the requeue down with it
+        print(f"rank {me.rank}: {stopped}; the same command continues", file=sys.stderr)
+        return stopped.status
+    except Exception:
+        log.exception("rank %d of %d on %s failed", me.rank, me.world_size, ranks_module.host())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

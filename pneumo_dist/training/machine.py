@@ -1,0 +1,63 @@
+"""What the bits of a result depend on besides the settings: processor and threads. Recorded, compared, warned about."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from pneumo_dist.config import Train
+
+log = logging.getLogger(__name__)
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def describe_machine() -> dict[str, str | int]:
+    """Return what is compared at a resume."""
+    return {
+        "processor": _processor(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),  # a subclass of str, which weights_only refuses
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def set_threads(train: Train) -> dict[str, str | int]:
+    """Set torch's threads and determinism for this rank and return what `describe_machine` says then."""
+    share = train.threads or int(os.environ.get("OMP_NUM_THREADS") or os.environ.get("SLURM_CPUS_PER_TASK") or 0)
+    torch.set_num_threads(share or len(os.sched_getaffinity(0)))
+    # warn_only: the backward of nearest-neighbour up-sampling has no deterministic form on CUDA.
+    torch.use_deterministic_algorithms(train.deterministic, warn_only=True)
+    torch.backends.cudnn.benchmark = not train.deterministic
+    return describe_machine()
+
+
+def warn_if_bits_may_differ(
+    before: dict[str, str | int], now: dict[str, str | int], world_before: int, world_now: int
+) -> None:
+    """Say what has changed since the checkpoint, where it can change the last bits of the result."""
+    for name in now:
+        if before.get(name) != now[name]:
+            log.warning(
+                "%s was %s and is %s: the last bits of the result may differ", name, before.get(name), now[name]
+            )
+    if world_before != world_now:
+        log.warning(
+            "%d ranks before, %d now: samples continue in the same order; batch-norm statistics are of each rank's "
+            "share of a batch, so training goes on slightly differently from here",
+            world_before,
+            world_now,
+        )

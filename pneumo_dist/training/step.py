@@ -1,0 +1,143 @@
+"""One optimizer step: forward, loss, backward, unscale, clip, update. Knows nothing of epochs, files or schedules.
+
+The gradient is that of the global batch whatever the number of ranks or micro-batches: every rank sums its
+images' losses, divides by the global batch, and multiplies by the ranks that DDP averages over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from pneumo_dist.config import Config, TrainStage
+from pneumo_dist.data.loaders import split_batch
+from pneumo_dist.model.precision import amp_dtype, autocast
+from pneumo_dist.model.unet import normalise
+from pneumo_dist.runtime.ranks import Ranks
+from pneumo_dist.training.losses import BCEDice
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gave; tensors stay on the device until somebody looks."""
+
+    loss: Tensor  # this rank's share of the global batch's loss, float32 scalar
+    grad_norm: Tensor  # of the whole gradient, the same on every rank
+    finite: bool  # whether the weights were updated; the same on every rank
+
+
+def wants_sync_bn(config: Config, stage: TrainStage, ranks: Ranks) -> bool:
+    """SyncBN needs GPUs; `auto` takes it where a rank sees fewer than 4 images of a (micro-)batch."""
+    if config.model.sync_bn == "on":
+        return True
+    share = stage.batch_size // stage.accumulate // ranks.world_size
+    return config.model.sync_bn == "auto" and ranks.device.type == "cuda" and ranks.world_size > 1 and share < 4
+
+
+class Stepper:
+    """The network with its optimizer on this rank's device."""
+
+    def __init__(self, model: nn.Module, config: Config, stage: TrainStage, ranks: Ranks) -> None:
+        """Move `model` to the device, wrap it for `ranks`, and rehearse one step that leaves no trace."""
+        self.ranks, self.stage = ranks, stage
+        self.device = ranks.device
+        self.clip_norm = config.train.clip_norm
+        self.loss = BCEDice(config.loss)
+        self.dtype = amp_dtype(config.train.amp, self.device)
+        if wants_sync_bn(config, stage, ranks):
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # channels_last before DDP, which keeps the layout it finds.
+        self.model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.train.compile:
+            self.model.compile()  # in place: state-dict keys stay clean
+        self.ddp: nn.Module = self.model
+        if ranks.world_size > 1:
+            self.ddp = DistributedDataParallel(
+                self.model,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,  # rank 0's batch-norm buffers are the ones that count: see `Trainer`
+                gradient_as_bucket_view=True,
+            )
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=stage.lr, fused=self.device.type == "cuda")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Run one backward on blank films and forget it.
+
+        DDP lays its gradient buckets out anew after its first backward, and with three or more ranks the layout
+        decides the order of a sum. Done before every start and every resume, it is the same for all real steps.
+        """
+        before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        blank = torch.zeros((2, 1, self.stage.size, self.stage.size), dtype=torch.uint8)
+        self._backward(blank, blank, global_batch=2 * self.ranks.world_size)
+        self.optimizer.zero_grad()
+        self.model.load_state_dict(before)
+
+    def micro_batches(self, images: Tensor, masks: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """Cut this rank's images into micro-batches; the flag marks the last, where gradients are exchanged."""
+        count = min(self.stage.accumulate, len(images))
+        indices = list(range(len(images)))
+        for i in range(count):
+            chosen = split_batch(indices, i, count)
+            part = slice(chosen[0], chosen[-1] + 1)
+            yield images[part], masks[part], i == count - 1
+
+    def _backward(self, images: Tensor, masks: Tensor, global_batch: int) -> Tensor:
+        total = torch.zeros((), device=self.device)
+        for image, mask, last in self.micro_batches(images, masks):
+            image = image.to(self.device, non_blocking=True)
+            mask = mask.to(self.device, non_blocking=True)
+            with self._quiet(not last):
+                with autocast(self.dtype, self.device):
+                    logits = self.ddp(normalise(image).contiguous(memory_format=torch.channels_last))
+                loss = self.loss.per_image(logits, mask).sum() / global_batch
+                self.scaler.scale(loss * self.ranks.world_size).backward()
+            total += loss.detach()
+        return total
+
+    def _quiet(self, yes: bool) -> AbstractContextManager[Any]:
+        """Keep DDP from exchanging gradients; it must surround the forward pass too."""
+        return self.ddp.no_sync() if yes and isinstance(self.ddp, DistributedDataParallel) else nullcontext()
+
+    def step(self, images: Tensor, masks: Tensor, lr: float) -> StepResult:
+        """Train on this rank's uint8 (n, 1, S, S) images and masks of one global batch.
+
+        A gradient that is not finite is so on every rank, because gradients are averaged: all skip alike.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = self._backward(images, masks, self.stage.batch_size)
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = get_total_norm(gradients)
+        if self.clip_norm:
+            clip_grads_with_norm_(self.model.parameters(), self.clip_norm, norm)
+        finite = bool(torch.isfinite(norm))
+        if finite or self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # an enabled scaler skips by itself, and must be told to learn
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return StepResult(loss, norm, finite)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return weights, optimizer and scaler; the batch-norm buffers are this rank's."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`; a scaler state is taken where both runs have one (fp16 may come or go)."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])

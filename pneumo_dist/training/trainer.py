@@ -1,0 +1,365 @@
+"""A training stage: epochs of steps, validation, weight averaging, checkpoints, an orderly stop, an exact resume.
+
+Everything that decides the result is a pure function of (settings, seed, step); a save, a validation or a stop at
+any step changes no bit of what follows. Batch-norm buffers differ between ranks and only rank 0's are canonical:
+they are what is saved and evaluated; training itself never reads them.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+from pneumo_dist.config import ConfigError
+from pneumo_dist.data.augment import Augmenter
+from pneumo_dist.data.cases import read_cases
+from pneumo_dist.data.loaders import FilmDataset, TrainBatches, fold_cases, make_loader, stage_shards
+from pneumo_dist.model.modelfile import save_model
+from pneumo_dist.runtime import ranks as ranks_module
+from pneumo_dist.runtime.runlog import RunLog
+from pneumo_dist.runtime.stopping import Stopped
+from pneumo_dist.runtime.task import Task
+from pneumo_dist.training import history
+from pneumo_dist.training.boundary import Boundary, Wishes
+from pneumo_dist.training.checkpoint import CheckpointStore
+from pneumo_dist.training.machine import set_threads, warn_if_bits_may_differ
+from pneumo_dist.training.schedule import Plateau, learning_rate, swa_due
+from pneumo_dist.training.start import start_model
+from pneumo_dist.training.step import Stepper, StepResult
+from pneumo_dist.training.validation import Validation, validate
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where the training is. `batch` counts within the epoch, `step` only steps that changed the weights."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    samples: int = 0
+    best: float = -1.0
+    best_epoch: int = -1
+
+
+class Trainer:
+    """One rank's view of a training stage."""
+
+    def __init__(self, task: Task) -> None:
+        """Build data, network and optimizer, then continue from the newest checkpoint where there is one."""
+        config, ranks = task.config, task.ranks
+        self.task, self.config, self.ranks = task, config, ranks
+        self.stage = config.train_stage(task.stage)
+        if ranks.world_size > self.stage.batch_size:
+            raise ConfigError(
+                f"stage{task.stage}.batch_size={self.stage.batch_size} cannot feed {ranks.world_size} ranks: "
+                f"use at most {self.stage.batch_size}"
+            )
+        self.machine = set_threads(config.train)
+        shards = task.shard_dir
+        if config.data.stage_dir:
+            shards = stage_shards(shards, Path(config.data.stage_dir).expanduser())
+        self.shards = shards
+        self.train_cases, self.validation_cases = fold_cases(read_cases(shards), task.fold or 0)
+        if len(self.train_cases) < self.stage.batch_size:
+            raise ConfigError(
+                f"stage{task.stage}.batch_size={self.stage.batch_size} is more than the {len(self.train_cases)} "
+                f"training films of fold {task.fold}: lower it"
+            )
+        if not self.validation_cases:
+            raise ConfigError(f"fold {task.fold} has no validation film: lower data.folds={config.data.folds}")
+        self.steps_per_epoch = len(self.train_cases) // self.stage.batch_size
+        self.total_steps = self.stage.epochs * self.steps_per_epoch
+        self.stepper = Stepper(start_model(task), config, self.stage, ranks)
+        self.swa = config.swa if config.averages(task.stage) else None
+        self.average = AveragedModel(self.stepper.model) if self.swa else None
+        self.plateau = Plateau(self.stage)
+        self.progress = Progress()
+        self.boundary = Boundary(ranks)
+        self.store = CheckpointStore(task.out / "checkpoints", config.train.keep, task.attempt)
+        self._resume()
+        self.log = RunLog(task.out / "tensorboard", ranks.first, purge_step=self._batches_done + 1)
+        self._saved_at = time.monotonic()
+        self._bad_steps = 0
+        self._bad_ids: list[str] = []
+        self._bad_loss = False
+        self._term_saved = False
+
+    # --- checkpoints -------------------------------------------------------------------------------------------
+
+    @property
+    def _batches_done(self) -> int:
+        return self.progress.epoch * self.steps_per_epoch + self.progress.batch
+
+    def _resume(self) -> None:
+        """Load the newest checkpoint: rank 0 chooses, since file systems may show the others an older state."""
+        state = self.ranks.broadcast(self.store.newest() if self.ranks.first else None)
+        if state is None:
+            return
+        if state["result_hash"] != self.task.result_hash:
+            raise ConfigError(
+                f"{self.store.folder}: the checkpoints there were made with other settings: "
+                "take another name with --run OTHER, or start over with --redo"
+            )
+        self.stepper.load_state_dict(state)
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.plateau.load_state_dict(state["plateau"])
+        self.progress = Progress(**state["progress"])
+        if len(state["rng"]) == self.ranks.world_size:
+            torch.set_rng_state(state["rng"][self.ranks.rank])
+        if self.ranks.first:
+            log.info(
+                "resuming at epoch %d, batch %d of %d",
+                self.progress.epoch + 1,
+                self.progress.batch,
+                self.steps_per_epoch,
+            )
+            warn_if_bits_may_differ(state["machine"], self.machine, state["world_size"], self.ranks.world_size)
+
+    def _save(self) -> None:
+        """Copy the state now and let a thread write it; collective, because every rank gives its random state."""
+        rng = self.ranks.gather(torch.get_rng_state())
+        self._saved_at = time.monotonic()
+        if not self.ranks.first:
+            return
+        state = self.stepper.state_dict() | {
+            "average": self.average.state_dict() if self.average is not None else {},
+            "plateau": self.plateau.state_dict(),
+            "progress": asdict(self.progress),
+            "rng": rng,
+            "world_size": self.ranks.world_size,
+            "machine": self.machine,
+            "result_hash": self.task.result_hash,
+        }
+        self.store.save(f"{self._batches_done:010d}", state)
+
+    def _weights_file(self, name: str, weights: dict[str, torch.Tensor]) -> Path:
+        path = self.task.out / f"{name}.pt"
+        if self.task.attempt:
+            self.task.attempt.check()
+        meta = {
+            "size": self.stage.size,
+            "threshold": self.config.evaluate.threshold,
+            "tta": self.config.evaluate.tta,
+            "provenance": {
+                "stage": self.task.stage,
+                "fold": self.task.fold,
+                "result_hash": self.task.result_hash,
+                "weights": name,
+            }
+            | asdict(self.progress),
+        }
+        save_model(path, weights, meta)
+        return path
+
+    # --- the boundary between two steps ------------------------------------------------------------------------
+
+    def _at_boundary(self) -> None:
+        """Agree with the other ranks, then save, stop or give up together."""
+        stop = self.task.stop
+        due = self.ranks.first and time.monotonic() - self._saved_at >= self.config.train.save_every_s
+        once = stop.save and not self._term_saved
+        self._term_saved = self._term_saved or stop.save
+        agreed = self.boundary.exchange(
+            Wishes(leave=stop.leave, save=int(due or once), failed=int(self.store.failed), bad_loss=int(self._bad_loss))
+        )
+        if agreed.failed:
+            self._give_up_writing()
+        self._count_bad(bool(agreed.bad_loss))
+        if agreed.leave:
+            self._save_and_leave(agreed.leave)
+        if agreed.save:
+            self._save()
+            if once:
+                log.info("SIGTERM: state saved at batch %d; going on until SLURM ends the job", self._batches_done)
+
+    def _save_and_leave(self, signum: int) -> None:
+        self._save()
+        problem = ""
+        try:
+            self.store.wait()
+        except Exception as error:
+            problem = str(error)
+        if any(self.ranks.broadcast([problem])):
+            raise RuntimeError(problem or "rank 0 could not write a checkpoint")
+        self.boundary.settle()
+        self.log.close()
+        log.info("state saved at epoch %d, batch %d", self.progress.epoch + 1, self.progress.batch)
+        raise Stopped(signum)
+
+    def _give_up_writing(self) -> None:
+        """All ranks stop with rank 0's error: training on without checkpoints would be lost work."""
+        if self.ranks.first:
+            self.store.wait()
+        raise RuntimeError("rank 0 could not write a checkpoint")
+
+    def _count_bad(self, bad: bool) -> None:
+        self._bad_steps = self._bad_steps + 1 if bad else 0
+        if self._bad_steps >= self.config.train.max_nonfinite:
+            raise FloatingPointError(
+                f"stage {self.task.stage}, epoch {self.progress.epoch + 1}, batch {self.progress.batch}: the loss was "
+                f"not finite {self._bad_steps} times in a row; this rank's films: {', '.join(self._bad_ids) or 'all fine'}"
+            )
+
+    # --- epochs ------------------------------------------------------------------------------------------------
+
+    def _batches(self) -> Iterator[Any]:
+        """One loader over all epochs that are left: its workers start once."""
+        share = self.stage.positive_share
+        sampler = TrainBatches(
+            len(self.train_cases),
+            self.stage.batch_size,
+            self.config.train.seed,
+            self.stage.epochs,
+            self.ranks.rank,
+            self.ranks.world_size,
+            start=(self.progress.epoch, self.progress.batch),
+            labels=[case.label for case in self.train_cases] if share else None,
+            shares=share or None,
+        )
+        dataset = FilmDataset(
+            self.shards, self.stage.size, self.train_cases, Augmenter(self.config.augment, self.config.train.seed)
+        )
+        return iter(
+            make_loader(
+                dataset, sampler, self.config.train.workers, self.config.train.seed, self.stepper.device.type == "cuda"
+            )
+        )
+
+    def _learning_rate(self) -> float:
+        return learning_rate(self.progress.step, self.total_steps, self.stage, self.swa, self.plateau.lr)
+
+    def train(self) -> None:
+        """Run the epochs that are left."""
+        batches = self._batches() if self.progress.epoch < self.stage.epochs else iter(())
+        first = True
+        while self.progress.epoch < self.stage.epochs:
+            begin, waited, loss_sum, seen = time.monotonic(), 0.0, 0.0, 0
+            while self.progress.batch < self.steps_per_epoch:
+                asked = time.monotonic()
+                images, masks, indices = next(batches)
+                waited += time.monotonic() - asked
+                lr = self._learning_rate()
+                result = self.stepper.step(images, masks, lr)
+                self._after_step(result, indices)
+                loss_sum += float(result.loss) if torch.isfinite(result.loss) else 0.0
+                seen += 1
+                if first:
+                    ranks_module.shorten_timeout(self.ranks, self.config.train.timeout_s)
+                    first = False
+                faulthandler.dump_traceback_later(self.config.train.timeout_s / 2)
+                if self.progress.batch % self.config.train.log_every == 0:
+                    self._report_step(result, lr, begin, waited, seen)
+                self._at_boundary()
+            self._end_epoch(begin, waited, loss_sum / max(seen, 1), seen)
+        faulthandler.cancel_dump_traceback_later()
+        self.boundary.settle()
+        self.log.close()
+
+    def _after_step(self, result: StepResult, indices: torch.Tensor) -> None:
+        self.progress.batch += 1
+        self.progress.samples += self.stage.batch_size
+        self._bad_loss = not bool(torch.isfinite(result.loss)) or (
+            not result.finite and not self.stepper.scaler.is_enabled()
+        )
+        if self._bad_loss:
+            self._bad_ids = [self.train_cases[i].id for i in indices.tolist()]
+        if result.finite:  # a skipped step is neither counted by the schedule nor averaged
+            self.progress.step += 1
+            if self.swa and self.average is not None:
+                if swa_due(self.progress.step, self.total_steps, self.steps_per_epoch, self.swa):
+                    self.average.update_parameters(self.stepper.model)
+
+    def _report_step(self, result: StepResult, lr: float, begin: float, waited: float, seen: int) -> None:
+        took = max(time.monotonic() - begin, 1e-9)
+        values = {
+            "train/loss_of_rank_0": float(result.loss) * self.ranks.world_size,
+            "train/lr": lr,
+            "train/grad_norm": float(result.grad_norm),
+            "speed/images_per_s": seen * self.stage.batch_size / took,
+            "speed/wait_share": waited / took,
+        }
+        if self.stepper.scaler.is_enabled():
+            values["train/amp_scale"] = self.stepper.scaler.get_scale()
+        self.log.scalars(self._batches_done, values)
+
+    def _end_epoch(self, begin: float, waited: float, loss: float, seen: int) -> None:
+        """Validate where it is due, let the plateau rule look, note the epoch, and go to the next one."""
+        took = max(time.monotonic() - begin, 1e-9)
+        number = self.progress.epoch + 1
+        found: Validation | None = None
+        if number % self.config.train.eval_every == 0 or number == self.stage.epochs:
+            # Long films, few ranks: a validation may take longer than a step, so the watchdog waits for the time-out.
+            faulthandler.dump_traceback_later(self.config.train.first_timeout_s / 2)
+            found = validate(self.task, self.stepper, self.validation_cases, self.shards)
+            if found is None:  # asked to leave: this epoch's end is a step boundary, and is validated after the resume
+                self._save_and_leave(max(self.ranks.maximum([self.task.stop.leave])))
+                return
+            if self.stage.schedule == "plateau":
+                self.plateau.step(found.loss)
+            if found.dice > self.progress.best:
+                self.progress.best, self.progress.best_epoch = found.dice, number
+                if self.ranks.first:
+                    self._weights_file("best", self.stepper.model.state_dict())
+        losses = self.ranks.gather(loss)
+        if self.ranks.first:
+            row: dict[str, Any] = {
+                "epoch": number,
+                "epochs": self.stage.epochs,
+                "step": self.progress.step,
+                "steps": self.total_steps,
+                "lr": self._learning_rate(),
+                "images_per_s": round(seen * self.stage.batch_size / took, 2),
+                "wait_share": round(waited / took, 4),
+                "train_loss": sum(losses or [loss]),
+                "best_dice": self.progress.best,
+                "best_epoch": self.progress.best_epoch,
+            }
+            if found:
+                row |= asdict(found)
+            history.append(self.task.out / "metrics.jsonl", row)
+            shown = {k: v for k, v in row.items() if isinstance(v, float) and k != "lr"}
+            self.log.scalars(self._batches_done, {f"epoch/{k}": v for k, v in shown.items()})
+            log.info("%s", history.line(row))
+        self.progress.epoch, self.progress.batch = number, 0
+
+    def finish(self) -> dict[str, Path]:
+        """Write the weights that later stages start from."""
+        problem = ""
+        outputs: dict[str, Path] = {}
+        try:
+            self.store.wait()
+            if self.ranks.first:
+                outputs = {
+                    "best": self.task.out / "best.pt",
+                    "last": self._weights_file("last", self.stepper.model.state_dict()),
+                }
+                if self.average is not None:
+                    if not int(
+                        self.average.n_averaged
+                    ):  # fp16 skipped steps, so the last averaging point was not reached
+                        self.average.update_parameters(self.stepper.model)
+                    outputs["swa"] = self._weights_file("swa", self.average.module.state_dict())
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        problem = self.ranks.broadcast(problem)
+        if problem:
+            raise RuntimeError(problem)
+        return outputs
+
+
+def run(task: Task) -> dict[str, Path]:
+    """Train one stage of one fold; every rank calls it."""
+    trainer = Trainer(task)
+    trainer.train()
+    return trainer.finish()

@@ -1,0 +1,33 @@
+# Sourced by every *.sbatch here: the environment of a node, and `task`, which runs one stage by srun.
+# It must run on the submitting site's plain bash; what a site has to change stands at the top.
+
+# --- change here -------------------------------------------------------------------------------------------------
+# module load cuda
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0   # the network that joins the nodes (ip -br link)
+PYTHON=${PYTHON:-$PWD/.venv/bin/python}
+# -----------------------------------------------------------------------------------------------------------------
+
+set -euo pipefail
+if [ ! -d pneumo_dist ]; then
+    echo "error: $PWD is no checkout of pneumo_dist: call sbatch from the checkout's directory" >&2
+    exit 2
+fi
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+
+# Ranks meet on the job's first node. The port is the same at each requeue, another for each job, and below the
+# range from which connections take theirs.
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+
+# SLURM 22.05 to 23.02: srun does not take the job's --cpus-per-task over by itself.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+
+# task STAGE RUN_DIR [--fold K | --part I/N]: one process for each task of the job. `env` blocks the signals until
+# Python has its handlers: one that comes in the first second would otherwise kill the job without a requeue.
+# A rank that dies takes the others along, so that the job fails instead of waiting for it.
+task() {
+    local stage=$1 run=$2
+    shift 2
+    srun --kill-on-bad-exit=1 env --block-signal=USR2 --block-signal=TERM \
+        "$PYTHON" -m pneumo_dist.stages --stage "$stage" --run-dir "$run" "$@"
+}

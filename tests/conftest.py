@@ -1,0 +1,20 @@
+"""What every test stands on: an environment without traces of a SLURM job, and no look-ups in the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+# A test that runs inside somebody's SLURM job (or after `export SLURM_CONF=...`) must not take itself for a rank of
+# that job, nor talk to that cluster: tests/slurm hands its private cluster to those who ask.
+for _name in list(os.environ):
+    if _name.startswith(("SLURM_", "SBATCH_", "SUBMITIT_")) or _name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "PNEUMO_STORE",
+    ):
+        del os.environ[_name]

@@ -1,0 +1,160 @@
+"""Disturb one short training at random, again and again; it must end with the bits of an undisturbed one.
+
+    python -m tests.dist.chaos [--rounds 300] [--seed 0]
+
+Two ranks with a loader worker each. A round starts them, waits for a random amount of progress, sends SIGUSR2,
+SIGTERM, SIGINT or SIGKILL to a random process of the job (loader workers included), ends the job as a launcher
+would, and now and then cuts the newest checkpoint off. The network is thinned, so that most of the time goes into
+what is tested; ranks are forked from this process, so that none of it goes into importing torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from pneumo_dist import stages
+from pneumo_dist.training import trainer  # noqa: F401  imported before the ranks are forked
+from tests.dist import small_run
+from tests.dist.spawn import environment
+
+WORLD_SIZE = 2
+DAMAGE = "newest checkpoint cut off, beside these"
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGKILL)
+
+
+def _fork(run_dir: Path, log: Path) -> list[int]:
+    store = Path(tempfile.mkdtemp(dir=run_dir)) / "store"
+    pids = []
+    for rank in range(WORLD_SIZE):
+        pid = os.fork()
+        if pid == 0:
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            os.environ.update(environment(rank, WORLD_SIZE, store))
+            status = 1
+            try:
+                status = stages.main(["--stage", "1", "--run-dir", str(run_dir), "--fold", "0"])
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        pids.append(pid)
+    return pids
+
+
+def _collect(pids: list[int], patience_s: float = 60) -> list[int]:
+    """Wait for the ranks; once one has failed the rest is killed, as every launcher does."""
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + patience_s
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+        orderly = {0, *(128 + s for s in SIGNALS)}
+        if any(code not in orderly for code in codes.values()) or time.monotonic() > deadline:
+            for pid in pids:
+                if pid not in codes:
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[pid] for pid in pids]
+
+
+def _progress(run_dir: Path) -> str:
+    try:
+        return (run_dir / "fold0" / "stage1" / "checkpoints" / "LAST").read_text()
+    except OSError:
+        return ""
+
+
+def _disturb(run_dir: Path, pids: list[int], rng: random.Random) -> str:
+    """Wait until a save or two have been written (or a moment of start-up has passed), then send a signal."""
+    before, saves = _progress(run_dir), rng.choice((0, 1, 1, 2))
+    deadline = time.monotonic() + (rng.uniform(0, 1.5) if saves == 0 else 20)
+    while time.monotonic() < deadline and (saves > 0 or time.monotonic() < deadline):
+        now = _progress(run_dir)
+        if now != before:
+            before, saves = now, saves - 1
+            if saves == 0:
+                break
+        if not any(small_run.alive(pid) for pid in pids):
+            return "ended before"
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.1))
+    victims = pids + [child for pid in pids for child in small_run.children(pid)]
+    victim, number = rng.choice(victims), rng.choice(SIGNALS)
+    try:
+        os.kill(victim, number)
+    except ProcessLookupError:
+        return "ended before"
+    return f"{signal.Signals(number).name} to {'a rank' if victim in pids else 'a loader worker'}"
+
+
+def _damage(run_dir: Path, rng: random.Random) -> bool:
+    files = sorted((run_dir / "fold0" / "stage1" / "checkpoints").glob("*.pt"))
+    if len(files) < 2:
+        return False
+    data = files[-1].read_bytes()
+    files[-1].write_bytes(data[: rng.randrange(len(data))])
+    return True
+
+
+def chaos(folder: Path, rounds: int, seed: int = 0) -> Counter[str]:
+    """Run the series and compare; returns what was done how often.
+
+    Raises:
+        AssertionError: the weights differ, or the training ended before all rounds were done.
+    """
+    small_run.thin()
+    rng = random.Random(seed)
+    epochs = 8 + rounds  # two steps each: every round is disturbed while there is something left to do
+    prepared = small_run.prepare(folder / "prepared", f"stage1.epochs={epochs}", "train.save_every_s=0")
+    calm = small_run.copy_of(prepared, folder / "calm")
+    log = folder / "log"
+    assert _collect(_fork(calm, log), 600) == [0] * WORLD_SIZE, log.read_text()[-4000:]
+    run_dir = small_run.copy_of(prepared, folder / "disturbed")
+    done: Counter[str] = Counter()
+    damaged = 0
+    while sum(done.values()) < rounds:
+        pids = _fork(run_dir, log)
+        what = _disturb(run_dir, pids, rng)
+        _collect(pids)
+        assert not (run_dir / "fold0" / "stage1" / "DONE.json").exists(), f"ended after {sum(done.values())} rounds"
+        if what == "ended before":
+            continue
+        done[what] += 1
+        if rng.random() < 0.15 and _damage(run_dir, rng):
+            damaged += 1
+    assert _collect(_fork(run_dir, log), 600) == [0] * WORLD_SIZE, log.read_text()[-4000:]
+    assert small_run.fingerprint(run_dir) == small_run.fingerprint(calm)
+    return done + Counter({DAMAGE: damaged})
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp())
+    try:
+        begin = time.monotonic()
+        done = chaos(folder, options.rounds, options.seed)
+        for what, count in sorted(done.items()):
+            print(f"{count:5d}  {what}")
+        print(f"bit-identical after {options.rounds} interruptions in {time.monotonic() - begin:.0f} s")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    _main()

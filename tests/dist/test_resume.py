@@ -1,0 +1,146 @@
+"""Interrupted equals uninterrupted: the same bits, wherever and however often the training was stopped."""
+
+import signal
+import time
+
+import pytest
+import torch
+
+from pneumo_dist import stages
+from pneumo_dist.config import ConfigError
+from pneumo_dist.model.resnet34 import ResNet34Encoder
+from pneumo_dist.model.unet import ResNet34UNet
+from pneumo_dist.runtime.stopping import Stopped, StopSignal
+from pneumo_dist.training import trainer
+from pneumo_dist.training.step import Stepper
+from tests.dist import small_run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def thin_network():
+    channels, widths = ResNet34Encoder.channels, ResNet34UNet.widths
+    small_run.thin()
+    yield
+    ResNet34Encoder.channels, ResNet34UNet.widths = channels, widths
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return small_run.prepare(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared, tmp_path_factory):
+    run_dir = small_run.copy_of(prepared, tmp_path_factory.mktemp("undisturbed"))
+    stages.run_stage("1", run_dir, fold=0)
+    return run_dir
+
+
+class StopAt:
+    """Ask to leave after given steps of successive attempts; "e3" means during the validation of epoch 3."""
+
+    def __init__(self, monkeypatch, run_dir, points):
+        self.run_dir, self.points = run_dir, list(points)
+        self.stop, self.steps = StopSignal(), 0
+        step, validate = Stepper.step, trainer.validate
+
+        def counted(stepper, *arguments):
+            result = step(stepper, *arguments)
+            self.steps += 1
+            if self.points and self.points[0] == self.steps:
+                self.stop.leave = signal.SIGUSR2
+            return result
+
+        def watched(task, *arguments):
+            if self.points and self.points[0] == f"e{self.steps // 2}":
+                self.stop.leave = signal.SIGTERM
+            return validate(task, *arguments)
+
+        monkeypatch.setattr(Stepper, "step", counted)
+        monkeypatch.setattr(trainer, "validate", watched)
+
+    def run(self):
+        while self.points:
+            with pytest.raises(Stopped):
+                stages.run_stage("1", self.run_dir, fold=0, stop=self.stop)
+            self.points.pop(0)
+            self.stop = StopSignal()
+        stages.run_stage("1", self.run_dir, fold=0)
+        return self.steps
+
+
+@pytest.mark.parametrize("points", [[1], [2, 4], ["e1", 3, "e2", 7], [8], ["e4"]])
+def test_weights_and_scores_do_not_depend_on_stops(prepared, undisturbed, tmp_path, monkeypatch, points):
+    run_dir = small_run.copy_of(prepared, tmp_path)
+    steps = StopAt(monkeypatch, run_dir, points).run()
+    assert steps == 8  # no step was done twice: an orderly stop loses nothing
+    assert small_run.fingerprint(run_dir) == small_run.fingerprint(undisturbed)
+
+
+def test_a_crash_repeats_from_the_last_save_and_ends_the_same(prepared, undisturbed, tmp_path, monkeypatch):
+    run_dir = small_run.copy_of(prepared, tmp_path)
+    config = (run_dir / "config.yaml").read_text().replace("save_every_s: 1000000.0", "save_every_s: 0.0")
+    (run_dir / "config.yaml").write_text(config)  # a save at every step
+    step, done = Stepper.step, []
+
+    def crashing(stepper, *arguments):
+        if len(done) == 5:
+            raise MemoryError("as if the machine had gone")
+        done.append(1)
+        return step(stepper, *arguments)
+
+    monkeypatch.setattr(Stepper, "step", crashing)
+    with pytest.raises(MemoryError):
+        stages.run_stage("1", run_dir, fold=0)
+    monkeypatch.setattr(Stepper, "step", step)
+    newest = sorted((run_dir / "fold0" / "stage1" / "checkpoints").glob("*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])  # and the newest checkpoint was cut off
+    stages.run_stage("1", run_dir, fold=0)
+    assert small_run.fingerprint(run_dir) == small_run.fingerprint(undisturbed)
+
+
+def test_a_finished_stage_returns_at_once_and_other_settings_are_refused(undisturbed, monkeypatch):
+    monkeypatch.setattr(trainer.Trainer, "train", lambda self: pytest.fail("trained again"))
+    stages.run_stage("1", undisturbed, fold=0)
+    path = undisturbed / "config.yaml"
+    before = path.read_text()
+    path.write_text(before.replace("clip_norm: 0.0", "clip_norm: 1.0"))
+    try:
+        with pytest.raises(ConfigError, match=r"train\.clip_norm.*--run OTHER.*--redo"):
+            stages.run_stage("1", undisturbed, fold=0)
+    finally:
+        path.write_text(before)
+
+
+def test_stage_2_starts_from_the_best_weights_of_stage_1(undisturbed, monkeypatch):
+    seen = []
+
+    def look(stepper, *_):
+        seen.append({k: v.clone() for k, v in stepper.model.state_dict().items()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stepper, "step", look)
+    with pytest.raises(KeyboardInterrupt):
+        stages.run_stage("2", undisturbed, fold=0)
+    best = torch.load(undisturbed / "fold0" / "stage1" / "best.pt", weights_only=True)["model"]
+    assert all(torch.equal(seen[0][key], best[key]) for key in best)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_stopped_by_signals_end_with_the_bits_of_an_undisturbed_run(prepared, tmp_path, world_size):
+    log = tmp_path / "log"
+    calm = small_run.copy_of(prepared, tmp_path / "calm")
+    assert small_run.finish(small_run.start(calm, "1", world_size, log)) == [0] * world_size, log.read_text()
+    stopped = small_run.copy_of(prepared, tmp_path / "stopped")
+    pid_file = stopped / "jobs" / "stage1-fold0.attempt"
+    attempts: list[set[int]] = []
+    for disturbed in (True, True, False):
+        pid_file.unlink(missing_ok=True)
+        ranks = small_run.start(stopped, "1", world_size, log)
+        while disturbed and not pid_file.exists() and ranks[0].poll() is None:
+            time.sleep(0.02)
+        if disturbed:
+            ranks[-1].send_signal(signal.SIGUSR2)  # one rank only: the others learn of it
+        attempts.append(set(small_run.finish(ranks)))
+    assert attempts == [{128 + signal.SIGUSR2}, {128 + signal.SIGUSR2}, {0}], log.read_text()
+    assert small_run.fingerprint(stopped) == small_run.fingerprint(calm)

@@ -1,0 +1,154 @@
+"""The whole chain on a real SLURM of two and more nodes, by way of launch/submit.py."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.slurm.conftest import Chain
+from tests.slurm.private import ROOT, PrivateCluster, devcluster, same_weights, until
+
+STAGES = ("phantom", "shards", "fold0/stage1", "fold0/stage2", "fold0/swa", "fold0/evaluate", "infer/films")
+
+
+def ledger(run: Path) -> list[dict[str, Any]]:
+    """Return what was submitted for a run, oldest first."""
+    lines = (run / "jobs" / "submitted.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["event"] == "submitted"]
+
+
+def test_whole_chain_on_two_nodes_ends_with_a_submission_for_every_film(chain: Chain) -> None:
+    for name in STAGES:
+        assert (chain.run / name / "DONE.json").is_file(), name
+    done = json.loads((chain.run / "fold0/stage1/DONE.json").read_text())
+    assert done["world_size"] == 2
+    with open(chain.run / "infer/films/submission.csv") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["ImageId", "EncodedPixels"]
+    assert len({name for name, _ in rows[1:]}) == 24
+
+
+def test_ranks_of_a_training_ran_on_two_different_nodes(chain: Chain, cluster: PrivateCluster) -> None:
+    job_id = next(str(row["job_id"]) for row in ledger(chain.run) if row["key"] == "stage1-fold0")
+    assert cluster.job(job_id)["NumNodes"] == "2"
+
+
+def test_preprocess_and_infer_were_arrays_and_every_job_waited_for_the_one_before(chain: Chain) -> None:
+    rows = {str(row["key"]): row for row in ledger(chain.run)}
+    assert rows["preprocess"]["elements"] == rows["infer"]["elements"] == 2
+    order = [str(row["key"]) for row in ledger(chain.run)]
+    for before, key in zip(order, order[1:], strict=False):
+        assert f"afterok:{rows[before]['job_id']}" in " ".join(rows[key]["after"]), (before, rows[key])
+
+
+def test_same_recipe_on_this_machine_gives_the_same_bits(chain: Chain, tmp_path: Path) -> None:
+    words = ("--cluster", "local", "--stage", "all", "--nodes", "2", "--config", chain.recipe, "--run", "here")
+    chain.cluster.command(
+        sys.executable, ROOT / "launch/submit.py", *words, f"run_root={tmp_path}", timeout_s=400, cwd=tmp_path
+    )
+    same_weights(chain.run / "fold0/model.pt", tmp_path / "here/fold0/model.pt")
+    ours, theirs = (folder / "infer/films/submission.csv" for folder in (chain.run, tmp_path / "here"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_repeated_command_returns_at_once_and_submits_nothing(chain: Chain) -> None:
+    before = len(ledger(chain.run))
+    started = time.monotonic()
+    chain.submit("--stage", "all", "--nodes", "2", "--wait")
+    assert time.monotonic() - started < 20
+    assert len(ledger(chain.run)) == before
+
+
+def test_changed_setting_of_a_done_stage_is_refused_with_its_key(chain: Chain) -> None:
+    done = chain.submit("--stage", "1", "--nodes", "2", "stage1.lr=0.01", check=False)
+    assert done.returncode == 2
+    assert "stage1.lr" in done.stderr and "--redo" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_second_writer_is_refused_and_a_parent_that_fails_cancels_its_dependants(
+    chain: Chain, free_cluster: PrivateCluster, tmp_path: Path
+) -> None:
+    words = ("--config", chain.recipe, "--run", "busy", f"run_root={tmp_path}", f"data.shard_dir={chain.run}/shards")
+    held = free_cluster.command("sbatch", "--parsable", "--hold", "-o", "/dev/null", "--wrap", "true").stdout.strip()
+    free_cluster.submit("--stage", "1", "--nodes", "2", "--after", held, *words)
+    first = next(row for row in ledger(tmp_path / "busy") if row["key"] == "stage1-fold0")
+    assert first["after"] == [f"afterok:{held}"]
+
+    second = free_cluster.submit("--stage", "1", "--nodes", "2", *words, check=False)
+    assert second.returncode == 2
+    assert str(first["job_id"]) in second.stderr and second.stderr.count("\n") <= 2
+
+    # A pending parent is parent enough: stage 2 waits for it without being told its id.
+    free_cluster.submit("--stage", "2", "--nodes", "2", *words)
+    child = next(row for row in ledger(tmp_path / "busy") if row["key"] == "stage2-fold0")
+    assert child["after"] == [f"afterok:{first['job_id']}"]
+
+    free_cluster.command("scancel", held)
+    for row in (first, child):
+        assert free_cluster.wait_for(str(row["job_id"]), within_s=30) == "CANCELLED"
+
+
+def test_failed_stage_ends_the_waiting_command_with_1_and_names_itself(
+    chain: Chain, free_cluster: PrivateCluster, tmp_path: Path
+) -> None:
+    words = ("--config", chain.recipe, "--run", "bad", f"run_root={tmp_path}", f"data.shard_dir={chain.run}/shards")
+    # More than the films of a training fold: only the job itself can know.
+    done = free_cluster.submit("--stage", "all", "--nodes", "2", "--wait", *words, "stage1.batch_size=23", check=False)
+    assert done.returncode == 1
+    assert "stage 1" in done.stdout + done.stderr
+    assert not (tmp_path / "bad/fold0/stage1/DONE.json").exists()
+    last = ledger(tmp_path / "bad")[-1]
+    assert free_cluster.wait_for(str(last["job_id"]), within_s=30) == "CANCELLED"
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """Return a checkout as a fresh clone has it, beside this one's virtual environment."""
+    place = tmp_path / "clone"
+    for name in ("launch", "pneumo_dist", "configs"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    if (ROOT / ".venv").exists():
+        (place / ".venv").symlink_to(ROOT / ".venv")
+    return place
+
+
+def test_literal_command_on_a_configured_cluster_submits_the_missing_upstream_too(
+    clone: Path, free_cluster: PrivateCluster, tmp_path: Path
+) -> None:
+    submit = ("python3", clone / "launch/submit.py", "--stage", "1", "--nodes", "2")
+    said = free_cluster.command(*submit, cwd=tmp_path)
+    assert "no data configured: synthetic phantom films" in said.stdout + said.stderr
+    run = clone / "runs/quickstart"
+    keys = [row["key"] for row in ledger(run)]
+    assert keys == ["phantom", "preprocess", "finalize", "stage1-fold0"]
+    job_id = str(ledger(run)[-1]["job_id"])
+    assert job_id in said.stdout
+    free_cluster.command("python3", clone / "launch/runs.py", "cancel", "quickstart", cwd=tmp_path)
+    until(free_cluster.idle, 60, "an idle cluster after runs.py cancel")
+    assert free_cluster.state(job_id) == "CANCELLED"
+
+
+def test_without_accounting_a_waiting_command_still_learns_how_its_jobs_ended(
+    cluster: PrivateCluster, tmp_path: Path
+) -> None:
+    folder = Path(f"/tmp/pneumo-plain-{os.getpid()}")
+    try:
+        devcluster("start", "--dir", folder, "--nodes", 2, "--no-accounting", "--owner", os.getpid())
+        plain = PrivateCluster(folder)
+        recipe = Path(__file__).parent / "tiny.yaml"
+        words = ("--nodes", "2", "--config", recipe, "--wait", f"run_root={tmp_path}", "data.workers=1")
+        plain.submit("--stage", "preprocess", "--run", "good", *words, timeout_s=120)
+        assert (tmp_path / "good/shards/DONE.json").is_file()
+        failed = plain.submit("--stage", "1", "--run", "good", *words, "stage1.batch_size=23", check=False)
+        assert failed.returncode == 1, failed.stdout + failed.stderr
+    finally:
+        devcluster("stop", "--dir", folder)
+        shutil.rmtree(folder, ignore_errors=True)

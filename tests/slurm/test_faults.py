@@ -1,0 +1,211 @@
+"""Seven things that happen to jobs on a cluster, each to one short training with one dependant.
+
+One undisturbed training is the reference: whatever was done to the others, their final weights are the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import Chain
+from tests.slurm.private import PROFILE, PrivateCluster, same_weights, until
+
+FEW_BATCHES = 8  # from here on a training counts as under way: its checkpoint is worth losing
+USR2_PENDING = 1 << (signal.SIGUSR2 - 1)
+
+
+def ranks_of(job_id: str) -> list[int]:
+    """Return the process ids, as this machine sees them, of the Python ranks of a job in rank order."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            pairs = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        environment = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+        if environment.get("SLURM_JOB_ID") == job_id and "SLURM_PROCID" in environment and "python" in words[0]:
+            found[int(entry.name)] = (int(environment["SLURM_PROCID"]), parent)
+    # Loader workers look the same, but their parent is a rank.
+    return sorted((pid for pid in found if found[pid][1] not in found), key=lambda pid: found[pid][0])
+
+
+def pending(pid: int, mask: int) -> bool:
+    """Tell whether a signal waits for a stopped process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return any(int(line.split()[1], 16) & mask for line in lines if line.startswith("ShdPnd"))
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training of stage 1 on two nodes and the job that depends on it."""
+
+    cluster: PrivateCluster
+    run: Path
+    profile: Path
+    words: tuple[object, ...]
+
+    def submit(self) -> tuple[str, str]:
+        """Submit what is not done of stage 1 and, after it, the batch-norm job; return their ids."""
+        for stage, nodes in (("1", 2), ("swa", 1)):
+            self.cluster.submit("--stage", stage, "--nodes", nodes, "--profile", self.profile, *self.words)
+        rows = [json.loads(line) for line in (self.run / "jobs/submitted.jsonl").read_text().splitlines()]
+        ids = {row["key"]: str(row["job_id"]) for row in rows}
+        return ids["stage1-fold0"], ids["swa-fold0"]
+
+    def batches(self) -> int:
+        """Return how many batches the newest checkpoint holds."""
+        try:
+            last = json.loads((self.run / "fold0/stage1/checkpoints/LAST").read_text())
+        except FileNotFoundError:
+            return 0
+        return int(Path(last["checkpoints"][-1]["file"]).stem)
+
+    def begin(self) -> tuple[str, str]:
+        """Submit, and return when the training is under way and has a checkpoint."""
+        job, child = self.submit()
+        until(lambda: self.batches() >= FEW_BATCHES, 90, f"a checkpoint in {self.run}", every_s=0.05)
+        assert self.cluster.state(job) == "RUNNING"
+        return job, child
+
+    def log(self, job: str) -> str:
+        """Return what rank 0 of a job wrote."""
+        return "".join(path.read_text() for path in sorted((self.run / "jobs").glob(f"{job}_0_log.*")))
+
+    def check(self, child: str, reference: Path) -> None:
+        """Wait for the dependant; the averaged weights must be the reference's bits."""
+        assert self.cluster.wait_for(child, within_s=180) == "COMPLETED"
+        same_weights(reference / "fold0/swa/model.pt", self.run / "fold0/swa/model.pt")
+        same_weights(reference / "fold0/stage1/last.pt", self.run / "fold0/stage1/last.pt")
+
+
+def training(chain: Chain, cluster: PrivateCluster, root: Path, name: str, partition: str = "batch") -> Training:
+    """Describe a training of some 15 s on the chain's shards, in a run of its own."""
+    profile = root / f"{name}.profile.yaml"
+    profile.write_text(f"{PROFILE.read_text()}\npartition: {partition}\n")
+    words = ("stages=1,swa", "stage1.epochs=40", "train.eval_every=20", "train.save_every_s=0.5")
+    fixed = ("--config", chain.recipe, "--run", name, f"run_root={root}", f"data.shard_dir={chain.run}/shards")
+    return Training(cluster, root / name, profile, (*fixed, *words))
+
+
+@pytest.fixture(scope="module")
+def reference(chain: Chain, cluster: PrivateCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the run that nobody disturbs."""
+    calm = training(chain, cluster, tmp_path_factory.mktemp("reference"), "calm")
+    _, child = calm.submit()
+    assert cluster.wait_for(child, within_s=240) == "COMPLETED"
+    return calm.run
+
+
+@pytest.fixture
+def disturbed(
+    chain: Chain, reference: Path, free_cluster: PrivateCluster, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Training]:
+    """Return a training to be disturbed; nothing of it is left in the queue afterwards."""
+    yield training(chain, free_cluster, tmp_path, "shaken", getattr(request, "param", "batch"))
+    free_cluster.command("scancel", "--user", "root")
+
+
+def test_a_time_limit_saves_requeues_and_ends_in_the_same_bits(disturbed: Training, reference: Path) -> None:
+    job, child = disturbed.begin()
+    # SLURM looks at time limits every 30 s only: hold the ranks until its warning has come.
+    ranks = ranks_of(job)
+    assert len(ranks) == 2
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    before = disturbed.batches()
+    end = (datetime.now() + timedelta(seconds=45)).strftime("%Y-%m-%dT%H:%M:%S")
+    disturbed.cluster.command("scontrol", "update", f"jobid={job}", f"EndTime={end}")
+    until(lambda: all(pending(pid, USR2_PENDING) for pid in ranks), 40, "SLURM's warning of the time limit")
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
+    disturbed.cluster.wait_for(job, "PENDING", 20)
+    assert disturbed.batches() > before, "a warning comes in time to save once more"
+    disturbed.cluster.command("scontrol", "update", f"jobid={job}", "TimeLimit=30")
+    disturbed.check(child, reference)
+    assert disturbed.cluster.job(job)["Restarts"] == "1"
+    assert "resuming at" in disturbed.log(job)
+
+
+@pytest.mark.parametrize("disturbed", ["low0"], indirect=True)
+def test_b_preemption_by_a_higher_partition_ends_in_the_same_bits(disturbed: Training, reference: Path) -> None:
+    job, child = disturbed.begin()
+    urgent = disturbed.cluster.command(
+        "sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"
+    ).stdout.strip()
+    assert disturbed.cluster.wait_for(urgent, within_s=40) == "COMPLETED"
+    disturbed.check(child, reference)
+    assert disturbed.cluster.job(job)["Restarts"] == "1"
+    assert "resuming at" in disturbed.log(job)
+
+
+def test_c_requeue_by_hand_ends_in_the_same_bits(disturbed: Training, reference: Path) -> None:
+    job, child = disturbed.begin()
+    disturbed.cluster.command("scontrol", "requeue", job)
+    disturbed.cluster.wait_for(job, "PENDING", 30)
+    assert disturbed.cluster.state(child) == "PENDING"
+    disturbed.check(child, reference)
+    assert disturbed.cluster.job(job)["Restarts"] == "1"
+
+
+def test_d_killed_rank_fails_the_job_and_the_repeated_command_continues(disturbed: Training, reference: Path) -> None:
+    job, child = disturbed.begin()
+    os.kill(ranks_of(job)[1], signal.SIGKILL)
+    assert disturbed.cluster.wait_for(job, within_s=40) == "FAILED"
+    assert disturbed.cluster.wait_for(child, within_s=20) == "CANCELLED"
+    reached = disturbed.batches()
+    again, child = disturbed.submit()
+    assert again != job
+    disturbed.check(child, reference)
+    assert reached >= FEW_BATCHES and "resuming at" in disturbed.log(again)
+
+
+def test_e_node_without_power_moves_the_job_and_ends_in_the_same_bits(disturbed: Training, reference: Path) -> None:
+    job, child = disturbed.begin()
+    nodes = disturbed.cluster.command("scontrol", "show", "hostnames", disturbed.cluster.job(job)["NodeList"])
+    lost = nodes.stdout.split()[-1]
+    disturbed.cluster.control("node", "off", lost)
+    disturbed.cluster.wait_for(job, "PENDING", 60)
+    disturbed.check(child, reference)
+    assert (
+        lost
+        not in disturbed.cluster.command(
+            "scontrol", "show", "hostnames", disturbed.cluster.job(job)["NodeList"]
+        ).stdout.split()
+    )
+    assert disturbed.cluster.job(job)["Restarts"] == "1"
+
+
+def test_f_cancelled_chain_continues_with_the_repeated_command(disturbed: Training, reference: Path) -> None:
+    job, child = disturbed.begin()
+    disturbed.cluster.command("scancel", job)
+    assert disturbed.cluster.wait_for(job, within_s=40) == "CANCELLED"
+    assert disturbed.cluster.wait_for(child, within_s=20) == "CANCELLED"
+    again, child = disturbed.submit()
+    disturbed.check(child, reference)
+    assert "resuming at" in disturbed.log(again)
+
+
+def test_g_killed_controller_comes_back_and_the_training_never_notices(disturbed: Training, reference: Path) -> None:
+    submitted = time.time()
+    job, child = disturbed.begin()
+    until(lambda: disturbed.cluster.saved(submitted + 1), 15, "the controller's state on disk", every_s=0.05)
+    disturbed.cluster.control("controller", "kill")
+    reached = disturbed.batches()
+    until(lambda: disturbed.batches() > reached, 20, "a checkpoint without a controller")
+    disturbed.cluster.control("controller", "start")
+    disturbed.check(child, reference)
+    assert disturbed.cluster.job(job)["Restarts"] == "0"
+    assert "resuming at" not in disturbed.log(job)

@@ -1,0 +1,115 @@
+"""Checkpoints are whole or absent, and a damaged one never stops a run."""
+
+import threading
+
+import pytest
+import torch
+
+from pneumo_dist.runtime.attempt import Attempt, Stale
+from pneumo_dist.training import checkpoint
+from pneumo_dist.training.checkpoint import CheckpointError, CheckpointStore
+
+
+def _state(step: int) -> dict:
+    return {"step": step, "weights": torch.full((1000,), float(step)), "nested": {"rng": [torch.arange(step)]}}
+
+
+def _save(store: CheckpointStore, *steps: int) -> None:
+    for step in steps:
+        store.save(f"{step:010d}", _state(step))
+    store.wait()
+
+
+def _names(folder) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.pt"))
+
+
+def test_the_newest_two_are_kept_and_the_newest_is_read(tmp_path):
+    store = CheckpointStore(tmp_path)
+    _save(store, 9, 10, 11)
+    assert _names(tmp_path) == ["0000000010.pt", "0000000011.pt"]
+    assert CheckpointStore(tmp_path).newest()["step"] == 11
+
+
+def test_a_fresh_folder_has_no_checkpoint(tmp_path):
+    assert CheckpointStore(tmp_path / "none").newest() is None
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "remove"])
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(tmp_path, caplog, damage):
+    _save(CheckpointStore(tmp_path), 1, 2)
+    newest = tmp_path / "0000000002.pt"
+    data = bytearray(newest.read_bytes())
+    if damage == "truncate":
+        newest.write_bytes(data[: len(data) // 2])
+    elif damage == "flip":  # inside a tensor: torch itself would read it without complaint
+        at = data.find(torch.full((1000,), 2.0).numpy().tobytes()) + 100
+        data[at] ^= 1
+        newest.write_bytes(data)
+    elif damage == "empty":
+        newest.write_bytes(b"")
+    else:
+        newest.unlink()
+    store = CheckpointStore(tmp_path)
+    assert store.newest()["step"] == 1
+    assert "0000000002.pt" in caplog.text
+    _save(store, 3)  # the damaged file does not count as one of the two that are kept
+    assert _names(tmp_path) == ["0000000001.pt", "0000000003.pt"]
+
+
+def test_a_damaged_LAST_falls_back_to_the_files_by_number(tmp_path):
+    _save(CheckpointStore(tmp_path), 9, 10)
+    (tmp_path / "LAST").write_text("{")
+    assert CheckpointStore(tmp_path).newest()["step"] == 10
+
+
+def test_nothing_whole_left_is_said_not_restarted(tmp_path):
+    _save(CheckpointStore(tmp_path), 1, 2)
+    for path in tmp_path.glob("*.pt"):
+        path.write_bytes(b"x")
+    with pytest.raises(RuntimeError, match="none of the 2 checkpoints can be read"):
+        CheckpointStore(tmp_path).newest()
+
+
+def test_the_copy_is_taken_before_save_returns(tmp_path, monkeypatch):
+    may_write = threading.Event()
+    real = torch.save
+
+    def slow(*args):
+        may_write.wait(10)
+        real(*args)
+
+    monkeypatch.setattr(checkpoint.torch, "save", slow)
+    store = CheckpointStore(tmp_path)
+    weights = torch.zeros(10)
+    store.save("0000000001", {"weights": weights})
+    weights += 1  # training goes on while the file is written
+    may_write.set()
+    store.wait()
+    assert store.newest()["weights"].sum() == 0
+
+
+def test_a_failed_write_leaves_the_one_before_and_says_which_file(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path)
+    _save(store, 1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    store.save("0000000002", _state(2))
+    with pytest.raises(CheckpointError, match=r"0000000002\.pt.*No space left"):
+        store.wait()
+    assert store.newest()["step"] == 1
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_an_attempt_that_was_taken_over_writes_nothing(tmp_path):
+    old = Attempt.begin(tmp_path / "attempt")
+    store = CheckpointStore(tmp_path / "checkpoints", attempt=old)
+    _save(store, 1)
+    Attempt.begin(tmp_path / "attempt")
+    store.save("0000000002", _state(2))
+    with pytest.raises(Stale):
+        store.wait()
+    assert store.newest()["step"] == 1

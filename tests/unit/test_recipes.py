@@ -1,0 +1,79 @@
+"""The recipes in configs/ against the papers' table, read through the real loader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pneumo_dist.config import Config, ConfigError, TrainStage, load
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def numbers(stage: TrainStage) -> tuple[int, int, int, float]:
+    return stage.size, stage.epochs, stage.batch_size, stage.lr
+
+
+def test_paper_is_256_for_100_epochs_then_512_for_70_cosine_then_swa() -> None:
+    config = load(CONFIGS / "paper.yaml")
+    assert config.stages == ["1", "2", "swa"]
+    assert numbers(config.stage1) == (256, 100, 64, 1e-3)
+    assert numbers(config.stage2) == (512, 70, 16, 1e-3)
+    assert config.stage1.schedule == config.stage2.schedule == "cosine"
+    assert config.model.pretrained == "imagenet" and config.evaluate.tta == "hflip"
+    assert config.stage2.init_from is None  # this run's stage 1
+
+
+def test_paper_spells_out_the_defaults() -> None:
+    assert load(CONFIGS / "paper.yaml") == load() == Config()
+
+
+def test_exp1_is_one_stage_with_plateau_and_threshold_one_half() -> None:
+    config = load(CONFIGS / "exp1.yaml")
+    assert config.stages == ["1"]
+    stage = config.stage1
+    assert (stage.schedule, stage.plateau_factor, stage.plateau_patience, stage.lr) == ("plateau", 0.2, 5, 1e-3)
+    assert config.evaluate.threshold == 0.5
+    assert config.model.pretrained == "imagenet"
+
+
+def test_exp2_is_256_for_35_epochs_of_batch_40_and_has_no_stage_2() -> None:
+    config = load(CONFIGS / "exp2.yaml")
+    assert config.stages == ["1"]
+    assert numbers(config.stage1) == (256, 35, 40, 1e-3)
+    assert config.evaluate.threshold == 0.55
+    assert config.model.pretrained == "imagenet"
+
+
+def test_exp3_is_512_for_10_epochs_of_batch_14_from_given_weights() -> None:
+    with pytest.raises(ConfigError, match=r"no stage 1: give its starting weights, stage2.init_from=PATH"):
+        load(CONFIGS / "exp3.yaml")
+    config = load(CONFIGS / "exp3.yaml", ["stage2.init_from=runs/exp2"])
+    assert config.stages == ["2"] and config.sizes == [512]
+    assert numbers(config.stage2) == (512, 10, 14, 1e-3)
+    assert config.evaluate.threshold == 0.55
+
+
+def test_exp4_is_256_for_60_epochs_then_512_for_29() -> None:
+    config = load(CONFIGS / "exp4.yaml")
+    assert config.stages == ["1", "2"]
+    assert numbers(config.stage1) == (256, 60, 40, 1e-3)
+    assert numbers(config.stage2) == (512, 29, 14, 1e-3)
+    assert config.model.pretrained == "imagenet"
+
+
+def test_kaggle_goes_beyond_the_paper() -> None:
+    config = load(CONFIGS / "kaggle.yaml")
+    assert config.data.folds == 5
+    assert config.sizes == [512, 1024]
+    assert config.stage1.positive_share[0] == 0.8 and config.stage2.positive_share[1] == 0.2
+    assert config.stage1.positive_share[1] == config.stage2.positive_share[0]  # falls without a jump between the stages
+    assert config.stage2.lr < config.stage1.lr
+    assert 0.75 in config.evaluate.top_scores and 0.3 in config.evaluate.mask_thresholds
+    assert {1500, 2000} <= set(config.evaluate.min_areas)
+
+
+@pytest.mark.parametrize("name", ["paper", "exp1", "exp2", "exp3", "exp4", "kaggle"])
+def test_every_recipe_marks_what_the_papers_do_not_give(name: str) -> None:
+    assert "choice" in (CONFIGS / f"{name}.yaml").read_text()

@@ -1,0 +1,154 @@
+"""The triplet search against brute force, and cross-fitting that never sees the films it decides."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pneumo_dist.scoring.metrics import Records, Triplet, decide, dice, summary
+from pneumo_dist.scoring.thresholds import cross_fit, search
+
+GRID = (0.3, 0.5, 0.7)
+TOPS, AREAS = (0.0, 0.4, 0.6, 0.8, 0.95), (0, 500, 2000, 20_000)
+
+
+def make_records(n: int, seed: int, thresholds: tuple[float, ...] = GRID, coarse: bool = True) -> Records:
+    """Counts as a model of middling skill gives them; `coarse` puts many films exactly on grid values."""
+    rng = np.random.default_rng(seed)
+    positive = rng.random(n) < 0.3
+    film_px = rng.choice([1024 * 1024, 512 * 512, 900 * 1100], n)
+    truth = np.where(positive, rng.integers(60, film_px // 10), 0)
+    top = np.clip(rng.normal(0.45 + 0.35 * positive, 0.2, n), 0.01, 1).astype(np.float32)
+    if coarse:
+        top = np.round(top, 1).astype(np.float32)
+    share = np.clip((top[:, None] - np.array(thresholds)) / 0.7, 0, None)
+    areas = (share * np.where(positive, truth, rng.integers(1, 9000, n))[:, None] * 1.4).astype(np.int64)
+    if coarse:
+        areas[::7] = (areas[::7] > 0) * 500
+    hits = np.minimum((areas * rng.uniform(0.2, 0.9, (n, 1))).astype(np.int64), truth[:, None])
+    ids = np.array([f"{i:06}" for i in range(n)])
+    names = np.full(n, "")
+    return Records(
+        ids=ids, groups=np.arange(n) // 2, folds=np.arange(n) // 2 % 5, truth_px=truth, film_px=film_px, top=top,
+        thresholds=np.array(thresholds), areas=areas, hits=hits, views=names, sexes=names,
+    )  # fmt: skip
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10_000), st.integers(1, 80))
+def test_search_equals_brute_force(seed: int, n: int) -> None:
+    records = make_records(n, seed)
+    best, surface = search(records, TOPS, AREAS)
+    assert surface.shape == (len(TOPS), len(AREAS), len(GRID))
+    wanted = np.array([dice(records, Triplet(*t)).mean() for t in itertools.product(TOPS, AREAS, GRID)])
+    np.testing.assert_allclose(surface.ravel(), wanted, rtol=0, atol=1e-12)  # sums in another order
+    assert dice(records, best).mean() == pytest.approx(wanted.max(), abs=1e-12)
+
+
+def test_axes_are_as_given_even_unsorted_and_repeated() -> None:
+    records = make_records(200, seed=1)
+    tops, areas, masks = (0.8, 0.0, 0.8, 0.4), (2000, 0, 2000), (0.7, 0.3)
+    best, surface = search(records, tops, areas, masks)
+    wanted = [dice(records, Triplet(*t)).mean() for t in itertools.product(tops, areas, masks)]
+    np.testing.assert_allclose(surface.ravel(), wanted, rtol=0, atol=1e-12)
+    assert (best.top_score, best.min_area, best.mask_threshold) in set(itertools.product(tops, areas, masks))
+    assert type(best.top_score) is float and type(best.min_area) is int and type(best.mask_threshold) is float
+
+
+def test_equal_triplets_are_decided_towards_the_fewest_emptied_films() -> None:
+    records = make_records(50, seed=2)
+    records = replace(records, areas=np.zeros_like(records.areas), hits=np.zeros_like(records.hits))
+    best, surface = search(records, TOPS[::-1], AREAS[::-1], GRID[::-1])
+    assert len(np.unique(surface)) == 1 and best == Triplet(0.0, 0, 0.3)
+
+
+def test_thousands_of_triplets_over_thousands_of_films_take_a_moment() -> None:
+    records = make_records(12_047, seed=3, thresholds=tuple(np.linspace(0.2, 0.8, 13).round(2)), coarse=False)
+    begin = time.perf_counter()
+    _, surface = search(records, np.linspace(0, 1, 101).tolist(), range(0, 5000, 100))
+    assert surface.size == 65_650
+    assert time.perf_counter() - begin < 5  # measured: 0.02 s
+
+
+def test_no_films_and_unrecorded_thresholds_are_refused() -> None:
+    records = make_records(20, seed=4)
+    with pytest.raises(ValueError, match="no films"):
+        search(records.select(np.arange(0)), TOPS, AREAS)
+    with pytest.raises(ValueError, match="0.42 was not recorded"):
+        search(records, TOPS, AREAS, (0.42,))
+
+
+@pytest.mark.parametrize("by", ["group", "fold"])
+def test_cross_fit_decides_each_film_by_the_triplet_of_the_other_parts(by: str) -> None:
+    records = make_records(300, seed=5)
+    fit = cross_fit(records, TOPS, AREAS, by=by, k=4)
+    assert fit is not None
+    assert len(fit.triplets) == (5 if by == "fold" else 4) == len(np.unique(fit.part))
+    for p, triplet in enumerate(fit.triplets):
+        mine = fit.part == p
+        assert triplet == search(records.select(~mine), TOPS, AREAS)[0]
+        own = decide(records.select(mine), triplet)
+        np.testing.assert_array_equal(fit.decisions.area[mine], own.area)
+        np.testing.assert_array_equal(fit.decisions.hits[mine], own.hits)
+
+
+def test_cross_fit_keeps_a_patient_in_one_part_and_spreads_the_positives() -> None:
+    records = make_records(301, seed=6)
+    fit = cross_fit(records, TOPS, AREAS, k=5, seed=2)
+    assert fit is not None
+    for group in np.unique(records.groups):
+        assert len(np.unique(fit.part[records.groups == group])) == 1
+    positives = np.bincount(fit.part, records.truth_px > 0)
+    patients = [len(np.unique(records.groups[fit.part == p])) for p in range(5)]
+    assert max(patients) - min(patients) <= 1
+    assert positives.min() > 0.5 * positives.mean()
+
+
+def test_a_films_own_truth_does_not_reach_its_triplet() -> None:
+    records = make_records(200, seed=7)
+    fit = cross_fit(records, TOPS, AREAS, by="fold")
+    mine = records.folds == 2
+    changed = replace(
+        records, truth_px=np.where(mine, 0, records.truth_px), hits=np.where(mine[:, None], 0, records.hits)
+    )
+    again = cross_fit(changed, TOPS, AREAS, by="fold")
+    assert fit is not None and again is not None
+    assert fit.triplets[2] == again.triplets[2]
+    np.testing.assert_array_equal(fit.decisions.area[mine], again.decisions.area[mine])
+
+
+def test_cross_fit_is_deterministic_by_seed() -> None:
+    records = make_records(200, seed=8)
+    one, two, other = (cross_fit(records, TOPS, AREAS, seed=s) for s in (1, 1, 2))
+    assert one is not None and two is not None and other is not None
+    np.testing.assert_array_equal(one.part, two.part)
+    np.testing.assert_array_equal(one.decisions.hits, two.decisions.hits)
+    assert (one.part != other.part).any()
+
+
+def test_one_patient_or_one_fold_cannot_be_cross_fitted() -> None:
+    records = make_records(40, seed=9)
+    assert cross_fit(records.select(np.arange(2)), TOPS, AREAS) is None  # two films of one patient
+    assert cross_fit(records.select(records.folds == 0), TOPS, AREAS, by="fold") is None
+    assert cross_fit(records.select(np.arange(0)), TOPS, AREAS) is None
+
+
+def test_tuning_on_noise_looks_good_in_sample_only() -> None:
+    """The reason for cross-fitting: on films without any signal, tuning gains on the films it was tuned on alone."""
+    rng = np.random.default_rng(10)
+    gains = []
+    for seed in range(20):
+        records = make_records(60, seed)
+        records = replace(records, top=rng.permutation(records.top), truth_px=rng.permutation(records.truth_px))
+        records = replace(records, hits=np.minimum(records.areas // 2, records.truth_px[:, None]))
+        tuned = dice(records, search(records, TOPS, AREAS)[0]).mean()
+        fit = cross_fit(records, TOPS, AREAS)
+        assert fit is not None
+        gains.append(tuned - summary(records, fit.decisions)["dice"])
+    assert np.mean(gains) > 0.005
