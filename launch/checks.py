@@ -66,7 +66,10 @@ def _space(plan: Plan) -> str | None:
     )
     if free + kept >= need:
         return None
-    return f"{there} has {free / 1e9:.1f} GB free, but the checkpoints need {need / 1e9:.1f} GB: make room, or choose another place with run_root=DIR"
+    return (
+        f"{there} has {free / 1e9:.1f} GB free, but the checkpoints need {need / 1e9:.1f} GB: "
+        "make room, or choose another place with run_root=DIR"
+    )
 
 
 def _ranks(plan: Plan, nodes: int, ranks: int) -> Iterator[str]:
@@ -105,11 +108,11 @@ def _sources(plan: Plan) -> Iterator[str]:
     stages = {node.stage for node in plan.todo}
     config, run_dir = plan.recipe.config, plan.recipe.run_dir
     if "preprocess" in stages and not config.phantom.films:
-        from pneumo_dist.data.preprocess import check_source
+        from pneumo_dist.data.source import check_source
 
         yield from _said(lambda: check_source(config, run_dir))
     if "infer" in stages and (config.infer.dir or not config.phantom.films):
-        from pneumo_dist.prediction.infer import check_source as check_infer
+        from pneumo_dist.prediction.plan import check_source as check_infer
 
         yield from _said(lambda: check_infer(config, run_dir))
 

@@ -110,7 +110,7 @@ def _executor(
     setup = [
         *profile.setup,
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "export PYTHONSAFEPATH=1",  # else `python -m` would look in the folder of submission before the copy of the code
+        "export PYTHONSAFEPATH=1",  # else `python -m` would find the checkout's code before the copy, if started there
         # SLURM 22.05 to 23.02: srun does not take the job's --cpus-per-task over by itself.
         "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
         *(f"export {key}={shlex.quote(value)}" for key, value in sorted(profile.env.items())),

@@ -56,7 +56,7 @@ def follow(request: Request, made: Plan, submitted: dict[str, str]) -> int:
             quiet_looks = 0 if any(row.live for row in rows) else quiet_looks + 1
     except KeyboardInterrupt:
         print(
-            f"\nno longer waiting; the jobs go on (python launch/runs.py cancel {made.recipe.run} stops them)",
+            f"\nno longer waiting; the jobs go on (python launch/runs.py cancel {made.recipe.word} stops them)",
             file=sys.stderr,
         )
         return 130

@@ -5,6 +5,7 @@ Standard library only until the signal handlers stand: a signal in the first sec
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -34,6 +35,7 @@ class Job:
         before = signal.getsignal(signal.SIGUSR2)  # submitit's: it installs its own after unpickling
         stop = stopping.install()
         _forget_stale_result()
+        _say_once()
         from pneumo_dist.config import ConfigError
         from pneumo_dist.runtime.attempt import Stale
         from pneumo_dist.stages import run_stage
@@ -87,6 +89,13 @@ def leave(stopped: stopping.Stopped, requeue: Handler | None, first: bool) -> No
             flush=True,
         )
         sys.exit(1)
+
+
+def _say_once() -> None:
+    """Silence submitit's second voice: it warns on both streams, which share a file here, and to our log as well."""
+    logger = logging.getLogger("submitit")
+    logger.propagate = False
+    logger.handlers = [h for h in logger.handlers if getattr(h, "stream", None) is not sys.stderr]
 
 
 def _forget_stale_result() -> None:

@@ -34,6 +34,17 @@ class Recipe:
     embedded: bool  # nothing was named: synthetic films, missing upstream is run as well
     notes: tuple[str, ...] = ()
 
+    @property
+    def words(self) -> str:
+        """What names this run to submit.py."""
+        root = self.run_dir.parent
+        return f"--run {self.run}" + ("" if root == ROOT / "runs" else f" run_root={root}")
+
+    @property
+    def word(self) -> str:
+        """What names this run to runs.py."""
+        return self.run if self.run_dir.parent == ROOT / "runs" else str(self.run_dir)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -181,7 +192,8 @@ def make(request: Request) -> Plan:
             where = stage_dir(config, run_dir, node.stage, node.fold)
             if node.key in asked:
                 differing.append(
-                    f"{where} is done with other settings ({', '.join(keys)}): take another name with --run OTHER, or start it over with --redo"
+                    f"{where} is done with other settings ({', '.join(keys)}): "
+                    "take another name with --run OTHER, or start it over with --redo"
                 )
             else:
                 notes.append(_taken_as_it_is(where, keys))
@@ -220,7 +232,10 @@ def missing_line(plan: Plan, node: Node, job: Job) -> str:
     name = command_stage(job[0])
     fold = f" --folds {job[1]}" if job[1] not in (None, 0) else ""
     needs = title(command_stage(job[0]), job[1], len(plan.folds))
-    return f"{title(node.stage, node.fold, len(plan.folds))} needs {needs}, which is not done: run --stage {name}{fold} --run {plan.recipe.run} first"
+    return (
+        f"{title(node.stage, node.fold, len(plan.folds))} needs {needs}, which is not done: "
+        f"run --stage {name}{fold} {plan.recipe.words} first"
+    )
 
 
 def check_recipe(recipe: Recipe, stage: str) -> None:

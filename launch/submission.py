@@ -104,7 +104,7 @@ def run(request: Request) -> int:
 
 
 def _verify(request: Request) -> int:
-    from pneumo_dist.data.preprocess import verify
+    from pneumo_dist.data.manifest import verify
 
     recipe = plan.resolve(request)
     folder = shard_dir(recipe.config, recipe.run_dir)
@@ -149,7 +149,8 @@ def refuse_live(made: Plan, ledger: Ledger) -> None:
         name = plan.title(node.stage, node.fold, len(made.folds))
         if node.key in live:
             raise ConfigError(
-                f"SLURM job {live[node.key]} is on {name} of this run already: wait for it, or cancel it with launch/runs.py cancel {made.recipe.run}"
+                f"SLURM job {live[node.key]} is on {name} of this run already: wait for it, "
+                f"or cancel it with launch/runs.py cancel {made.recipe.word}"
             )
         held = holder(lock_path(run_dir, node))
         if held:
@@ -178,7 +179,8 @@ def _put_aside(made: Plan) -> None:
         and shard_dir(config, run_dir).exists()
     ):
         raise ConfigError(
-            f"--redo: the shards in {config.data.shard_dir} may serve other runs: remove that folder yourself, or name another data.shard_dir"
+            f"--redo: the shards in {config.data.shard_dir} may serve other runs: remove that folder yourself, "
+            "or name another data.shard_dir"
         )
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for folder in folders:

@@ -1,4 +1,4 @@
-"""Hand a plan to SLURM as a chain of dependent jobs, or print the scripts that would be. All or nothing is submitted."""
+"""Hand a plan to SLURM as a chain of dependent jobs, all of it or nothing; or print the scripts of such a chain."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _behind(made: Plan, job: plan.Job) -> set[plan.Job]:
 
 
 def _after(request: Request, made: Plan, node: Node, ids: dict[plan.Job, str]) -> str:
-    """Return the dependency of a job: what it reads, less what that has waited for itself; --after for the first ones."""
+    """Return the dependency of a job: what it reads, less what that waits for itself; --after for the first ones."""
     wanted = [job for job in node.after if job in ids]
     implied = set().union(*(_behind(made, job) for job in wanted))
     found = [ids[job] for job in wanted if job not in implied]
@@ -63,7 +63,7 @@ def render(request: Request, made: Plan, site: Site) -> Iterator[str]:
         state = "" if node.key in todo else "; done already, would not be submitted"
         yield f"# ---- {plan.title(node.stage, node.fold, len(made.folds))} ({kind}{state})\n{text}"
     if not blocks_signals():
-        yield "# note: this machine's env cannot block signals (coreutils 8.31): a time limit in a job's first second would be missed"
+        yield "# note: env cannot block signals here (coreutils 8.31): one in a job's first second would end the job"
 
 
 def _name(made: Plan, node: Node) -> str:
@@ -164,7 +164,7 @@ def _submit_all(
 def _tell(request: Request, made: Plan, submitted: dict[str, str]) -> None:
     for key, job_id in submitted.items():
         say(f"{key:20} job {job_id}")
-    run = made.recipe.run
+    word = made.recipe.word
     say(f"logs:        {made.recipe.run_dir / 'jobs'}")
-    say(f"status:      python launch/runs.py status {run}")
-    say(f"TensorBoard: python launch/runs.py tensorboard {run}")
+    say(f"status:      python launch/runs.py status {word}")
+    say(f"TensorBoard: python launch/runs.py tensorboard {word}")

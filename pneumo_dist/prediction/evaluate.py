@@ -10,87 +10,75 @@ import csv
 import io
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from pneumo_dist.config import ConfigError, Evaluate, flatten
+from pneumo_dist.config import ConfigError, flatten
 from pneumo_dist.data.cases import HOLDOUT, Case, read_cases
 from pneumo_dist.data.decoding import cores
 from pneumo_dist.data.loaders import fold_cases
-from pneumo_dist.data.rle import encode_rle
 from pneumo_dist.model.modelfile import load_model, save_model
 from pneumo_dist.prediction import scorecard
 from pneumo_dist.prediction.forward import Predictor, predict_records
-from pneumo_dist.prediction.submission import write_submission
+from pneumo_dist.prediction.notes import FilmNotes
+from pneumo_dist.prediction.report import Evaluation, read_curves, write_report
 from pneumo_dist.runtime.files import sha256_file, write_json, write_text
 from pneumo_dist.runtime.runlog import RunLog
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.runtime.task import Task
-from pneumo_dist.scoring.metrics import Records, apply_triplet, record_thresholds, summary
+from pneumo_dist.scoring.metrics import Records, record_thresholds, summary
 
 log = logging.getLogger(__name__)
 
-RELIABILITY_BINS = 20
-
-
-@dataclass
-class FilmNotes:
-    """What the report wants of each film beyond its counts: the mask at the fixed threshold, and pixel reliability."""
-
-    threshold: float
-    masks: dict[str, str] = field(default_factory=dict)  # id -> RLE at film size
-    pixels: dict[str, NDArray[np.int64]] = field(default_factory=dict)  # id -> (2, bins) counts by truth and probability
-
-    def __call__(self, case: Case, prob: NDArray[np.float32], truth: NDArray[np.bool_]) -> None:
-        """Note one film; called from threads, each film once."""
-        self.masks[case.id] = encode_rle(apply_triplet(prob, scorecard.fixed(self.threshold)))
-        place = np.minimum((prob * RELIABILITY_BINS).astype(np.uint8), RELIABILITY_BINS - 1)
-        place += truth.view(np.uint8) * np.uint8(RELIABILITY_BINS)
-        self.pixels[case.id] = np.bincount(place.ravel(), minlength=2 * RELIABILITY_BINS).reshape(2, -1)
-
 
 def weight_files(task: Task) -> dict[str, Path]:
-    """Return {name: model file} of the weights to compare; the first one is the one that is evaluated and deployed."""
+    """Return {name: model file} of the weights to compare; the first is the one that is scored in full and deployed.
+
+    Raises:
+        ConfigError: training has left none.
+    """
     last = task.dir_of(task.config.last_stage)
     found = {"swa": task.dir_of("swa") / "model.pt"} if "swa" in task.config.stages else {}
-    return found | {name: path for name in ("best", "last") if (path := last / f"{name}.pt").exists()}
+    found |= {name: path for name in ("best", "last") if (path := last / f"{name}.pt").exists()}
+    if not found:
+        raise ConfigError(f"{last} has no weights: run stage {task.config.last_stage} first")
+    return found
 
 
 def run(task: Task) -> dict[str, Path]:
-    """Score the validation films of one fold (and, apart, the holdout films) and write `fold<k>/model.pt`."""
+    """Score the validation films of one fold (and, apart, the holdout films) and write `fold<k>/model.pt`.
+
+    Raises:
+        ConfigError: no weights, or no validation films.
+        Stopped: a signal asked to leave; nothing is written.
+    """
     config, ranks = task.config, task.ranks
     if ranks.device.type == "cpu":
         torch.set_num_threads(cores(config.train.threads))
+    assert task.fold is not None
     cases = read_cases(task.shard_dir)
     _, validation = fold_cases(cases, task.fold)
     holdout = [case for case in cases if case.fold == HOLDOUT]
-    if not validation:
-        raise ConfigError(f"fold {task.fold} has no validation films: use fewer folds (data.folds) or more films")
     files = weight_files(task)
-    if not files:
-        raise ConfigError(f"no weights in {task.dir_of(config.last_stage)}: run stage {config.last_stage} first")
     every: dict[str, Records] = {}
     notes = FilmNotes(config.evaluate.threshold)
-    apart: Records | None = None
+    held: Records | None = None
     for name, path in files.items():
         chosen = not every
         log.info("evaluating %s on %d films", name, len(validation))
-        joined = _score(task, path, validation, notes if chosen else None)
+        every[name] = _score(task, path, validation, notes if chosen else None)
         if chosen and holdout:
-            apart = _score(task, path, holdout, None)
-        every[name] = joined
+            log.info("evaluating %s on %d holdout films", name, len(holdout))
+            held = _score(task, path, holdout, None)
     shares = ranks.gather(notes)
     if shares is None:
         return {}
-    for share in shares[1:]:
-        notes.masks |= share.masks
-        notes.pixels |= share.pixels
-    return _write_fold(task, files, every, apart, notes, validation)
+    notes.join(shares[1:])
+    return _write_fold(task, files, every, held, notes, cases)
 
 
 def _score(task: Task, path: Path, cases: Sequence[Case], notes: FilmNotes | None) -> Records:
@@ -113,12 +101,17 @@ def _score(task: Task, path: Path, cases: Sequence[Case], notes: FilmNotes | Non
 
 
 def _write_fold(
-    task: Task, files: Mapping[str, Path], every: Mapping[str, Records], apart: Records | None, notes: FilmNotes, cases: Sequence[Case]
+    task: Task,
+    files: Mapping[str, Path],
+    every: Mapping[str, Records],
+    held: Records | None,
+    notes: FilmNotes,
+    cases: Sequence[Case],
 ) -> dict[str, Path]:
-    settings, out = task.config.evaluate, task.out
+    config, settings, out = task.config, task.config.evaluate, task.out
     name, records = next(iter(every.items()))
+    model, meta = load_model(files[name])
     tuned = scorecard.tune(records, settings, by="group")
-    state, meta = load_model(files[name])
     result: dict[str, Any] = {
         "fold": task.fold,
         "weights": name,
@@ -128,63 +121,71 @@ def _write_fold(
         **scorecard.scores(records, tuned, settings),
         "weights_side_by_side": scorecard.side_by_side(every, settings.threshold),
     }
-    if apart is not None:
+    if held is not None:
         result["holdout"] = {
-            "films": len(apart),
-            "fixed": summary(apart, scorecard.fixed(settings.threshold), settings.bootstrap),
-            "triplet_tuned_on_validation": summary(apart, tuned.triplet, settings.bootstrap),
+            "films": len(held),
+            "fixed": summary(held, scorecard.fixed(settings.threshold), settings.bootstrap),
+            "triplet_tuned_on_validation": summary(held, tuned.triplet, settings.bootstrap),
         }
+    trained = {f"stage {stage}": task.dir_of(stage) for stage in config.train_stages}
+    evaluation = Evaluation(
+        f"Fold {task.fold}: {name} weights, {meta['size']} px, flips {settings.tta}",
+        result, records, tuned, notes.masks, notes.total, {case.id: case for case in cases}, task.shard_dir,
+        int(meta["size"]), read_curves(trained),
+    )  # fmt: skip
     if task.attempt:
         task.attempt.check()
-    outputs = _write_scores(out, result, records, tuned, settings, f"fold {task.fold}, weights {name}, {meta['size']} px, tta {settings.tta}")
-    pixels = sum((notes.pixels[key] for key in sorted(notes.pixels)), np.zeros((2, RELIABILITY_BINS), np.int64))
-    write_json(out / "reliability.json", {"bins": RELIABILITY_BINS, "pixels_outside": pixels[0].tolist(), "pixels_inside": pixels[1].tolist()})
-    write_submission(out / "submission.csv", sorted(notes.masks.items()))
-    provenance = {**meta.get("provenance", {}), "weights": name, "weights_sha256": result["model_sha256"], "fold": task.fold}
-    provenance["validation"] = {
+    outputs = _write(task, evaluation) | notes.save(out) | {"model": task.fold_dir / "model.pt"}
+    headline = result["headline"]
+    validation = {
         "films": len(records),
-        "dice_fixed": result["headline"]["fixed"]["dice"],
-        "dice_cross_fitted": result["headline"].get("cross_fitted", {}).get("dice"),
+        "dice_fixed": headline["fixed"]["dice"],
+        "dice_cross_fitted": headline["cross_fitted"]["dice"] if "cross_fitted" in headline else None,
     }
-    save_model(
-        task.fold_dir / "model.pt",
-        state.state_dict(),
-        {**meta, "triplet": asdict(tuned.triplet), "tta": settings.tta, "config": flatten(task.config), "provenance": provenance},
-    )
-    events = RunLog(out / "tensorboard", first=True, purge_step=0)
-    for label, entry in scorecard.headline_lines(result):
-        events.scalars(0, {f"{key}/{label}": entry[key] for key in scorecard.SIDE_BY_SIDE if entry[key] is not None})
-    events.text("summary", "```\n" + (out / "summary.txt").read_text() + "```")
-    events.close()
-    log.info("%s", (out / "summary.txt").read_text())
-    return outputs | {"submission": out / "submission.csv", "reliability": out / "reliability.json", "model": task.fold_dir / "model.pt"}
-
-
-def pool(task: Task) -> dict[str, Path]:
-    """Join the folds' out-of-fold records into the run's scores; triplets are cross-fitted by fold."""
-    settings, out = task.config.evaluate, task.out
-    found = sorted(task.run_dir.glob("fold*/evaluate/records.npz"))
-    if not found:
-        raise ConfigError(f"{task.run_dir}: no evaluated fold to pool: run --stage evaluate first")
-    try:
-        records = Records.concatenate(Records.load(path) for path in found)
-    except ValueError as error:
-        raise ConfigError(f"{task.run_dir}: the folds do not belong together ({error}): evaluate them again with one configuration") from None
-    tuned = scorecard.tune(records, settings, by="fold")
-    result = {
-        "folds": sorted(int(fold) for fold in np.unique(records.folds)),
-        "tta": settings.tta,
-        **scorecard.scores(records, tuned, settings),
-    }
-    outputs = _write_scores(out, result, records, tuned, settings, f"out-of-fold, folds {', '.join(map(str, result['folds']))}")
-    log.info("%s", (out / "summary.txt").read_text())
+    provenance = {
+        **meta.get("provenance", {}), "weights": name, "weights_sha256": result["model_sha256"], "fold": task.fold,
+        "validation": validation,
+    }  # fmt: skip
+    learned = {"triplet": asdict(tuned.triplet), "tta": settings.tta, "config": flatten(config), "provenance": provenance}
+    save_model(outputs["model"], model.state_dict(), {**meta, **learned})
     return outputs
 
 
-def _write_scores(
-    out: Path, result: Mapping[str, Any], records: Records, tuned: scorecard.Tuned, settings: Evaluate, title: str
-) -> dict[str, Path]:
-    """Write what both evaluations share and return {name: file}."""
+def pool(task: Task) -> dict[str, Path]:
+    """Join the folds' out-of-fold records into the run's scores; triplets are cross-fitted by fold.
+
+    Raises:
+        ConfigError: no evaluated fold, or folds that do not belong together.
+    """
+    settings = task.config.evaluate
+    found = sorted(task.run_dir.glob("fold*/evaluate/records.npz"))
+    if not found:
+        raise ConfigError(f"{task.run_dir} has no evaluated fold: run --stage evaluate first")
+    try:
+        records = Records.concatenate(Records.load(path) for path in found)
+    except ValueError as error:
+        raise ConfigError(
+            f"{task.run_dir}: the folds do not belong together ({error}): evaluate them again with one configuration"
+        ) from None
+    notes = FilmNotes(settings.threshold)
+    notes.join(FilmNotes.load(path.parent) for path in found)
+    tuned = scorecard.tune(records, settings, by="fold")
+    folds = sorted(int(fold) for fold in np.unique(records.folds))
+    result = {"folds": folds, "tta": settings.tta, **scorecard.scores(records, tuned, settings)}
+    evaluation = Evaluation(
+        f"Out-of-fold predictions of folds {', '.join(map(str, folds))}",
+        result, records, tuned, notes.masks, notes.total, {case.id: case for case in read_cases(task.shard_dir)},
+        task.shard_dir, task.config.train_stage(task.config.last_stage).size, {},
+    )  # fmt: skip
+    if task.attempt:
+        task.attempt.check()
+    return _write(task, evaluation) | notes.save(task.out)
+
+
+def _write(task: Task, evaluation: Evaluation) -> dict[str, Path]:
+    """Write what both evaluations share, tell TensorBoard and the log, and return {name: file}."""
+    out, settings, result = task.out, task.config.evaluate, evaluation.result
+    records, tuned = evaluation.records, evaluation.tuned
     records.save(out / "records.npz")
     write_json(out / "scores.json", result)
     write_json(out / "thresholds.json", scorecard.threshold_table(tuned, settings))
@@ -193,6 +194,19 @@ def _write_scores(
     table.writerow(scorecard.FILM_COLUMNS)
     table.writerows(scorecard.film_rows(records, tuned, settings.threshold))
     write_text(out / "films.csv", text.getvalue())
-    write_text(out / "summary.txt", scorecard.summary_text(result, title))
-    names = {"scores": "scores.json", "films": "films.csv", "records": "records.npz", "thresholds": "thresholds.json", "summary": "summary.txt"}
+    shown = scorecard.summary_text(result, evaluation.title)
+    write_text(out / "summary.txt", shown)
+    overlays = write_report(out, evaluation, task.config)
+    events = RunLog(out / "tensorboard", purge_step=0)
+    for label, entry in scorecard.headline_lines(result):
+        events.scalars(0, {f"{key}/{label}": entry[key] for key in scorecard.SIDE_BY_SIDE if entry[key] is not None})
+    events.text("summary", f"```\n{shown}```")
+    for i, image in enumerate(overlays.values()):
+        events.image(f"worst/{i}", image[:, :, ::-1].copy(), 0)
+    events.close()
+    log.info("%s\n%s", out, shown)
+    names = {
+        "scores": "scores.json", "films": "films.csv", "records": "records.npz", "thresholds": "thresholds.json",
+        "summary": "summary.txt", "report": "report.html",
+    }  # fmt: skip
     return {name: out / file for name, file in names.items()}

@@ -102,6 +102,7 @@ def merge(task: Task) -> dict[str, Path]:
         raise ConfigError(f"{out / 'parts'}: made with other models than the ones there now: run --stage infer again")
     from pneumo_dist.prediction.outputs import FOLDERS, write_predictions
     from pneumo_dist.prediction.submission import problems_of, read_rows, write_submission
+    from pneumo_dist.prediction.worklist import write_worklist
 
     if task.attempt:
         task.attempt.check()
@@ -121,10 +122,13 @@ def merge(task: Task) -> dict[str, Path]:
         "unreadable": sum(row["status"] != "ok" for row in rows),
         "ignored_files": made.ignored,
     }
-    write_json(out / "inference.json", {"label": made.label, **counts, **settings})
+    inference = {"label": made.label, **counts, **settings}
+    write_json(out / "inference.json", inference)
+    write_worklist(out / "report.html", rows, inference)
     log.info("%s: %s", out, ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in counts.items()))
     names = {
-        "submission": "submission.csv", "predictions": "predictions.csv", "files": "files.sha256", "inference": "inference.json", "plan": "plan.json",
+        "submission": "submission.csv", "predictions": "predictions.csv", "files": "files.sha256",
+        "inference": "inference.json", "plan": "plan.json", "report": "report.html",
     }  # fmt: skip
     return {name: out / file for name, file in names.items()}
 

@@ -25,6 +25,13 @@ def contour(picture: Colour, mask: Mask, colour: tuple[int, int, int], width: in
     cv2.drawContours(picture, lines, -1, colour, width, cv2.LINE_AA)
 
 
+def restore(square: Grey, rows: int, columns: int) -> Grey:
+    """Return a shard's square image with the film's aspect ratio, its longer side unchanged."""
+    longest, size = max(rows, columns), square.shape[0]
+    shape = max(1, round(columns * size / longest)), max(1, round(rows * size / longest))
+    return square if shape == (size, size) else np.asarray(cv2.resize(square, shape, interpolation=cv2.INTER_AREA), np.uint8)
+
+
 def fit_mask(mask: Mask, rows: int, columns: int) -> Mask:
     """Return the mask at a picture's size: inside where any of it falls, so that small findings stay visible."""
     if mask.shape == (rows, columns):

@@ -43,7 +43,7 @@ function more() {
   for (const stop = Math.min(next + STEP, shown.length); next < stop; next++) part.append(card(shown[next]));
   grid.append(part);
 }
-const ORDERS = { score: (a, b) => (b[3] ?? 2) - (a[3] ?? 2), low: (a, b) => (a[3] ?? -1) - (b[3] ?? -1), area: (a, b) => (b[4] ?? 2) - (a[4] ?? 2),
+const ORDERS = { score: (a, b) => (b[3] ?? -1) - (a[3] ?? -1), low: (a, b) => (a[3] ?? 2) - (b[3] ?? 2), area: (a, b) => (b[4] ?? -1) - (a[4] ?? -1),
   id: (a, b) => a[0] < b[0] ? -1 : a[0] > b[0] ? 1 : 0 };
 function refresh() {
   const word = search.value.trim().toLowerCase();
@@ -73,7 +73,7 @@ def write_worklist(path: Path, rows: Sequence[Mapping[str, Any]], inference: Map
     triplet = inference["triplet"]
     films = [
         [row["film"], row["name"], row["decision"] or "unreadable", _short(row["top_score"]), _short(row["share"]), row["reason"] or row["warnings"]]
-        for row in sorted(rows, key=lambda row: (-2.0 if row["top_score"] is None else -row["top_score"], row["film"]))
+        for row in sorted(rows, key=lambda row: (2.0 if row["top_score"] is None else -row["top_score"], row["film"]))
     ]
     kinds = [("all", len(rows)), ("positive", inference["positive"]), ("negative", inference["negative"]), ("unreadable", inference["unreadable"])]
     buttons = "".join(f'<button type="button" data-kind="{kind}">{kind} {count}</button>' for kind, count in kinds)

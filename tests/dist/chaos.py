@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -24,7 +23,7 @@ from pathlib import Path
 from pneumo_dist import stages
 from pneumo_dist.training import trainer  # noqa: F401  imported before the ranks are forked
 from tests.dist import small_run
-from tests.dist.spawn import environment
+from tests.dist.spawn import fork_rank
 
 WORLD_SIZE = 2
 DAMAGE = "newest checkpoint cut off, beside these"
@@ -33,22 +32,11 @@ SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal
 
 def _fork(run_dir: Path, log: Path) -> list[int]:
     store = Path(tempfile.mkdtemp(dir=run_dir)) / "store"
-    pids = []
-    for rank in range(WORLD_SIZE):
-        pid = os.fork()
-        if pid == 0:
-            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(out, 1)
-            os.dup2(out, 2)
-            os.environ.update(environment(rank, WORLD_SIZE, store))
-            status = 1
-            try:
-                status = stages.main(["--stage", "1", "--run-dir", str(run_dir), "--fold", "0"])
-            finally:
-                sys.stdout.flush()
-                os._exit(status)
-        pids.append(pid)
-    return pids
+
+    def work() -> int:
+        return stages.main(["--stage", "1", "--run-dir", str(run_dir), "--fold", "0"])
+
+    return [fork_rank(rank, WORLD_SIZE, store, log, work) for rank in range(WORLD_SIZE)]
 
 
 def _collect(pids: list[int], patience_s: float = 60) -> list[int]:

@@ -16,7 +16,7 @@ BATCHES = 5
 
 def _batches() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
-    return [torch.randint(0, 256, (4, 1, 64, 64), generator=generator, dtype=torch.uint8) for _ in range(BATCHES)]
+    return [torch.randint(0, 256, (2, 1, 64, 64), generator=generator, dtype=torch.uint8) for _ in range(BATCHES)]
 
 
 def _statistics(model: torch.nn.Module) -> dict[str, np.ndarray]:

@@ -4,17 +4,19 @@ Batch norm is in evaluation mode here: in training its statistics are those of e
 the one thing that does depend on the ranks (SyncBN, on GPUs, takes the ranks out of that; micro-batches stay).
 """
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
-from pneumo_dist.data.loaders import split_batch
 
 from pneumo_dist import config as configuration
+from pneumo_dist.data.loaders import split_batch
 from pneumo_dist.model.unet import ResNet34UNet
 from pneumo_dist.training.step import Stepper
 from tests.dist.spawn import on_ranks
 
-SIZE = 64
+SIZE = 32
 
 
 def _films(n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,8 +27,8 @@ def _films(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, masks
 
 
-def gradient(ranks, batch: int, accumulate: int) -> np.ndarray:
-    """The whole gradient of one global batch on this rank, float32."""
+def gradient(ranks, batch: int, accumulate: int) -> tuple[str, np.ndarray | None]:
+    """The hash of one global batch's whole gradient on this rank, and on rank 0 the float32 gradient itself."""
     config = configuration.load(
         None,
         [
@@ -40,7 +42,8 @@ def gradient(ranks, batch: int, accumulate: int) -> np.ndarray:
     images, masks = _films(batch)
     mine = split_batch(list(range(batch)), ranks.rank, ranks.world_size)
     stepper._backward(images[mine], masks[mine], batch)
-    return torch.cat([p.grad.flatten() for p in stepper.model.parameters()]).numpy()
+    found = torch.cat([p.grad.flatten() for p in stepper.model.parameters()]).numpy()
+    return hashlib.sha256(found.tobytes()).hexdigest(), found if ranks.first else None
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +54,19 @@ def reference():
     from pneumo_dist.training.losses import BCEDice
 
     def compute(batch: int) -> np.ndarray:
-        model = ResNet34UNet(seed=3).eval()
+        torch.set_num_threads(1)
+        model = ResNet34UNet(seed=3).eval().to(memory_format=torch.channels_last)
         images, masks = _films(batch)
-        BCEDice(Loss()).per_image(model(normalise(images)), masks).mean().backward()
+        inputs = normalise(images).contiguous(memory_format=torch.channels_last)
+        BCEDice(Loss()).per_image(model(inputs), masks).mean().backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()]).numpy()
 
     return {batch: compute(batch) for batch in (14, 16)}
 
 
 def _close(found: np.ndarray, wanted: np.ndarray) -> None:
-    # float32 sums in another order: a few 1e-7 of the largest terms, here relative to the gradient's length.
+    # float32 sums over images in another order, relative to the gradient's length. (Against float64 the gradient of
+    # this network is good to 1e-4 only: a rounding that crosses a ReLU's kink switches that unit's whole share.)
     error = np.linalg.norm(found.astype(np.float64) - wanted) / np.linalg.norm(wanted)
     assert error < 2e-6, error
 
@@ -70,6 +76,5 @@ def _close(found: np.ndarray, wanted: np.ndarray) -> None:
 )
 def test_gradient_does_not_depend_on_ranks_or_micro_batches(reference, world_size, batch, accumulate):
     found = on_ranks(gradient, world_size, batch, accumulate)
-    for rank in range(1, world_size):
-        np.testing.assert_array_equal(found[rank], found[0])  # every rank steps with the same bits
-    _close(found[0], reference[batch])
+    assert len({bits for bits, _ in found}) == 1  # every rank steps with the same bits
+    _close(found[0][1], reference[batch])

@@ -75,10 +75,11 @@ class Chain:
 
 
 @pytest.fixture(scope="session")
-def chain(cluster: PrivateCluster, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def chain(cluster: PrivateCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     """Return the chain after `submit.py --stage all --nodes 2 --wait`."""
     root = tmp_path_factory.mktemp("runs")
     recipe = Path(__file__).parent / "tiny.yaml"
     words = ("--stage", "all", "--nodes", "2", "--config", recipe, "--run", "chain", "--wait", f"run_root={root}")
     done = cluster.submit(*words)
-    return Chain(cluster, recipe, root / "chain", done.stdout + done.stderr)
+    yield Chain(cluster, recipe, root / "chain", done.stdout + done.stderr)
+    shutil.rmtree(root)

@@ -103,7 +103,7 @@ def test_failed_stage_ends_the_waiting_command_with_1_and_names_itself(
     # More than the films of a training fold: only the job itself can know.
     done = free_cluster.submit("--stage", "all", "--nodes", "2", "--wait", *words, "stage1.batch_size=23", check=False)
     assert done.returncode == 1
-    assert "stage 1" in done.stdout + done.stderr
+    assert "stage1-fold0" in done.stderr and "stage1.batch_size=23 is more than the 16" in done.stderr
     assert not (tmp_path / "bad/fold0/stage1/DONE.json").exists()
     last = ledger(tmp_path / "bad")[-1]
     assert free_cluster.wait_for(str(last["job_id"]), within_s=30) == "CANCELLED"

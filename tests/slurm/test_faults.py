@@ -19,7 +19,7 @@ import pytest
 from tests.slurm.conftest import Chain
 from tests.slurm.private import PROFILE, PrivateCluster, same_weights, until
 
-FEW_BATCHES = 8  # from here on a training counts as under way: its checkpoint is worth losing
+FEW_BATCHES = 4  # from here on a training counts as under way: its checkpoint is worth losing
 USR2_PENDING = 1 << (signal.SIGUSR2 - 1)
 
 
@@ -95,7 +95,7 @@ def training(chain: Chain, cluster: PrivateCluster, root: Path, name: str, parti
     """Describe a training of some 15 s on the chain's shards, in a run of its own."""
     profile = root / f"{name}.profile.yaml"
     profile.write_text(f"{PROFILE.read_text()}\npartition: {partition}\n")
-    words = ("stages=1,swa", "stage1.epochs=40", "train.eval_every=20", "train.save_every_s=0.5")
+    words = ("stages=1,swa", "stage1.epochs=8", "train.eval_every=8", "train.save_every_s=2")
     fixed = ("--config", chain.recipe, "--run", name, f"run_root={root}", f"data.shard_dir={chain.run}/shards")
     return Training(cluster, root / name, profile, (*fixed, *words))
 
