@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launch import slurm
+from launch.place import Site
 from launch.plan import Plan
 from launch.profile import CPU_ONLY, Profile
 from pneumo_dist.config import TRAIN_STAGES, ConfigError
@@ -31,8 +32,6 @@ def _writable(run_dir: Path, probe: bool) -> str | None:
     """Say why the run directory cannot be written, or None. With `probe` it is made, and a file in it tried."""
     advice = "choose another place with run_root=DIR"
     parent = _existing(run_dir)
-    if not parent.is_dir():
-        return f"{parent} is a file: the run directory cannot be made below it; {advice}"
     if not os.access(parent, os.W_OK | os.X_OK):
         return f"{parent} is not writable: {advice}"
     if not probe:
@@ -146,28 +145,32 @@ def _limits(plan: Plan, profile: Profile) -> Iterator[str]:
             )
 
 
-def problems(plan: Plan, *, nodes: int, ranks: int, profile: Profile, slurm_asked: bool, probe: bool) -> Iterator[str]:
+def problems(made: Plan, nodes: int, place: Site, probe: bool) -> Iterator[str]:
     """Yield what is wrong with a plan, gravest first.
 
     Args:
-        ranks: processes of a training job.
-        slurm_asked: the jobs go to SLURM, whose limits hold.
         probe: really try to write; False for a dry run.
     """
-    yield from plan.differing
-    yield from _ranks(plan, nodes, ranks)
-    yield from _paths(plan)
-    yield from _sources(plan)
-    written = _writable(plan.recipe.run_dir, False)
-    if written:
-        yield written
+    yield from made.differing
+    yield from _ranks(made, nodes, place.ranks(nodes))
+    yield from _paths(made)
+    yield from _sources(made)
+    unwritable = _writable(made.recipe.run_dir, False)
+    if unwritable:
+        yield unwritable
         return
-    space = _space(plan)
-    if space:
-        yield space
-    if slurm_asked:
-        yield from _limits(plan, profile)
+    cramped = _space(made)
+    if cramped:
+        yield cramped
+    if place.slurm:
+        yield from _limits(made, place.profile)
     if probe:
-        written = _writable(plan.recipe.run_dir, True)
-        if written:
-            yield written
+        unwritable = _writable(made.recipe.run_dir, True)
+        if unwritable:
+            yield unwritable
+
+
+def refuse(made: Plan, nodes: int, place: Site) -> None:
+    """Raise ConfigError with the gravest thing that is wrong."""
+    for line in problems(made, nodes, place, probe=True):
+        raise ConfigError(line)

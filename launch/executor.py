@@ -38,10 +38,10 @@ class Shape:
     gpus_per_node: int = 0
     elements: int = 1  # of an array
 
-    @property
-    def processes(self) -> int:
-        """All processes of the job, elements included."""
-        return self.nodes * self.tasks_per_node * self.elements
+    def __str__(self) -> str:
+        if self.elements > 1:
+            return f"array of {self.elements}"
+        return f"{self.nodes} nodes x {self.tasks_per_node} ranks" if self.kind == "ranks" else "one process"
 
 
 def shape_of(stage: str, kind: str, nodes: int, gpus_per_node: int) -> Shape:

@@ -8,25 +8,48 @@ from pathlib import Path
 
 from launch import slurm
 from launch.arguments import Request
-from launch.outcome import last_error
+from launch.outcome import last_error, tell
 from launch.plan import Plan, closing
 from launch.status import progress_text
-from launch.submission import finish, say
 from pneumo_dist import done
 
 POLL_S = (2.0, 10.0)  # first and longest pause between two looks
 SETTLE_S = 20.0  # how long a shared file system may take to show the last DONE.json
 
 
+class _Display:
+    """Prints what is new about each job; on a terminal the last line is written over while only its numbers change."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, str] = {}
+        self._open = ""  # key of the job whose line may be written over
+
+    def show(self, key: str, job_id: str, state: str, progress: str) -> None:
+        """Print a job's state and progress unless that is what was last said of it."""
+        text = f"{state}, {progress}" if progress else state
+        if self._told.get(key) == text:
+            return
+        again = self._open == key and self._told[key].split(",")[0] == state and sys.stdout.isatty()
+        self._told[key], self._open = text, key
+        line = f"{time.strftime('%H:%M:%S')} {key:18} {job_id:>8} {text}"
+        print(f"\x1b[A\r\x1b[K{line}" if again else line, flush=True)
+
+
 def _state(rows: list[slurm.JobState]) -> str:
-    """Return one word for a job or for all elements of an array."""
+    """Return a few words for a job, or for all elements of an array."""
     names = sorted({row.state for row in rows}, key=lambda name: (name not in slurm.LIVE, name))
-    return "+".join(names) if names else "ENDED"
+    live = [row for row in rows if row.live]
+    text = "+".join(names) if names else "ENDED"
+    if live and live[0].state == "PENDING" and live[0].reason:
+        text += f" ({live[0].reason})"
+    elif live and live[0].nodes:
+        text += f" on {' '.join(dict.fromkeys(row.nodes for row in live if row.nodes))}"
+    return text
 
 
 def follow(request: Request, made: Plan, submitted: dict[str, str]) -> int:
     """Print every change of the jobs until none is left, and return 0 when all of the plan is done, else 1."""
-    told: dict[str, str] = {}
+    display = _Display()
     pause, quiet_looks, complained = POLL_S[0], 0, False
     try:
         while quiet_looks < 2:  # a job that is being requeued may be missing from one look
@@ -42,17 +65,9 @@ def follow(request: Request, made: Plan, submitted: dict[str, str]) -> int:
             complained = False
             for key, job_id in submitted.items():
                 mine = [row for row in rows if row.parent == job_id]
-                live = [row for row in mine if row.live]
-                text = _state(mine)
-                if live and live[0].reason and live[0].state == "PENDING":
-                    text += f" ({live[0].reason})"
-                elif live and live[0].nodes:
-                    text += f" on {live[0].nodes}"
-                more = progress_text(made.recipe.run_dir, key)
-                text += f", {more}" if more and live and live[0].state == "RUNNING" else ""
-                if told.get(key) != text:
-                    told[key] = text
-                    say(f"{time.strftime('%H:%M:%S')} {key:18} {job_id:>8} {text}")
+                running = any(row.state == "RUNNING" for row in mine)
+                more = progress_text(made.recipe.config, made.recipe.run_dir, key) if running else ""
+                display.show(key, job_id, _state(mine), more)
             quiet_looks = 0 if any(row.live for row in rows) else quiet_looks + 1
     except KeyboardInterrupt:
         print(
@@ -69,7 +84,7 @@ def _result(request: Request, made: Plan, submitted: dict[str, str]) -> int:
     while True:
         undone = [node for node in made.todo if done.read_done(config, run_dir, closing(node.stage), node.fold) is None]
         if not undone:
-            finish(request, made)
+            tell(made, request.stage)
             return 0
         try:
             states = slurm.states(submitted.values())

@@ -6,9 +6,10 @@ import os
 import re
 from pathlib import Path
 
+from launch.plan import Plan
 from pneumo_dist.config import Config, ConfigError
 from pneumo_dist.runtime.files import read_json
-from pneumo_dist.runtime.task import infer_dir
+from pneumo_dist.runtime.task import infer_dir, stage_dir
 
 TAIL_BYTES = 64 * 1024
 # The last line of a traceback, our own one-line errors, and what SLURM and the kernel say about a killed job.
@@ -49,19 +50,28 @@ def shown(path: Path) -> str:
 
 
 def score_table(folder: Path) -> list[str]:
-    """Return the honest scores of an evaluation, beside what calling every film empty gives; [] where there are none."""
+    """Return the honest scores of an evaluation beside those of calling every film empty; [] where there are none."""
     try:
         scores = read_json(folder / "scores.json")
     except (OSError, ValueError):
         return []
-    columns = {"dice": "Dice", "dice_positive": "on positives", "sensitivity": "sensitivity", "specificity": "specificity"}
-    rows = [("validation films", list(columns.values()))]
+    heads = ("Dice", "on positives", "sensitivity", "specificity")
+    columns = ("dice", "dice_positive", "sensitivity", "specificity")
+    rows = [("validation films", list(heads))]
     for name, entry in scores["headline"].items():
         label = "triplet, cross-fitted" if name == "cross_fitted" else f"fixed threshold {entry['mask_threshold']:g}"
         rows.append((label, ["-" if entry[c] is None else f"{entry[c]:.4f}" for c in columns]))
     rows.append(("every film empty", [f"{scores['dice_all_empty']:.4f}", "0.0000", "0.0000", "1.0000"]))
     text = [f"{label:24}" + "".join(f"{cell:>14}" for cell in cells) for label, cells in rows]
     return [f"{scores['films']} films of {scores['patients']} patients, {scores['positive']} with pneumothorax", *text]
+
+
+def tell(made: Plan, stage: str) -> None:
+    """Print where a finished stage's result lies, and the scores after an evaluation, an inference or the chain."""
+    recipe, last = made.recipe, made.targets[-1]
+    print(f"done: {shown(stage_dir(recipe.config, recipe.run_dir, last.stage, last.fold))}", flush=True)
+    if stage in ("evaluate", "infer", "all"):
+        print(outcome_text(recipe.config, recipe.run_dir, made.folds), flush=True)
 
 
 def outcome_text(config: Config, run_dir: Path, folds: tuple[int, ...]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launch.arguments import Request
 from pneumo_dist import config as configuration
@@ -81,11 +82,12 @@ def _absolute(config: Config, root: Path) -> Config:
     def full(path: str | None) -> str | None:
         return None if path is None else str(Path(path).expanduser().absolute())
 
-    names = ("dicom_dir", "rle_csv", "patient_map", "shard_dir", "holdout_ids")
+    data = ("dicom_dir", "rle_csv", "patient_map", "shard_dir", "holdout_ids")
+    paths: dict[str, Any] = {name: full(getattr(config.data, name)) for name in data}
     return dataclasses.replace(
         config,
         run_root=str(root),
-        data=dataclasses.replace(config.data, **{name: full(getattr(config.data, name)) for name in names}),
+        data=dataclasses.replace(config.data, **paths),
         model=dataclasses.replace(config.model, weights=full(config.model.weights)),
         stage1=dataclasses.replace(config.stage1, init_from=full(config.stage1.init_from)),
         stage2=dataclasses.replace(config.stage2, init_from=full(config.stage2.init_from)),
@@ -161,6 +163,9 @@ def make(request: Request) -> Plan:
     """
     recipe = resolve(request)
     config, run_dir = recipe.config, recipe.run_dir
+    for folder in (run_dir, *run_dir.parents):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder} is a file, no folder for runs: choose another place with run_root=DIR")
     folds = _folds(request, recipe)
     targets = jobs_of(config, request.stage, folds)
     if recipe.embedded and request.stage != "all":

@@ -154,9 +154,9 @@ def load(path: Path | None) -> Profile:
         raise ConfigError(f"{path}: cannot read the profile ({error.strerror})") from None
     except (ConfigError, OmegaConfBaseException, YAMLError, ValueError) as error:
         cause = error.__cause__ if isinstance(error.__cause__, ConfigError) else error
-        key = getattr(error, "full_key", None) if cause is error else None
+        where = getattr(error, "full_key", None) if cause is error else None
         raise ConfigError(
-            f"{path}: {key + ': ' if key else ''}" + " ".join(str(cause).split("\n")[0].split())
+            f"{path}: {where + ': ' if where else ''}" + " ".join(str(cause).split("\n")[0].split())
         ) from None
     assert isinstance(result, Profile)
     return result

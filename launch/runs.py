@@ -1,4 +1,4 @@
-"""Look after runs: `python launch/runs.py list | status RUN | logs RUN | cancel RUN | tensorboard RUN | validate | score`.
+"""Look after runs: `python launch/runs.py list`, status, logs, cancel, tensorboard, validate, score; `--help`.
 
 Changes nothing, except that `cancel` cancels. Any Python starts this file (launch/bootstrap.py).
 """
@@ -173,6 +173,7 @@ def _logs(found: argparse.Namespace) -> int:
 def _cancel(found: argparse.Namespace) -> int:
     from launch import slurm
     from launch.ledger import Ledger, holder
+    from launch.prepare import lock_path
     from pneumo_dist.config import ConfigError
 
     run_dir = _run_dir(found)
@@ -184,7 +185,7 @@ def _cancel(found: argparse.Namespace) -> int:
         raise ConfigError(f"SLURM does not answer ({error}): nothing has been cancelled") from None
     for key, job_id in live.items():
         print(f"{key}: job {job_id} cancelled")
-    local = {held for key in keys if (held := holder(run_dir / "jobs" / f".{key}.lock"))}
+    local = {held for key in keys if (held := holder(lock_path(run_dir, key)))}
     for held in sorted(local):
         print(f"{held} runs jobs of this run in the foreground: stop it there with Ctrl-C")
     if not live and not local:

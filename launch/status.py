@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launch import slurm
 from launch.ledger import Entry, Ledger, holder
 from launch.outcome import last_error
 from launch.plan import closing
+from launch.prepare import lock_path
 from pneumo_dist import chain, done
 from pneumo_dist import config as configuration
 from pneumo_dist.chain import Node
@@ -49,7 +51,7 @@ class Row:
         )
 
 
-def _epochs(run_dir: Path, key: str) -> list[dict[str, object]]:
+def _epochs(run_dir: Path, key: str) -> list[dict[str, Any]]:
     """Return the rows of metrics.jsonl of a training job (stage1-fold0)."""
     name, _, fold = key.partition("-fold")
     if not fold:
@@ -71,46 +73,34 @@ def _duration(seconds: float) -> str:
     )
 
 
-def progress_text(run_dir: Path, key: str) -> str:
+def progress_text(config: Config, run_dir: Path, key: str) -> str:
     """Return how far a training is, in a few words; "" where that is not known."""
     rows = _epochs(run_dir, key)
     if not rows:
         return ""
     last = rows[-1]
-    text = (
-        f"epoch {last['epoch']}/{last['epochs']}, step {last['step']}/{last['steps']}, {last['images_per_s']} images/s"
-    )
-    left = _time_left(last)
-    return text + (f", {left} left" if left else "")
-
-
-def _time_left(last: dict[str, object]) -> str:
-    """Estimate the rest of a training from its last epoch's speed."""
-    try:
-        left = (
-            (float(str(last["steps"])) - float(str(last["step"])))
-            * float(str(last["epoch_s"]))
-            * float(str(last["epochs"]))
-            / float(str(last["steps"]))
-        )
-    except (KeyError, ValueError, ZeroDivisionError):
-        return ""
-    return _duration(left) if left > 0 else ""
+    text = f"epoch {last['epoch']}/{last['epochs']}, step {last['step']}/{last['steps']}"
+    speed = last["images_per_s"]
+    if not speed:
+        return text
+    images = (last["steps"] - last["step"]) * config.train_stage(key.split("-")[0].removeprefix("stage")).batch_size
+    return f"{text}, {speed} images/s" + (f", {_duration(images / speed)} left" if images else "")
 
 
 def _score_text(config: Config, run_dir: Path, node: Node) -> str:
     rows = _epochs(run_dir, node.key)
     if rows and "best_dice" in rows[-1]:
         last = next((row for row in reversed(rows) if "dice" in row), rows[-1])
-        return f"Dice {last.get('dice', float('nan')):.4f}, best {rows[-1]['best_dice']:.4f} (epoch {rows[-1].get('best_epoch')})"
+        best = f"best {rows[-1]['best_dice']:.4f} (epoch {rows[-1]['best_epoch']})"
+        return f"Dice {last['dice']:.4f}, {best}" if "dice" in last else best
     if node.stage in ("evaluate", "pool"):
         from pneumo_dist.runtime.files import read_json
         from pneumo_dist.runtime.task import stage_dir
 
         try:
             scores = read_json(stage_dir(config, run_dir, node.stage, node.fold) / "scores.json")
-            fixed = scores["headline"]["fixed"]
-            return f"Dice {fixed['dice']:.4f} (all empty {scores['dice_all_empty']:.4f}), on positives {fixed['dice_positive']:.4f}"
+            fixed, empty = scores["headline"]["fixed"], scores["dice_all_empty"]
+            return f"Dice {fixed['dice']:.4f} (all empty {empty:.4f}), on positives {fixed['dice_positive']:.4f}"
         except (OSError, KeyError, TypeError, ValueError):
             return ""
     return ""
@@ -135,7 +125,7 @@ def logs_of(run_dir: Path, entry: Entry) -> list[Path]:
 
 def _local_state(run_dir: Path, node: Node, entries: list[Entry]) -> tuple[str, str]:
     """Return state and reason of a job that last ran on this machine (or another one without SLURM)."""
-    held = holder(run_dir / "jobs" / f".{node.key}.lock")
+    held = holder(lock_path(run_dir, node.key))
     last = [e for e in entries if e.key == node.key][-1]
     if held:
         return ("RUNNING", held) if last.event == "submitted" else ("PENDING", held)
@@ -157,7 +147,9 @@ def _slurm_state(mine: list[slurm.JobState]) -> tuple[str, str, str, int]:
         done = sum(row.state == "COMPLETED" for row in mine)
         state = state if done in (0, len(mine)) else f"{state} ({done}/{len(mine)} done)"
     nodes = ",".join(dict.fromkeys(row.nodes for row in mine if row.nodes and row.nodes != "None assigned"))
-    return state, worst.reason, nodes, max(row.restarts for row in mine)
+    # What SLURM once waited for says nothing about a job that has ended.
+    reason = worst.reason if worst.live or worst.reason.startswith(("exit", "NonZero")) else ""
+    return state, reason, nodes, max(row.restarts for row in mine)
 
 
 def collect(run_dir: Path) -> tuple[list[Row], str]:
@@ -212,11 +204,11 @@ def _row(config: Config, run_dir: Path, node: Node, entries: list[Entry], states
         reason=reason,
         nodes=nodes,
         attempts=sum(e.event == "submitted" for e in mine) + restarts,
-        progress=progress_text(run_dir, node.key),
+        progress=progress_text(config, run_dir, node.key),
         score=_score_text(config, run_dir, node),
         log=logs[0] if logs else None,
     )
-    if not row.failed:
+    if not row.failed or row.state == "CANCELLED":
         return row
     for path in sorted(logs, key=lambda p: p.stat().st_mtime, reverse=True):
         said = last_error(path)

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch import plan, slurm
+from launch import checks, plan, slurm
 from launch.arguments import Request
 from launch.executor import Shape, blocks_signals, script, shape_of, submit
 from launch.jobs import Job
 from launch.ledger import Ledger, Locked, lock
+from launch.place import Site
 from launch.plan import Plan
-from launch.submission import Site, entry, prepare, refuse_live, say
+from launch.prepare import entry, prepare, refuse_live
 from pneumo_dist.chain import STAGES, Node, upstream
 from pneumo_dist.config import ConfigError
 
-
-def _shape(request: Request, site: Site, node: Node) -> Shape:
-    return shape_of(node.stage, STAGES[node.stage].shape, request.nodes, site.gpus_per_node)
+Ids = dict[plan.Job, str]
 
 
 def _behind(made: Plan, job: plan.Job) -> set[plan.Job]:
@@ -26,7 +25,7 @@ def _behind(made: Plan, job: plan.Job) -> set[plan.Job]:
     return set(direct).union(*(_behind(made, one) for one in direct))
 
 
-def _after(request: Request, made: Plan, node: Node, ids: dict[plan.Job, str]) -> str:
+def _after(request: Request, made: Plan, node: Node, ids: Ids) -> str:
     """Return the dependency of a job: what it reads, less what that waits for itself; --after for the first ones."""
     wanted = [job for job in node.after if job in ids]
     implied = set().union(*(_behind(made, job) for job in wanted))
@@ -36,6 +35,35 @@ def _after(request: Request, made: Plan, node: Node, ids: dict[plan.Job, str]) -
     return f"afterok:{':'.join(dict.fromkeys(found))}" if found else ""
 
 
+class _Parts:
+    """What a job's script is made of, for every job of a plan alike."""
+
+    def __init__(self, request: Request, made: Plan, site: Site, code: Path) -> None:
+        self.request, self.made, self.site, self.code = request, made, site, code
+        self._facts: dict[str | None, slurm.Partition | None] = {}
+
+    def shape(self, node: Node) -> Shape:
+        return shape_of(node.stage, STAGES[node.stage].shape, self.request.nodes, self.site.gpus_per_node)
+
+    def name(self, node: Node) -> str:
+        return f"{node.key}.{self.made.recipe.run}"
+
+    def facts(self, node: Node) -> slurm.Partition | None:
+        partition = self.site.profile.resources(node.stage).partition
+        if partition not in self._facts:
+            self._facts[partition] = slurm.partition(partition) if self.site.slurm else None
+        return self._facts[partition]
+
+    def words(self, node: Node, ids: Ids) -> dict[str, object]:
+        return {
+            "name": self.name(node),
+            "comment": str(self.made.recipe.run_dir),
+            "code": self.code,
+            "after": _after(self.request, self.made, node, ids),
+            "facts": self.facts(node),
+        }
+
+
 def render(request: Request, made: Plan, site: Site) -> Iterator[str]:
     """Yield the sbatch script of every job that --stage stands for, the done ones included; nothing is written."""
     run_dir = made.recipe.run_dir
@@ -43,34 +71,18 @@ def render(request: Request, made: Plan, site: Site) -> Iterator[str]:
     # Jobs outside the plan that would have to run before stand in by name as well.
     waited = {(n.stage, n.fold) for n in made.targets} | {job for _, job in made.missing}
     ids = {job: f"<id of {plan.title(job[0], job[1], len(made.folds))}>" for job in waited}
-    facts = {}
+    parts = _Parts(request, made, site, run_dir / "code" / "<hash of the code>")
     for node in made.targets:
-        shape = _shape(request, site, node)
-        partition = site.profile.resources(node.stage).partition
-        if site.slurm and partition not in facts:
-            facts[partition] = slurm.partition(partition)
-        text = script(
-            run_dir / "jobs", site.profile, node.stage, shape, name=_name(made, node), comment=str(run_dir),
-            code=run_dir / "code" / "<hash of the code>", after=_after(request, made, node, ids), facts=facts.get(partition),
-        )  # fmt: skip
-        kind = (
-            f"array of {shape.elements}"
-            if shape.elements > 1
-            else f"{shape.nodes} nodes x {shape.tasks_per_node} ranks"
-            if shape.kind == "ranks"
-            else "one process"
-        )
+        shape = parts.shape(node)
+        text = script(run_dir / "jobs", site.profile, node.stage, shape, **parts.words(node, ids))
+        title = plan.title(node.stage, node.fold, len(made.folds))
         state = "" if node.key in todo else "; done already, would not be submitted"
-        yield f"# ---- {plan.title(node.stage, node.fold, len(made.folds))} ({kind}{state})\n{text}"
+        yield f"# ---- {title} ({shape}{state})\n{text}"
     if not blocks_signals():
         yield "# note: env cannot block signals here (coreutils 8.31): one in a job's first second would end the job"
 
 
-def _name(made: Plan, node: Node) -> str:
-    return f"{node.key}.{made.recipe.run}"
-
-
-def submit_chain(request: Request, made: Plan, site: Site, wrong: Iterator[str]) -> int:
+def submit_chain(request: Request, made: Plan, site: Site) -> int:
     """Submit the plan's jobs in order, each after those it reads from, and say where to look.
 
     Raises:
@@ -78,29 +90,23 @@ def submit_chain(request: Request, made: Plan, site: Site, wrong: Iterator[str])
     """
     run_dir = made.recipe.run_dir
     ledger = Ledger(run_dir)
-    ids: dict[plan.Job, str] = {}
-    live = _live(ledger)
-    for node, job in made.missing:
-        key = Node(job[0], job[1], ()).key
-        if key in live:
-            ids[job] = live[key]
-            say(f"{plan.title(job[0], job[1], len(made.folds))} is under way as job {live[key]}: waiting for it")
-        elif not request.after:
-            raise ConfigError(plan.missing_line(made, node, job))
-    for line in wrong:
-        raise ConfigError(line)
-    (run_dir / "jobs").mkdir(parents=True, exist_ok=True)
+    ids = _under_way(request, made, ledger)
+    checks.refuse(made, request.nodes, site)
     try:
         guard = lock(run_dir / "jobs" / ".submit.lock", wait_s=30)
     except Locked as error:
         raise ConfigError(f"{error.holder} is submitting to this run: try again") from None
     try:
         refuse_live(made, ledger)
-        code = prepare(request, made)
-        submitted = _submit_all(request, made, site, ledger, code, ids)
+        parts = _Parts(request, made, site, prepare(request, made))
+        submitted = _submit_all(parts, ledger, ids)
     finally:
         guard.release()
-    _tell(request, made, submitted)
+    for key, job_id in submitted.items():
+        print(f"{key:20} job {job_id}")
+    print(f"logs:        {run_dir / 'jobs'}")
+    print(f"status:      python launch/runs.py status {made.recipe.word}")
+    print(f"TensorBoard: python launch/runs.py tensorboard {made.recipe.word}", flush=True)
     if not request.wait:
         return 0
     from launch.follow import follow
@@ -108,63 +114,53 @@ def submit_chain(request: Request, made: Plan, site: Site, wrong: Iterator[str])
     return follow(request, made, submitted)
 
 
-def _live(ledger: Ledger) -> dict[str, str]:
+def _under_way(request: Request, made: Plan, ledger: Ledger) -> Ids:
+    """Return the ids of live jobs of this run that the plan's jobs wait for.
+
+    Raises:
+        ConfigError: something upstream is neither done nor under way, and --after does not stand for it.
+    """
+    if not made.missing:
+        return {}
     try:
-        return ledger.live()
+        live = ledger.live()
     except slurm.SlurmError as error:
         raise ConfigError(f"SLURM does not say which jobs of this run are live ({error}): try again later") from None
+    ids: Ids = {}
+    for node, job in made.missing:
+        key = Node(job[0], job[1], ()).key
+        if key in live:
+            ids[job] = live[key]
+        elif not request.after:
+            raise ConfigError(plan.missing_line(made, node, job))
+    for job, job_id in ids.items():
+        print(f"{plan.title(job[0], job[1], len(made.folds))} is under way as job {job_id}: waiting for it", flush=True)
+    return ids
 
 
-def _submit_all(
-    request: Request, made: Plan, site: Site, ledger: Ledger, code: Path, ids: dict[plan.Job, str]
-) -> dict[str, str]:
-    run_dir = made.recipe.run_dir
+def _submit_all(parts: _Parts, ledger: Ledger, ids: Ids) -> dict[str, str]:
+    made, run_dir = parts.made, parts.made.recipe.run_dir
     submitted: dict[str, str] = {}
-    facts: dict[str | None, slurm.Partition | None] = {}
     for node in made.todo:
-        shape = _shape(request, site, node)
-        partition = site.profile.resources(node.stage).partition
-        if partition not in facts:
-            facts[partition] = slurm.partition(partition)
+        shape, words = parts.shape(node), parts.words(node, ids)
         jobs = [Job(node.stage, node.fold, (i, shape.elements), str(run_dir)) for i in range(shape.elements)]
-        after = _after(request, made, node, ids)
         try:
-            job_id = submit(
-                run_dir / "jobs", site.profile, node.stage, shape, jobs,
-                name=_name(made, node), comment=str(run_dir), code=code, after=after, facts=facts[partition],
-            )  # fmt: skip
+            job_id = submit(run_dir / "jobs", parts.site.profile, node.stage, shape, jobs, **words)
         except BaseException as error:
             slurm.cancel(submitted.values())
             if isinstance(error, slurm.SlurmError):
-                undone = f"; the {len(submitted)} jobs submitted before are cancelled" if submitted else ""
-                raise ConfigError(
-                    f"SLURM refused the job of {plan.title(node.stage, node.fold, len(made.folds))}: {error}{undone}"
-                ) from None
+                undone = f"; the {len(submitted)} jobs before it are cancelled again" if submitted else ""
+                title = plan.title(node.stage, node.fold, len(made.folds))
+                raise ConfigError(f"SLURM refused the job of {title}: {error}{undone}") from None
             raise
         ids[(node.stage, node.fold)] = submitted[node.key] = job_id
-        log = f"{job_id}_%r_log.out" if shape.elements == 1 else f"{job_id}_%a_%r_log.out"
-        ledger.append(
-            entry(
-                request,
-                made,
-                site,
-                node,
-                code,
-                job_id=job_id,
-                name=_name(made, node),
-                log=log,
-                processes=shape.nodes * shape.tasks_per_node,
-                elements=shape.elements,
-                after=[after] if after else [],
-            )  # fmt: skip
-        )
+        more = {
+            "job_id": job_id,
+            "name": parts.name(node),
+            "log": f"{job_id}_%r_log.out" if shape.elements == 1 else f"{job_id}_%a_%r_log.out",
+            "processes": shape.nodes * shape.tasks_per_node,
+            "elements": shape.elements,
+            "after": [str(words["after"])] if words["after"] else [],
+        }
+        ledger.append(entry(parts.request, made, parts.site, node, parts.code, **more))
     return submitted
-
-
-def _tell(request: Request, made: Plan, submitted: dict[str, str]) -> None:
-    for key, job_id in submitted.items():
-        say(f"{key:20} job {job_id}")
-    word = made.recipe.word
-    say(f"logs:        {made.recipe.run_dir / 'jobs'}")
-    say(f"status:      python launch/runs.py status {word}")
-    say(f"TensorBoard: python launch/runs.py tensorboard {word}")

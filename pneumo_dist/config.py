@@ -1,5 +1,4 @@
 """The whole recipe as frozen dataclasses: schema, defaults, cross-field rules, snapshot.
-
 The defaults are the paper's final recipe (arXiv 2009.02805); a YAML file holds only what differs.
 No torch in here: `submit.py` reads a configuration before anything heavy is imported.
 """

@@ -16,15 +16,17 @@ if TYPE_CHECKING:
 
 JPEG_8BIT = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")  # Baseline; Extended where it has 8 bits
 JPEG_FAMILY = "1.2.840.10008.1.2.4."
-JPEG_2000 = tuple(f"1.2.840.10008.1.2.4.{end}" for end in (90, 91, 201, 202, 203))  # the last three: high throughput
 DEFLATED = "1.2.840.10008.1.2.1.99"
 MAX_TILES = 65_535  # JPEG 2000 part 1, A.4.2: the tile index has 16 bits
 
 # Transfer syntax -> pydicom's name of the plugin that is asked first, and the package a person has to install.
+# JPEG-LS; RLE lossless; JPEG 2000; high-throughput JPEG 2000; 12-bit and lossless JPEG, for which nothing is installed.
 PLUGINS = {
     "1.2.840.10008.1.2.4.80": ("pyjpegls", "pyjpegls"),
     "1.2.840.10008.1.2.4.81": ("pyjpegls", "pyjpegls"),
-    **{uid: ("pylibjpeg", "pylibjpeg-openjpeg") for uid in JPEG_2000},
+    "1.2.840.10008.1.2.4.90": ("pillow", "pillow"),
+    "1.2.840.10008.1.2.4.91": ("pillow", "pillow"),
+    **{f"1.2.840.10008.1.2.4.{end}": ("pylibjpeg", "pylibjpeg-openjpeg") for end in (201, 202, 203)},  # needs pylibjpeg
     "1.2.840.10008.1.2.5": ("pydicom", "pydicom"),
     "1.2.840.10008.1.2.4.51": ("gdcm", "python-gdcm"),  # 12 bit
     "1.2.840.10008.1.2.4.57": ("gdcm", "python-gdcm"),
@@ -150,9 +152,10 @@ def decode_dataset(dataset: Dataset, uid: str) -> tuple[np.ndarray, str]:
         raise FilmError(f"no decoder for {_name(uid)}: install {package or 'one that pydicom knows'}")
     plugin = first if first in decoder.available_plugins else ""
     try:
-        pixels, _ = decoder.as_array(dataset, raw=True, decoding_plugin=plugin)
+        pixels, _ = decoder.as_array(dataset, raw=True, decoding_plugin=plugin, correct_unused_bits=False)
     except Exception as error:  # plugins raise whatever their libraries do
         raise FilmError(f"damaged {_name(uid)} pixel data ({type(error).__name__})") from None
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     helper = f" with {_version(package)}" if package not in ("", "pydicom") else ""
     return pixels, f"pydicom {pydicom.__version__}{helper}"
 

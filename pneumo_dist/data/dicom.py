@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pneumo_dist.data import codecs
+from pneumo_dist.data import codecs, header
 from pneumo_dist.data.codecs import FilmError
 
 __all__ = ["Film", "FilmError", "film_stem", "looks_like_film", "read_film"]
@@ -94,13 +94,60 @@ def parse_film(data: bytes, max_pixels: int, named_dicom: bool = False) -> Film:
     """Decode the bytes of one film file; `named_dicom` accepts DICOM without preamble. Raises FilmError."""
     digest = hashlib.sha256(data).hexdigest()
     if data[128:132] == b"DICM":
-        return _read_dicom(data, max_pixels, digest)
+        return _read_plain(data, max_pixels, digest) or _read_dicom(data, max_pixels, digest)
     if data[:8] == b"\x89PNG\r\n\x1a\n" or data[:3] == b"\xff\xd8\xff":
         pixels, decoder = codecs.decode_picture(data, max_pixels)
         return Film(_stretch(pixels), "", "", "", digest, decoder)
     if named_dicom and data:
         return _read_dicom(data, max_pixels, digest)
     raise FilmError("neither DICOM, PNG nor JPEG" if data else "empty file")
+
+
+# Samples, bits allocated and stored, high bit and sign that a film must have to be read without pydicom.
+PLAIN = {0x00280002: 1, 0x00280100: 8, 0x00280101: 8, 0x00280102: 7, 0x00280103: 0}
+MAPPING_TAGS = (0x00281050, 0x00281051, 0x00281052, 0x00281053, 0x00283000, 0x00283010)
+
+
+def _read_plain(data: bytes, max_pixels: int, digest: str) -> Film | None:
+    """Read the commonest film, an 8-bit JPEG with nothing to rescale; None where pydicom has to look at the file."""
+    found = header.elements_of(data)
+    if found is None or any(header.number(found, tag) != value for tag, value in PLAIN.items()):
+        return None
+    if any(tag in found for tag in MAPPING_TAGS) or header.text(found, 0x00280008) not in ("", "1"):
+        return None
+    photometric = header.text(found, 0x00280004)
+    plain = photometric in ("MONOCHROME1", "MONOCHROME2")
+    if not plain or header.text(found, header.TRANSFER_SYNTAX) != codecs.JPEG_8BIT[0]:
+        return None
+    stream, rows, columns = found[header.PIXEL_DATA], header.number(found, 0x00280010), header.number(found, 0x00280011)
+    if rows is None or columns is None or rows * columns > max_pixels:
+        return None
+    if codecs.stream_size(stream) != (rows, columns, 1, 8):
+        return None
+    pixels, decoder = codecs.decode_jpeg(stream)
+    return _film(
+        255 - pixels if photometric == "MONOCHROME1" else pixels,
+        header.text(found, 0x00080018),
+        header.text(found, 0x00185101),
+        header.text(found, 0x00100040),
+        digest,
+        decoder,
+    )
+
+
+def _film(
+    pixels: np.ndarray, uid: str, view: str, sex: str, digest: str, decoder: str, warnings: tuple[str, ...] = ()
+) -> Film:
+    """Let through only what is known: a header's text may hold anything."""
+    return Film(
+        pixels=np.ascontiguousarray(pixels),
+        sop_uid=uid if re.fullmatch(r"[0-9.]{1,64}", uid) else "",
+        view=view if view in VIEWS else "",
+        sex=sex if sex in SEXES else "",
+        sha256=digest,
+        decoder=decoder,
+        warnings=warnings,
+    )
 
 
 def _stretch(pixels: np.ndarray) -> np.ndarray:
@@ -177,17 +224,8 @@ def _read_dicom(data: bytes, max_pixels: int, digest: str) -> Film:
         pixels = table[stored]
     if photometric == "MONOCHROME1":
         pixels = 255 - pixels
-    view, sex = _text(dataset, "ViewPosition"), _text(dataset, "PatientSex")
-    uid = _text(dataset, "SOPInstanceUID")
-    return Film(
-        pixels=np.ascontiguousarray(pixels),
-        sop_uid=uid if re.fullmatch(r"[0-9.]{1,64}", uid) else "",
-        view=view if view in VIEWS else "",
-        sex=sex if sex in SEXES else "",
-        sha256=digest,
-        decoder=decoder,
-        warnings=tuple(warnings),
-    )
+    uid, view, sex = (_text(dataset, name) for name in ("SOPInstanceUID", "ViewPosition", "PatientSex"))
+    return _film(pixels, uid, view, sex, digest, decoder, tuple(warnings))
 
 
 def _stored_values(dataset: Any, rows: int, columns: int, max_pixels: int) -> tuple[np.ndarray, int, bool, str]:

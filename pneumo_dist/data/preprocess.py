@@ -78,7 +78,7 @@ def _write_shard(
                     log.warning("%s is left out: %s", job.path, decoded.reason)
                     continue
                 writer.add(decoded.images, decoded.masks)
-                films.append(decoded.facts | {"label": int(decoded.masks is not None)})
+                films.append(decoded.facts)
             parts = writer.finish()
             listing = {"format": FORMAT, "shard": shard, "of": count, "films": films, "bad": bad}
             path = out / files.films_name(shard, count)

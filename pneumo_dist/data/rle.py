@@ -57,22 +57,26 @@ def decode_union(texts: Iterable[str], rows: int, columns: int) -> np.ndarray:
     Raises:
         RleError: as `runs`, or a run that ends past rows * columns.
     """
-    flat = np.zeros(rows * columns, dtype=bool)
-    found = [pair for pair in map(runs, texts) if len(pair[0])]
-    if not found:
-        return flat.reshape(columns, rows).T
-    for starts, ends in found:
-        if ends[-1] > flat.size:
-            raise RleError(f"the runs end at pixel {ends[-1]}, past the {rows} x {columns} film ({flat.size} pixels)")
+    flat: np.ndarray | None = None
+    for starts, ends in map(runs, texts):
+        if not len(starts):
+            continue
+        if ends[-1] > rows * columns:
+            raise RleError(
+                f"the runs end at pixel {ends[-1]}, past the {rows} x {columns} film ({rows * columns} pixels)"
+            )
         # Counts of zeros and ones in turn: np.repeat fills whole runs at memory speed.
         counts = np.empty(2 * len(starts) + 1, dtype=np.int64)
         counts[1::2] = ends - starts
         counts[0] = starts[0]
         counts[2:-1:2] = starts[1:] - ends[:-1]
-        counts[-1] = flat.size - ends[-1]
+        counts[-1] = rows * columns - ends[-1]
         values = np.zeros(len(counts), dtype=bool)
         values[1::2] = True
-        flat |= np.repeat(values, counts)
+        row = np.repeat(values, counts)
+        flat = row if flat is None else np.logical_or(flat, row, out=flat)
+    if flat is None:
+        flat = np.zeros(rows * columns, dtype=bool)
     return flat.reshape(columns, rows).T
 
 

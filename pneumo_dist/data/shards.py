@@ -73,12 +73,9 @@ def to_size(pixels: np.ndarray, size: int) -> np.ndarray:
 
 def masks_to_sizes(mask: np.ndarray, sizes: Iterable[int]) -> dict[int, np.ndarray]:
     """Return {size: bool (size, size)} of a bool (rows, columns) mask: inside where at least half a pixel is."""
-    import cv2
-
-    # Decoded masks lie in memory by columns: OpenCV transposes them several times faster than numpy.
-    grey = cv2.transpose(mask.T.view(np.uint8)) if mask.flags.f_contiguous else mask.astype(np.uint8)
-    levels = to_sizes(grey * np.uint8(255), sizes)
-    return {size: level >= 128 for size, level in levels.items()}
+    # By columns, as decoded masks lie in memory: transposing the small results is cheaper.
+    grey = np.ascontiguousarray(mask.T).view(np.uint8) * np.uint8(255)
+    return {size: np.ascontiguousarray(level.T) >= 128 for size, level in to_sizes(grey, sizes).items()}
 
 
 class _NpyStream:

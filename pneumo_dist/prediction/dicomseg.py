@@ -42,7 +42,8 @@ class SegJob:
     rows: int
     columns: int
     packed: bytes  # np.packbits of the mask
-    label: str  # of the inference
+    label: str  # of the inference, for the series description
+    answer: str  # hash of what determines the answers: models, triplet, flips
     models: tuple[str, ...]  # sha256 of the model files
     created: int  # epoch seconds: the content date
 
@@ -54,12 +55,24 @@ def write_seg(job: SegJob) -> tuple[int, str]:
         SegError: the film is no DICOM file, or its header lacks what a reference to it needs.
     """
     mask = np.unpackbits(np.frombuffer(job.packed, np.uint8), count=job.rows * job.columns).reshape(job.rows, job.columns)
-    data = seg_bytes(Path(job.source), mask.astype(bool), job.label, job.models, job.created)
+    data = seg_bytes(Path(job.source), mask.astype(bool), job)
     Path(job.target).write_bytes(data)
     return len(data), hashlib.sha256(data).hexdigest()
 
 
-def seg_bytes(source: Path, mask: NDArray[np.bool_], label: str, models: tuple[str, ...], created: int) -> bytes:
+def try_write_seg(job: SegJob) -> tuple[int, str] | str:
+    """Write one Segmentation; whatever prevents it comes back as a reason without header text."""
+    try:
+        return write_seg(job)
+    except SegError as error:
+        return str(error)
+    except OSError:
+        raise  # a full disk is no property of the film
+    except Exception as error:  # highdicom quotes values in its messages
+        return f"cannot be made ({type(error).__name__})"
+
+
+def seg_bytes(source: Path, mask: NDArray[np.bool_], job: SegJob) -> bytes:
     """Return the DICOM file of a binary Segmentation with one segment, pixel for pixel on its source film.
 
     A film without FrameOfReferenceUID (every SIIM-ACR film, most secondary captures) gives a Segmentation without
@@ -72,25 +85,25 @@ def seg_bytes(source: Path, mask: NDArray[np.bool_], label: str, models: tuple[s
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they quote patient names
-        return _made(_header(source), mask, label, models, created)
+        return _made(_header(source), mask, job)
 
 
-def _made(header: Any, mask: NDArray[np.bool_], label: str, models: tuple[str, ...], created: int) -> bytes:
+def _made(header: Any, mask: NDArray[np.bool_], job: SegJob) -> bytes:
     import highdicom as hd
     from highdicom.sr.coding import CodedConcept
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
     if (header.Rows, header.Columns) != mask.shape:
         raise SegError(f"the header says {header.Rows} x {header.Columns}, the film has {mask.shape[0]} x {mask.shape[1]}")
-    entropy = ["pneumo_dist", __version__, label, *models]
-    when = datetime.fromtimestamp(created, UTC)
+    entropy = ["pneumo_dist", __version__, job.label, job.answer]
+    when = datetime.fromtimestamp(job.created, UTC)
 
     def uid(*names: str) -> str:
         return str(generate_uid(entropy_srcs=[*names, *entropy]))
 
     algorithm = hd.AlgorithmIdentificationSequence(
         name="pneumo_dist ResNet34-UNet",
-        version=f"{__version__} model {'+'.join(digest[:8] for digest in models)}"[:64],
+        version=f"{__version__} model {'+'.join(digest[:8] for digest in job.models)}"[:64],
         family=CodedConcept("123109", "DCM", "Artificial Intelligence"),
     )
     segment = hd.seg.SegmentDescription(
@@ -121,7 +134,7 @@ def _made(header: Any, mask: NDArray[np.bool_], label: str, models: tuple[str, .
         content_label="PNEUMOTHORAX",
         transfer_syntax_uid=ExplicitVRLittleEndian,
         omit_empty_frames=False,
-        series_description=f"Pneumothorax (pneumo_dist {label})"[:64],
+        series_description=f"Pneumothorax (pneumo_dist {job.label})"[:64],
     )
     _fix_clock_and_uids(made, when, uid("dimensions", str(header.SOPInstanceUID)))
     made.ContentCreatorName = ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ PREDICTION_COLUMNS = (
 )  # fmt: skip
 
 Row = dict[str, Any]
+Segment = Callable[[PlannedFilm, NDArray[np.bool_], Path], tuple[int, str] | str]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class FilmWriter:
     folder: Path
     outputs: tuple[str, ...]
     triplet: Triplet
+    segment: Segment | None = None  # writes a DICOM SEG and returns (bytes, sha256), or says why there is none
 
     def write(self, film: PlannedFilm, read: ReadFilm, prob: NDArray[np.float32]) -> Row:
         """Decide, write the files asked for, and return the row.
@@ -80,8 +82,22 @@ class FilmWriter:
             self._put(files, "probs", f"{film.name}.png", pictures.png(np.rint(prob * 255).astype(np.uint8)))
         if "overlays" in self.outputs:
             self._put(files, "overlays", f"{film.name}.png", pictures.png(pictures.overlay(read.picture, mask, caption(row)), 1))
+        if self.segment is not None and area:  # an object without a finding would only be clutter in a PACS
+            self._put_segmentation(files, row, film, mask)
         row["files"] = files
         return row
+
+    def _put_segmentation(
+        self, files: dict[str, list[Any]], row: Row, film: PlannedFilm, mask: NDArray[np.bool_]
+    ) -> None:
+        assert self.segment is not None
+        name = f"{FOLDERS['dicomseg']}/{film.name}.dcm"
+        (self.folder / name).parent.mkdir(exist_ok=True)
+        written = self.segment(film, mask, self.folder / name)
+        if isinstance(written, str):
+            row["warnings"] = "; ".join(filter(None, [row["warnings"], f"no DICOM SEG: {written}"]))
+        else:
+            files[name] = list(written)
 
     def _put(self, files: dict[str, list[Any]], folder: str, name: str, data: bytes) -> None:
         path = self.folder / folder / name

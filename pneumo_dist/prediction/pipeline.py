@@ -5,6 +5,7 @@ A film's answer depends on the film and the models only: batches are cut from th
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -14,18 +15,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pneumo_dist.data.decoding import cores
+from pneumo_dist.prediction.dicomseg import SegJob, try_write_seg
 from pneumo_dist.prediction.ensemble import Ensemble, load_ensemble
 from pneumo_dist.prediction.filmsize import mean_film_probability
 from pneumo_dist.prediction.infer import begin_part, finish_part, part_folder, read_part
-from pneumo_dist.prediction.outputs import FilmWriter, Row, unreadable_row
+from pneumo_dist.prediction.outputs import FilmWriter, Row, Segment, unreadable_row
 from pneumo_dist.prediction.overlap import film_threads, overlap
 from pneumo_dist.prediction.plan import Plan, PlannedFilm, pooled_thresholds, signature
 from pneumo_dist.prediction.predictor import Predictor
 from pneumo_dist.prediction.reading import PICTURE_PX, THUMB_PX, Answer, Helpers, ReadFilm, ReadJob
 from pneumo_dist.runtime import ranks
+from pneumo_dist.runtime.files import sha256_text
 from pneumo_dist.runtime.runlog import progress
 from pneumo_dist.runtime.task import Task
 
@@ -79,13 +83,15 @@ def _stream(task: Task, made: Plan, todo: Sequence[int], helpers: Helpers, ensem
     config, predictor = task.config, ensemble.predictor
     source = task.infer_source
     assert source is not None
+    segment = _segmenter(helpers, source, made, head["settings"]) if "dicomseg" in config.infer.outputs else None
     picture_px = PICTURE_PX if "overlays" in config.infer.outputs else THUMB_PX
 
     def batches() -> Iterator[FilmBatch]:
         for j in todo:
             films = made.part(j)
             working = begin_part(task.out, j)
-            part = OpenPart(j, len(films), working, FilmWriter(working, tuple(config.infer.outputs), ensemble.triplet))
+            writer = FilmWriter(working, tuple(config.infer.outputs), ensemble.triplet, segment)
+            part = OpenPart(j, len(films), working, writer)
             for start in range(0, len(films), config.infer.batch_size):
                 if task.stop.requested:
                     return
@@ -114,6 +120,21 @@ def _stream(task: Task, made: Plan, todo: Sequence[int], helpers: Helpers, ensem
         done = overlap(batches(), read, compute, write, ahead=max(2, -(-2 * helpers.count // config.infer.batch_size)))
         for _ in progress(_finished(task, done, head), sum(len(made.part(j)) for j in todo), f"infer {made.label}"):
             pass
+
+
+def _segmenter(helpers: Helpers, source: Path, made: Plan, settings: dict[str, Any]) -> Segment:
+    """Return what writes a DICOM SEG in a helper process: highdicom is slow and holds the interpreter."""
+    models = tuple(settings["models"])
+    answer = sha256_text(json.dumps({key: value for key, value in settings.items() if key != "outputs"}, sort_keys=True))
+
+    def segment(film: PlannedFilm, mask: NDArray[np.bool_], target: Path) -> tuple[int, str] | str:
+        job = SegJob(
+            str(source / film.path), str(target), *mask.shape, np.packbits(mask).tobytes(), made.label, answer, models, made.created
+        )  # fmt: skip
+        written: tuple[int, str] | str = helpers.call(try_write_seg, (job,), str).result()
+        return written
+
+    return segment
 
 
 def _finished(task: Task, done: Iterator[tuple[FilmBatch, list[Row]]], head: dict[str, Any]) -> Iterator[Row]:

@@ -5,8 +5,11 @@ Nothing leaves a helper but pixels, hashes and reasons: no header text.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -84,6 +87,8 @@ def _prepare(parent: int) -> None:
     die_with_parent()
     if os.getppid() != parent:  # it died before the line above
         os._exit(1)
+    warnings.simplefilter("ignore")  # pydicom's and highdicom's quote header values
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     import cv2
 
     cv2.setNumThreads(0)
@@ -135,6 +140,7 @@ class Helpers:
     def __init__(self, count: int) -> None:
         self.count = count
         self.generation = 0
+        self._lock = threading.Lock()  # answers are waited for in several threads
         self._pool = self._start()
 
     def _start(self) -> ProcessPoolExecutor:
@@ -146,19 +152,24 @@ class Helpers:
         """Hand a job to a helper; None where they have just died (the answer then replaces them)."""
         try:
             return self._pool.submit(function, *arguments)
-        except BrokenProcessPool:
+        except (BrokenProcessPool, RuntimeError):  # RuntimeError: another thread is replacing them
             return None
 
     def replace(self, generation: int) -> None:
         """End the helpers and fork new ones, once for each time they failed; what they had is done again alone."""
-        if generation == self.generation:
-            _kill(self._pool)
-            self._pool = self._start()
-            self.generation += 1
+        with self._lock:
+            if generation == self.generation:
+                _kill(self._pool)
+                self._pool = self._start()
+                self.generation += 1
 
     def read(self, job: ReadJob) -> Answer[ReadFilm]:
         """Read one film in a helper."""
-        return Answer(self, read_job, (job,), lambda reason: ReadFilm(reason=reason))
+        return self.call(read_job, (job,), lambda reason: ReadFilm(reason=reason))
+
+    def call(self, function: Callable[..., T], arguments: tuple[Any, ...], given_up: Callable[[str], T]) -> Answer[T]:
+        """Do a job in a helper; `given_up` makes the result out of a reason where the helper dies of it or hangs."""
+        return Answer(self, function, arguments, given_up)
 
     def close(self) -> None:
         """End the helpers; what they have not started is dropped."""

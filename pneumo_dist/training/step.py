@@ -6,6 +6,7 @@ images' losses, divides by the global batch, and multiplies by the ranks that DD
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,11 @@ from pneumo_dist.model.precision import amp_dtype, autocast
 from pneumo_dist.model.unet import normalise
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.training.losses import BCEDice
+
+# Rank 0's batch-norm buffers are the ones that count (see `Trainer`): sending them at every step would be for nothing.
+# torch 2.13 has renamed the option.
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+_LEAVE_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,8 @@ class Stepper:
             self.ddp = DistributedDataParallel(
                 self.model,
                 device_ids=[self.device] if self.device.type == "cuda" else None,
-                broadcast_buffers=False,  # rank 0's batch-norm buffers are the ones that count: see `Trainer`
                 gradient_as_bucket_view=True,
+                **_LEAVE_BUFFERS,
             )
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=stage.lr, fused=self.device.type == "cuda")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)

@@ -208,7 +208,7 @@ class Trainer:
         if self._bad_steps >= self.config.train.max_nonfinite:
             raise FloatingPointError(
                 f"stage {self.task.stage}, epoch {self.progress.epoch + 1}, batch {self.progress.batch}: the loss was "
-                f"not finite {self._bad_steps} times in a row; this rank's films: {', '.join(self._bad_ids) or 'all fine'}"
+                f"not finite {self._bad_steps} times in a row; this rank's films: {', '.join(self._bad_ids) or 'fine'}"
             )
 
     # --- epochs ------------------------------------------------------------------------------------------------

@@ -79,13 +79,17 @@ def _disturb(run_dir: Path, pids: list[int], rng: random.Random) -> str:
             return "ended before"
         time.sleep(0.005)
     time.sleep(rng.uniform(0, 0.1))
-    victims = pids + [child for pid in pids for child in small_run.children(pid)]
-    victim, number = rng.choice(victims), rng.choice(SIGNALS)
-    try:
-        os.kill(victim, number)
-    except ProcessLookupError:
-        return "ended before"
-    return f"{signal.Signals(number).name} to {'a rank' if victim in pids else 'a loader worker'}"
+    workers = [child for pid in pids for child in small_run.children(pid)]
+    said = []
+    while True:
+        victim, number = rng.choice(pids + workers), rng.choice(SIGNALS)
+        try:
+            os.kill(victim, number)
+        except ProcessLookupError:
+            return "ended before"
+        said.append(f"{signal.Signals(number).name} to {'a rank' if victim in pids else 'a loader worker'}")
+        if victim in pids or number == signal.SIGKILL:  # loader workers are deaf to the others: go on until one is felt
+            return ", ".join(said)
 
 
 def _damage(run_dir: Path, rng: random.Random) -> bool:
@@ -106,7 +110,9 @@ def chaos(folder: Path, rounds: int, seed: int = 0) -> Counter[str]:
     small_run.thin()
     rng = random.Random(seed)
     epochs = 8 + rounds  # two steps each: every round is disturbed while there is something left to do
-    prepared = small_run.prepare(folder / "prepared", f"stage1.epochs={epochs}", "train.save_every_s=0")
+    prepared = small_run.prepare(
+        folder / "prepared", f"stage1.epochs={epochs}", "train.save_every_s=0", "train.eval_every=3"
+    )
     calm = small_run.copy_of(prepared, folder / "calm")
     log = folder / "log"
     assert _collect(_fork(calm, log), 600) == [0] * WORLD_SIZE, log.read_text()[-4000:]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.private import PrivateCluster, devcluster, until
+from tests.slurm.private import TINY, PrivateCluster, devcluster, until
 
 REQUIRED = os.environ.get("PNEUMO_REQUIRE_SLURM") == "1"
 
@@ -65,7 +65,6 @@ class Chain:
     """The tiny recipe's whole chain, run once on the cluster."""
 
     cluster: PrivateCluster
-    recipe: Path
     run: Path
     output: str
 
@@ -75,11 +74,19 @@ class Chain:
 
 
 @pytest.fixture(scope="session")
+def shards(cluster: PrivateCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the shards of the tiny recipe's films, for runs that need nothing else of a chain."""
+    root = tmp_path_factory.mktemp("runs")
+    words = ("--config", TINY, "--run", "films", "--wait", f"run_root={root}")
+    cluster.submit("--stage", "preprocess", *words, timeout_s=120)
+    return root / "films" / "shards"
+
+
+@pytest.fixture(scope="session")
 def chain(cluster: PrivateCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
     """Return the chain after `submit.py --stage all --nodes 2 --wait`."""
     root = tmp_path_factory.mktemp("runs")
-    recipe = Path(__file__).parent / "tiny.yaml"
-    words = ("--stage", "all", "--nodes", "2", "--config", recipe, "--run", "chain", "--wait", f"run_root={root}")
+    words = ("--stage", "all", "--nodes", "2", "--config", TINY, "--run", "chain", "--wait", f"run_root={root}")
     done = cluster.submit(*words)
-    yield Chain(cluster, recipe, root / "chain", done.stdout + done.stderr)
+    yield Chain(cluster, root / "chain", done.stdout + done.stderr)
     shutil.rmtree(root)

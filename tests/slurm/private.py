@@ -14,6 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 DEVCLUSTER = ROOT / "slurm" / "devcluster" / "devcluster"
 PROFILE = ROOT / "configs" / "cluster" / "devcluster.yaml"
+TINY = Path(__file__).parent / "tiny.yaml"  # the recipe that is trained here
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "DEADLINE", "OUT_OF_MEMORY")
 
 

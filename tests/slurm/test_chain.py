@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.slurm.conftest import Chain
-from tests.slurm.private import ROOT, PrivateCluster, devcluster, same_weights, until
+from tests.slurm.private import ROOT, TINY, PrivateCluster, devcluster, same_weights, until
 
 STAGES = ("phantom", "shards", "fold0/stage1", "fold0/stage2", "fold0/swa", "fold0/evaluate", "infer/films")
 
@@ -50,7 +50,7 @@ def test_preprocess_and_infer_were_arrays_and_every_job_waited_for_the_one_befor
 
 
 def test_same_recipe_on_this_machine_gives_the_same_bits(chain: Chain, tmp_path: Path) -> None:
-    words = ("--cluster", "local", "--stage", "all", "--nodes", "2", "--config", chain.recipe, "--run", "here")
+    words = ("--cluster", "local", "--stage", "all", "--nodes", "2", "--config", TINY, "--run", "here")
     chain.cluster.command(
         sys.executable, ROOT / "launch/submit.py", *words, f"run_root={tmp_path}", timeout_s=400, cwd=tmp_path
     )
@@ -74,9 +74,9 @@ def test_changed_setting_of_a_done_stage_is_refused_with_its_key(chain: Chain) -
 
 
 def test_second_writer_is_refused_and_a_parent_that_fails_cancels_its_dependants(
-    chain: Chain, free_cluster: PrivateCluster, tmp_path: Path
+    shards: Path, free_cluster: PrivateCluster, tmp_path: Path
 ) -> None:
-    words = ("--config", chain.recipe, "--run", "busy", f"run_root={tmp_path}", f"data.shard_dir={chain.run}/shards")
+    words = ("--config", TINY, "--run", "busy", f"run_root={tmp_path}", f"data.shard_dir={shards}")
     held = free_cluster.command("sbatch", "--parsable", "--hold", "-o", "/dev/null", "--wrap", "true").stdout.strip()
     free_cluster.submit("--stage", "1", "--nodes", "2", "--after", held, *words)
     first = next(row for row in ledger(tmp_path / "busy") if row["key"] == "stage1-fold0")
@@ -97,9 +97,9 @@ def test_second_writer_is_refused_and_a_parent_that_fails_cancels_its_dependants
 
 
 def test_failed_stage_ends_the_waiting_command_with_1_and_names_itself(
-    chain: Chain, free_cluster: PrivateCluster, tmp_path: Path
+    shards: Path, free_cluster: PrivateCluster, tmp_path: Path
 ) -> None:
-    words = ("--config", chain.recipe, "--run", "bad", f"run_root={tmp_path}", f"data.shard_dir={chain.run}/shards")
+    words = ("--config", TINY, "--run", "bad", f"run_root={tmp_path}", f"data.shard_dir={shards}")
     # More than the films of a training fold: only the job itself can know.
     done = free_cluster.submit("--stage", "all", "--nodes", "2", "--wait", *words, "stage1.batch_size=23", check=False)
     assert done.returncode == 1
@@ -143,8 +143,7 @@ def test_without_accounting_a_waiting_command_still_learns_how_its_jobs_ended(
     try:
         devcluster("start", "--dir", folder, "--nodes", 2, "--no-accounting", "--owner", os.getpid())
         plain = PrivateCluster(folder)
-        recipe = Path(__file__).parent / "tiny.yaml"
-        words = ("--nodes", "2", "--config", recipe, "--wait", f"run_root={tmp_path}", "data.workers=1")
+        words = ("--nodes", "2", "--config", TINY, "--wait", f"run_root={tmp_path}", "data.workers=1")
         plain.submit("--stage", "preprocess", "--run", "good", *words, timeout_s=120)
         assert (tmp_path / "good/shards/DONE.json").is_file()
         failed = plain.submit("--stage", "1", "--run", "good", *words, "stage1.batch_size=23", check=False)

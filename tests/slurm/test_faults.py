@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import Chain
-from tests.slurm.private import PROFILE, PrivateCluster, same_weights, until
+from tests.slurm.private import PROFILE, TINY, PrivateCluster, same_weights, until
 
 FEW_BATCHES = 4  # from here on a training counts as under way: its checkpoint is worth losing
 USR2_PENDING = 1 << (signal.SIGUSR2 - 1)
@@ -91,19 +90,19 @@ class Training:
         same_weights(reference / "fold0/stage1/last.pt", self.run / "fold0/stage1/last.pt")
 
 
-def training(chain: Chain, cluster: PrivateCluster, root: Path, name: str, partition: str = "batch") -> Training:
-    """Describe a training of some 15 s on the chain's shards, in a run of its own."""
+def training(shards: Path, cluster: PrivateCluster, root: Path, name: str, partition: str = "batch") -> Training:
+    """Describe a training of some 15 s on the shared shards, in a run of its own."""
     profile = root / f"{name}.profile.yaml"
     profile.write_text(f"{PROFILE.read_text()}\npartition: {partition}\n")
     words = ("stages=1,swa", "stage1.epochs=8", "train.eval_every=8", "train.save_every_s=2")
-    fixed = ("--config", chain.recipe, "--run", name, f"run_root={root}", f"data.shard_dir={chain.run}/shards")
+    fixed = ("--config", TINY, "--run", name, f"run_root={root}", f"data.shard_dir={shards}")
     return Training(cluster, root / name, profile, (*fixed, *words))
 
 
 @pytest.fixture(scope="module")
-def reference(chain: Chain, cluster: PrivateCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference(shards: Path, cluster: PrivateCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the run that nobody disturbs."""
-    calm = training(chain, cluster, tmp_path_factory.mktemp("reference"), "calm")
+    calm = training(shards, cluster, tmp_path_factory.mktemp("reference"), "calm")
     _, child = calm.submit()
     assert cluster.wait_for(child, within_s=240) == "COMPLETED"
     return calm.run
@@ -111,10 +110,10 @@ def reference(chain: Chain, cluster: PrivateCluster, tmp_path_factory: pytest.Te
 
 @pytest.fixture
 def disturbed(
-    chain: Chain, reference: Path, free_cluster: PrivateCluster, tmp_path: Path, request: pytest.FixtureRequest
+    shards: Path, reference: Path, free_cluster: PrivateCluster, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[Training]:
     """Return a training to be disturbed; nothing of it is left in the queue afterwards."""
-    yield training(chain, free_cluster, tmp_path, "shaken", getattr(request, "param", "batch"))
+    yield training(shards, free_cluster, tmp_path, "shaken", getattr(request, "param", "batch"))
     free_cluster.command("scancel", "--user", "root")
 
 

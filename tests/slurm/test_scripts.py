@@ -10,7 +10,7 @@ import pytest
 
 from pneumo_dist import config as configuration
 from tests.slurm.conftest import Chain
-from tests.slurm.private import ROOT, PrivateCluster, same_weights, until
+from tests.slurm.private import ROOT, TINY, PrivateCluster, same_weights, until
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 
@@ -36,7 +36,7 @@ def test_scripts_alone_reach_the_same_bits_as_submit(
     phantom = chain.run / "phantom"
     data = {"dicom_dir": "dicom-images-train", "rle_csv": "train-rle.csv", "patient_map": "patients.csv"}
     words = ["phantom.films=0", "infer.label=films", *(f"data.{key}={phantom / name}" for key, name in data.items())]
-    (run / "config.yaml").write_text(configuration.to_yaml(configuration.load(chain.recipe, words)))
+    (run / "config.yaml").write_text(configuration.to_yaml(configuration.load(TINY, words)))
 
     last = ""
     for script, *more in (
@@ -62,12 +62,12 @@ def test_scripts_alone_reach_the_same_bits_as_submit(
 
 
 def test_script_forbidden_to_requeue_fails_at_its_time_limit_so_that_dependants_do_not_start(
-    chain: Chain, free_cluster: PrivateCluster, tmp_path: Path
+    shards: Path, free_cluster: PrivateCluster, tmp_path: Path
 ) -> None:
     run = tmp_path / "short"
-    shutil.copytree(chain.run / "shards", run / "shards")
+    shutil.copytree(shards, run / "shards")
     long = ["stage1.epochs=100000", "stage1.lr=0.0001"]
-    (run / "config.yaml").write_text(configuration.to_yaml(configuration.load(chain.recipe, long)))
+    (run / "config.yaml").write_text(configuration.to_yaml(configuration.load(TINY, long)))
     job = sbatch(free_cluster, tmp_path, "", "--no-requeue", "--nodes=1", ROOT / "slurm/train.sbatch", run, "1")
     child = sbatch(free_cluster, tmp_path, job, ROOT / "slurm/swa.sbatch", run)
     checkpoints = run / "fold0/stage1/checkpoints"

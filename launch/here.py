@@ -1,0 +1,107 @@
+"""Run a plan on this machine: its jobs one after another in the foreground, each as worker processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from launch import plan
+from launch.arguments import Request
+from launch.ledger import Ledger, Lock, Locked, lock
+from launch.local import Foreground, store_folder, workers
+from launch.outcome import last_error, tell
+from launch.place import Site
+from launch.plan import Plan
+from launch.prepare import entry, lock_path, prepare, refuse_live
+from pneumo_dist.chain import STAGES, Node
+from pneumo_dist.config import ConfigError
+
+
+def run_here(request: Request, made: Plan, site: Site) -> int:
+    """Run the plan's jobs in order and return the exit status: 0, 1 failed, 130 Ctrl-C, 143 SIGTERM.
+
+    Raises:
+        ConfigError: something upstream is missing, or another process is on one of the stages.
+    """
+    for node, job in made.missing:
+        raise ConfigError(plan.missing_line(made, node, job))
+    run_dir = made.recipe.run_dir
+    ledger = Ledger(run_dir)
+    locks: list[Lock] = []
+    with Foreground() as foreground:
+        try:
+            refuse_live(made, ledger)
+            for node in made.todo:
+                try:
+                    locks.append(lock(lock_path(run_dir, node.key)))
+                except Locked as error:
+                    raise ConfigError(f"{error.holder} is on {node.key} of this run already: wait for it") from None
+            code = prepare(request, made)
+            chain = _Chain(request, made, site, foreground, ledger, code, [one.descriptor for one in locks])
+            for node in made.todo:
+                status = chain.run(node)
+                if status:
+                    return status
+        finally:
+            for one in locks:
+                one.release()
+    tell(made, request.stage)
+    return 0
+
+
+class _Chain:
+    """What the jobs of one plan share."""
+
+    def __init__(
+        self,
+        request: Request,
+        made: Plan,
+        site: Site,
+        foreground: Foreground,
+        ledger: Ledger,
+        code: Path,
+        locks: list[int],
+    ) -> None:
+        self.request, self.made, self.site = request, made, site
+        self.foreground, self.ledger, self.code, self.locks = foreground, ledger, code, locks
+
+    def run(self, node: Node) -> int:
+        """Run one job to its end and return its exit status."""
+        kind = STAGES[node.stage].shape
+        count = 1 if kind == "single" else self.site.ranks(self.request.nodes)
+        title = plan.title(node.stage, node.fold, len(self.made.folds))
+        mark = f"[{self.made.todo.index(node) + 1}/{len(self.made.todo)}] {title}"
+        print(mark + (f": {count} processes" if count > 1 else ""), flush=True)
+        began = time.monotonic()
+        with store_folder() as folder:
+            group = workers(
+                key=node.key,
+                stage=node.stage,
+                fold=node.fold,
+                kind=kind,
+                count=count,
+                run_dir=self.made.recipe.run_dir,
+                code=self.code,
+                store=Path(folder) / "store",
+            )
+            self._note(node, count)
+            outcome = self.foreground.run(group, self.locks)
+            self._note(node, count, event="ended", status=outcome.status)
+        if not outcome.status:
+            print(f"{mark} took {time.monotonic() - began:.0f} s", flush=True)
+        elif self.foreground.received:
+            print(f"stopped during {title}; the same command continues", file=sys.stderr)
+        else:
+            worker, status = outcome.failed or (0, 1)
+            log = group[worker].log
+            how = f"was killed by signal {-status}" if status < 0 else f"exited with {status}"
+            print(f"error: {title}: process {worker} {how}: {last_error(log) or 'no message'}", file=sys.stderr)
+            print(f"its log: {log}; after correcting the cause, the same command continues", file=sys.stderr)
+        return outcome.status
+
+    def _note(self, node: Node, count: int, event: str = "submitted", status: int | None = None) -> None:
+        log = f"local-{node.key}-%r.out"
+        more = {"event": event, "status": status, "job_id": str(os.getpid()), "processes": count, "log": log}
+        self.ledger.append(entry(self.request, self.made, self.site, node, self.code, **more))

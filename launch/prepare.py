@@ -1,0 +1,100 @@
+"""The changes on disk that precede any job: nobody else writing, old results aside, configurations, copy of the code.
+
+Starts nothing and submits nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from launch import codecopy, plan, slurm
+from launch.arguments import Request
+from launch.ledger import Entry, Ledger, holder
+from launch.place import Site
+from launch.plan import Plan
+from pneumo_dist import config as configuration
+from pneumo_dist.chain import Node
+from pneumo_dist.config import ConfigError
+from pneumo_dist.runtime.files import write_text
+from pneumo_dist.runtime.task import shard_dir, stage_dir
+
+
+def lock_path(run_dir: Path, key: str) -> Path:
+    """Return the lock file of one job of a run."""
+    return run_dir / "jobs" / f".{key}.lock"
+
+
+def refuse_live(made: Plan, ledger: Ledger) -> None:
+    """Raise ConfigError while another job, on SLURM or on this machine, writes one of the plan's stages."""
+    try:
+        live = ledger.live(node.key for node in made.todo)
+    except slurm.SlurmError as error:
+        raise ConfigError(
+            f"this run has SLURM jobs, and SLURM does not say whether they still run ({error}): try again later"
+        ) from None
+    for node in made.todo:
+        name = plan.title(node.stage, node.fold, len(made.folds))
+        if node.key in live:
+            raise ConfigError(
+                f"SLURM job {live[node.key]} is on {name} of this run already: wait for it, "
+                f"or cancel it with launch/runs.py cancel {made.recipe.word}"
+            )
+        held = holder(lock_path(made.recipe.run_dir, node.key))
+        if held:
+            raise ConfigError(f"{held} is on {name} of this run already: wait for it, or stop it")
+
+
+def prepare(request: Request, made: Plan) -> Path:
+    """Put old results aside (--redo), write the configurations and the copy of the code; return the copy."""
+    recipe = made.recipe
+    if request.redo:
+        _put_aside(made)
+    text = configuration.to_yaml(recipe.config)
+    if not (recipe.run_dir / "config.yaml").exists():
+        write_text(recipe.run_dir / "config.yaml", text)
+    for node in made.todo:
+        write_text(recipe.run_dir / "jobs" / f"{node.key}.yaml", text)
+    return codecopy.copy(plan.ROOT, recipe.run_dir)
+
+
+def _put_aside(made: Plan) -> None:
+    config, run_dir = made.recipe.config, made.recipe.run_dir
+    shared = config.data.shard_dir and any(node.stage == "preprocess" for node in made.todo)
+    if shared and shard_dir(config, run_dir).exists():
+        raise ConfigError(
+            f"--redo: the shards in {config.data.shard_dir} may serve other runs: remove that folder yourself, "
+            "or name another data.shard_dir"
+        )
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for folder in dict.fromkeys(stage_dir(config, run_dir, node.stage, node.fold) for node in made.todo):
+        if folder.exists():
+            aside = folder.with_name(f"{folder.name}.old-{stamp}")
+            folder.rename(aside)
+            print(f"--redo: the old result is now {aside}", flush=True)
+
+
+_git_state = functools.lru_cache(maxsize=1)(codecopy.git_state)
+
+
+def entry(request: Request, made: Plan, site: Site, node: Node, code: Path, **more: Any) -> Entry:
+    """Return the ledger's line for a job."""
+    extra = {
+        "nodes": request.nodes,
+        "gpus_per_node": site.gpus_per_node,
+        "profile": str(site.profile_path) if site.profile_path else None,
+        "git": _git_state(plan.ROOT),
+        "command": sys.argv,
+    }
+    cluster = "slurm" if site.slurm else "local"
+    same: dict[str, Any] = {
+        "key": node.key,
+        "stage": node.stage,
+        "fold": node.fold,
+        "cluster": cluster,
+        "code": code.name,
+    }
+    return Entry(**same, extra=extra, **more)

@@ -1,0 +1,188 @@
+"""Cluster profiles, and the sbatch scripts made from them. No SLURM is needed here."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch import executor, profile, slurm
+from launch.executor import Shape, shape_of
+from launch.profile import Profile
+from pneumo_dist.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(
+    tmp_path: Path, stage: str = "1", shape: Shape | None = None, chosen: Profile | None = None, **more: object
+) -> str:
+    words = {"name": "stage1-fold0.x", "comment": "c", "code": tmp_path / "code", "after": "", "facts": None} | more
+    return executor.script(tmp_path, chosen or Profile(), stage, shape or shape_of("1", "ranks", 2, 0), **words)
+
+
+def written(tmp_path: Path, text: str) -> Profile:
+    (tmp_path / "p.yaml").write_text(text)
+    return profile.load(tmp_path / "p.yaml")
+
+
+def test_every_profile_that_is_delivered_can_be_read_and_rendered(tmp_path: Path) -> None:
+    found = sorted((ROOT / "configs" / "cluster").glob("*.yaml"))
+    assert {"devcluster", "gpu-qos", "preemptible", "workstation"} <= {path.stem for path in found}
+    for path in found:
+        chosen = profile.load(path)
+        for stage in profile.STAGE_KEYS[1:]:
+            assert "#SBATCH --time=" in script(tmp_path, stage, chosen=chosen)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("partion: gpu", "unknown key partion; did you mean partition?"),
+        ("gpus_per_node: many", "gpus_per_node"),
+        ("stages: {cpu: {quos: x}}", "stages.cpu.quos; did you mean qos?"),
+        ("time_min: {swaa: 3}", "time_min.swaa: no such stage; did you mean swa?"),
+        ("time_min: 0", "time_min.default=0"),
+        ("gres: gpu:4", "must be a name without a number"),
+        ("env: {NCCL-DEBUG: x}", "env.NCCL-DEBUG"),
+        ("- a", "key: value lines"),
+        ("partition: [", "p.yaml"),
+    ],
+)
+def test_a_mistake_in_a_profile_is_one_line_naming_file_and_key(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        written(tmp_path, text)
+    assert said in str(error.value) and "p.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_profile_names_those_that_there_are() -> None:
+    with pytest.raises(ConfigError, match="devcluster"):
+        profile.find("devclustr")
+
+
+def test_a_stages_own_values_win_over_those_for_cpu_jobs_and_the_profiles(tmp_path: Path) -> None:
+    chosen = written(
+        tmp_path,
+        "partition: gpu\nqos: normal\nsbatch: {nice: 5}\ntime_min: {default: 60, preprocess: 9, 1: 700}\n"
+        "stages: {cpu: {partition: cpu, qos: '', sbatch: {nice: 1}}, preprocess: {partition: big}}",
+    )
+    assert chosen.resources("1").partition == "gpu" and chosen.resources("1").qos == "normal"
+    assert chosen.resources("merge").partition == "cpu" and chosen.resources("merge").qos is None
+    assert chosen.resources("finalize").partition == "big" and chosen.resources("finalize").sbatch == {"nice": "1"}
+    assert [chosen.minutes(s) for s in ("1", "2", "finalize")] == [700, 60, 9]
+
+
+def test_the_script_carries_what_keeps_a_chain_alive(tmp_path: Path) -> None:
+    text = script(tmp_path, after="afterok:12:13")
+    for line in (
+        "--requeue", "--kill-on-invalid-dep=yes", "--open-mode=append", "--signal=USR2@180", "--nodes=2",
+        "--dependency=afterok:12:13",
+    ):  # fmt: skip
+        assert f"#SBATCH {line}" in text
+    assert "--kill-on-bad-exit=1" in text and "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK" in text
+    assert f"export PYTHONPATH={tmp_path}/code" in text and "wckey" not in text and "gpus" not in text
+
+
+def test_the_script_is_valid_shell(tmp_path: Path) -> None:
+    chosen = Profile(env={"A": "it's $HOME; x"}, setup=["module load cuda"])
+    text = script(tmp_path, chosen=chosen, code=tmp_path / "a b", after="afterok:<id of stage 1>")
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_signals_are_blocked_until_the_job_has_its_handlers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "blocks_signals", lambda: True)
+    assert " env --block-signal=USR2 --block-signal=TERM apptainer exec x.sif python -u -m submitit" in script(
+        tmp_path, chosen=Profile(python="apptainer exec x.sif python")
+    )
+    monkeypatch.setattr(executor, "blocks_signals", lambda: False)
+    assert "block-signal" not in script(tmp_path)
+
+
+def test_requeueing_can_be_given_up(tmp_path: Path) -> None:
+    text = script(tmp_path, chosen=Profile(requeue=False))
+    assert "#SBATCH --no-requeue" in text and "#SBATCH --requeue" not in text
+
+
+def test_shapes_of_jobs() -> None:
+    assert shape_of("1", "ranks", 4, 8) == Shape(kind="ranks", nodes=4, tasks_per_node=8, gpus_per_node=8)
+    assert shape_of("1", "ranks", 4, 0) == Shape(kind="ranks", nodes=4)
+    assert shape_of("preprocess", "array", 4, 8) == Shape(kind="array", elements=4)
+    assert shape_of("infer", "array", 4, 8) == Shape(kind="array", elements=4, gpus_per_node=1)
+    assert shape_of("merge", "single", 4, 8) == Shape(kind="single")
+
+
+def test_gpus_are_asked_for_in_the_sites_way(tmp_path: Path) -> None:
+    shape = shape_of("1", "ranks", 2, 4)
+    assert "#SBATCH --gpus-per-node=4" in script(tmp_path, shape=shape)
+    text = script(tmp_path, shape=shape, chosen=Profile(gres="gpu:a100"))
+    assert "#SBATCH --gres=gpu:a100:4" in text and "gpus-per-node" not in text and "--ntasks-per-node=4" in text
+
+
+def test_what_the_profile_leaves_open_comes_from_the_partition(tmp_path: Path) -> None:
+    facts = slurm.Partition(cpus=12, memory_mb=1, gpus=4, max_minutes=90)
+    text = script(tmp_path, shape=shape_of("1", "ranks", 1, 4), facts=facts)
+    assert "#SBATCH --cpus-per-task=3" in text and "#SBATCH --time=90" in text
+
+
+def test_an_array_is_one_script(tmp_path: Path) -> None:
+    text = script(tmp_path, "preprocess", shape_of("preprocess", "array", 3, 2))
+    assert "#SBATCH --array=0-2%3" in text and "gpus" not in text
+
+
+def test_the_warning_comes_at_half_time_of_a_short_job_at_the_earliest(tmp_path: Path) -> None:
+    assert "--signal=USR2@60" in script(tmp_path, chosen=Profile(time_min={"default": 2}))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("infinite", None), ("1-00:00:00", 1440), ("2-3", 3060), ("90:00", 90), ("12:30:00", 750), ("45", 45), ("", None)],
+)
+def test_slurm_times(text: str, expected: int | None) -> None:
+    assert slurm.minutes(text) == expected
+
+
+def fake(folder: Path, name: str, answer: str, status: int = 0) -> None:
+    (folder / name).write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\nexit {status}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_partition_facts_are_the_least_of_its_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(
+        tmp_path,
+        "sinfo",
+        "gpu*|32+|128000|gpu:a100:4(S:0-1)|1-00:00:00\ngpu*|16|64000|gpu:2|1-00:00:00\ncpu|8|1|(null)|10",
+    )
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert slurm.partition(None) == slurm.Partition(cpus=16, memory_mb=64000, gpus=2, max_minutes=1440)
+
+
+def test_a_controller_that_does_not_answer_is_told_from_no_slurm_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert slurm.why_not() == "no sbatch on PATH"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    fake(tmp_path, "sbatch", "")
+    fake(tmp_path, "scontrol", "Slurmctld(primary) at head is DOWN")
+    assert "no controller is up" in (slurm.why_not() or "")
+    fake(tmp_path, "scontrol", "slurm_load_ctl_conf error: Unable to contact slurm controller", 1)
+    assert "no controller answers" in (slurm.why_not() or "")
+    fake(tmp_path, "scontrol", "Slurmctld(primary) at head is UP")
+    assert slurm.why_not() is None
+
+
+def test_states_come_from_the_controller_first_and_count_restarts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(tmp_path, "squeue", "9_1|infer.x|RUNNING|None|node2|1:00")
+    fake(
+        tmp_path,
+        "sacct",
+        "7|stage1-fold0.x|NODE_FAIL|0:0|node1|00:10\n7|stage1-fold0.x|CANCELLED by 0|0:15|node2|00:10\n"
+        "9_0|infer.x|FAILED|1:0|node1|00:02\n9_1|infer.x|PENDING|0:0||00:00",
+    )
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = slurm.states(["7", "9"])
+    assert found["7"].state == "CANCELLED" and found["7"].restarts == 1 and not found["7"].live
+    assert found["9_0"].reason == "exit 1:0" and found["9_1"].live and found["9_1"].parent == "9"

@@ -1,0 +1,339 @@
+"""submit.py's words: what is asked for, which recipe and run it means, what a dry run prints, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import plan, prepare
+from launch.arguments import Request, UsageError, parse
+from launch.codecopy import code_hash, copy
+from launch.ledger import Entry, Ledger, lock
+from launch.submit import main
+from pneumo_dist import done
+from pneumo_dist.config import ConfigError
+from pneumo_dist.runtime.task import stage_dir
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def submit(*words: object, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run submit.py as a person does."""
+    command = [sys.executable, str(ROOT / "launch" / "submit.py"), *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environ}, check=False)
+
+
+def here(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Do the same within this process, where it is quicker: exit status, output, errors."""
+    status = main(list(words))
+    return status, *capfd.readouterr()
+
+
+def make(*words: object) -> plan.Plan:
+    return plan.make(parse([str(word) for word in words]))
+
+
+def finished(made: plan.Plan, stage: str, fold: int | None = None) -> None:
+    """Pretend that a stage is done."""
+    config, run_dir = made.recipe.config, made.recipe.run_dir
+    folder = stage_dir(config, run_dir, stage, fold)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"settings": done.settings_of(config, stage), "inputs": {}, "outputs": {}, "sizes": config.sizes}
+    try:
+        record["inputs"] = done.inputs_of(config, run_dir, stage, fold)
+    except ConfigError:
+        pass
+    (folder / "DONE.json").write_text(json.dumps(record))
+
+
+# ---- words
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("", "--stage"),
+        ("--stage 3", "'3'"),
+        ("--stage 1 --nodes 0", "--nodes 0"),
+        ("--stage 1 --nodes two", "two"),
+        ("--stage 1 --gpus-per-node -1", "--gpus-per-node"),
+        ("--stage 1 --nods 2", "--nods"),
+        ("--stage 1 fast", "'fast'"),
+        ("--stage 1 --folds 0,x", "0,x"),
+        ("--stage 1 --folds 1,1", "twice"),
+        ("--stage 1 --run ../x", "--run"),
+        ("--stage 1 --after soon", "--after"),
+        ("--stage 1 --after 12 --cluster local", "--after"),
+        ("--stage 1 --verify", "--verify"),
+        ("--stage preprocess --verify --redo", "--verify"),
+    ],
+)
+def test_a_wrong_word_is_one_line_naming_it(words: str, said: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse(words.split())
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_settings_may_stand_anywhere() -> None:
+    request = parse("infer.dir=/x --stage infer infer.outputs=csv,masks --nodes 3".split())
+    assert request == Request(stage="infer", nodes=3, overrides=("infer.dir=/x", "infer.outputs=csv,masks"))
+
+
+def test_several_jobs_to_wait_for() -> None:
+    assert parse("--stage 1 --after 12,13_4".split()).after == "12:13_4"
+
+
+# ---- recipe and run
+
+
+def test_nothing_named_means_synthetic_films_and_all_that_is_missing(tmp_path: Path) -> None:
+    made = make("--stage", "1", f"run_root={tmp_path}")
+    assert made.recipe.run == "quickstart" and made.recipe.embedded
+    assert [node.key for node in made.todo] == ["phantom", "preprocess", "finalize", "stage1-fold0"]
+    assert "no data configured: synthetic phantom films" in made.notes
+
+
+@pytest.mark.parametrize(
+    ("words", "run"),
+    [("data.dicom_dir=/x", "paper"), ("--run mine", "mine"), ("--config configs/exp2.yaml", "exp2")],
+)
+def test_as_soon_as_something_is_named_a_missing_upstream_is_not_run(tmp_path: Path, words: str, run: str) -> None:
+    made = make("--stage", "1", *words.split(), f"run_root={tmp_path}")
+    assert made.recipe.run == run and [node.key for node in made.todo] == ["stage1-fold0"]
+    (line,) = {plan.missing_line(made, *missing) for missing in made.missing}
+    assert f"stage 1 needs preprocess, which is not done: run --stage preprocess --run {run}" in line
+
+
+def test_a_run_goes_on_from_its_own_configuration(tmp_path: Path) -> None:
+    first = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", "stage1.epochs=3", "phantom.films=9")
+    prepare.prepare(Request(stage="1"), first)
+    again = make("--stage", "2", "--run", "a", f"run_root={tmp_path}", "stage2.epochs=4")
+    assert (again.recipe.config.stage1.epochs, again.recipe.config.stage2.epochs) == (3, 4)
+    prepare.prepare(Request(stage="2"), again)
+    assert make("--stage", "2", "--run", "a", f"run_root={tmp_path}").recipe.config.stage2.epochs == 70
+    other = make("--stage", "1", "--run", "a", "--config", "configs/exp2.yaml", f"run_root={tmp_path}")
+    assert other.recipe.config.stage1.epochs == 35
+
+
+def test_paths_are_made_absolute_where_the_command_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = make("--stage", "infer", "--run", "a", "run_root=here", "infer.dir=films", "infer.models=m.pt,~/n.pt")
+    config = made.recipe.config
+    assert made.recipe.run_dir == tmp_path / "here" / "a" and config.infer.dir == str(tmp_path / "films")
+    assert config.infer.models == [str(tmp_path / "m.pt"), str(Path("~/n.pt").expanduser())]
+
+
+def test_runs_lie_beside_launch_whatever_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert plan.resolve(parse(["--stage", "1"])).run_dir == ROOT / "runs" / "quickstart"
+
+
+def test_a_stage_that_the_recipe_does_not_have() -> None:
+    with pytest.raises(ConfigError, match="this recipe has no stage 2"):
+        make("--stage", "2", "--config", "configs/exp2.yaml")
+
+
+def test_a_fold_outside_the_folds() -> None:
+    with pytest.raises(ConfigError, match="--folds 7"):
+        make("--stage", "1", "--folds", "0,7")
+
+
+# ---- what is done
+
+
+def test_what_is_done_is_left_alone_and_other_settings_are_refused(tmp_path: Path) -> None:
+    root = f"run_root={tmp_path}"
+    made = make("--stage", "preprocess", "--config", "configs/quickstart.yaml", root)
+    films = made.recipe.run_dir / "phantom" / "dicom-images-train"
+    films.mkdir(parents=True)
+    for path in (films / "a.png", films.parent / "train-rle.csv", films.parent / "patients.csv"):
+        path.write_text("x")
+    for stage in ("phantom", "finalize"):
+        finished(made, stage)
+    finished(make("--stage", "1", "--config", "configs/quickstart.yaml", root), "1", 0)
+    assert make("--stage", "1", root).todo == ()
+    refused = make("--stage", "1", root, "stage1.lr=0.5")
+    assert len(refused.differing) == 1 and "stage1.lr" in refused.differing[0] and "--redo" in refused.differing[0]
+    assert [n.key for n in make("--stage", "1", root, "stage1.lr=0.5", "--redo").todo] == ["stage1-fold0"]
+    # Upstream is taken as it is when a later stage is asked for; what differs is said.
+    later = make("--stage", "2", root, "stage1.lr=0.5")
+    assert [n.key for n in later.todo] == ["stage2-fold0"] and not later.differing
+    assert any("stage1.lr" in note for note in later.notes)
+
+
+def test_redo_puts_the_old_result_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", "phantom.films=9")
+    finished(made, "1", 0)
+    prepare.prepare(Request(stage="1", redo=True), make("--stage", "1", "--run", "a", f"run_root={tmp_path}", "--redo"))
+    assert not (tmp_path / "a" / "fold0" / "stage1").exists()
+    (aside,) = (tmp_path / "a" / "fold0").glob("stage1.old-*")
+    assert (aside / "DONE.json").exists() and str(aside) in capsys.readouterr().out
+
+
+def test_redo_does_not_touch_shards_that_other_runs_may_read(tmp_path: Path) -> None:
+    words = ("--stage", "preprocess", "--run", "a", f"run_root={tmp_path}", f"data.shard_dir={tmp_path}/s", "--redo")
+    (tmp_path / "s").mkdir()
+    with pytest.raises(ConfigError, match="may serve other runs"):
+        prepare.prepare(Request(stage="preprocess", redo=True), make(*words, "data.dicom_dir=/x"))
+    assert (tmp_path / "s").is_dir()
+
+
+def test_infer_takes_every_fold_that_has_a_model(tmp_path: Path) -> None:
+    made = make("--stage", "infer", "--run", "a", f"run_root={tmp_path}", "infer.dir=/films", "phantom.films=9")
+    for fold in (0, 3):
+        finished(made, "evaluate", fold)
+    again = make("--stage", "infer", "--run", "a", f"run_root={tmp_path}", "infer.dir=/films")
+    assert again.folds == (0, 3) and not again.missing
+
+
+# ---- one writer
+
+
+def test_a_live_process_on_the_same_stage_is_named(tmp_path: Path) -> None:
+    made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}")
+    held = lock(prepare.lock_path(made.recipe.run_dir, "stage1-fold0"))
+    with pytest.raises(ConfigError, match=f"process {os.getpid()} .* is on stage 1"):
+        prepare.refuse_live(made, Ledger(made.recipe.run_dir))
+    held.release()
+    prepare.refuse_live(made, Ledger(made.recipe.run_dir))
+
+
+def test_a_live_slurm_job_is_known_by_number_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}")
+    ledger = Ledger(made.recipe.run_dir)
+    same = {"key": "stage1-fold0", "stage": "1", "fold": 0, "cluster": "slurm"}
+    ledger.append(Entry(**same, job_id="12", name="stage1-fold0.a"))
+    squeue = tmp_path / "squeue"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    squeue.write_text("#!/bin/sh\necho '12|stage1-fold0.a|PENDING|Priority||0:00'\n")
+    squeue.chmod(0o755)
+    with pytest.raises(ConfigError, match="SLURM job 12 is on stage 1"):
+        prepare.refuse_live(made, ledger)
+    squeue.write_text("#!/bin/sh\necho '12|some other job|RUNNING|None|n1|0:00'\n")
+    prepare.refuse_live(made, ledger)
+    squeue.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n")
+    with pytest.raises(ConfigError, match="does not say"):
+        prepare.refuse_live(made, ledger)
+
+
+def test_a_torn_line_of_the_ledger_is_left_out(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.append(Entry(key="swa-fold0", stage="swa", fold=0, cluster="local"))
+    with open(ledger.path, "a") as out:
+        out.write('{"key": "infer", "sta')
+    assert [entry.key for entry in ledger.entries()] == ["swa-fold0"] and ledger.entries()[0].time
+
+
+# ---- copy of the code
+
+
+def test_the_copy_holds_the_code_and_is_named_by_it(tmp_path: Path) -> None:
+    made = copy(ROOT, tmp_path)
+    assert made == copy(ROOT, tmp_path) and made.name == code_hash(ROOT) == code_hash(made)
+    assert (made / "launch" / "jobs.py").read_bytes() == (ROOT / "launch" / "jobs.py").read_bytes()
+    assert not list(made.rglob("__pycache__")) and len(list((tmp_path / "code").iterdir())) == 1
+
+
+# ---- as typed
+
+
+def test_help_is_instant_and_shows_the_command_to_start_with() -> None:
+    began = time.monotonic()
+    shown = submit("--help")
+    assert time.monotonic() - began < 1
+    assert shown.returncode == 0 and "python launch/submit.py --stage 1 --nodes 2" in shown.stdout
+
+
+def test_dry_run_prints_the_chain_and_writes_nothing(tmp_path: Path) -> None:
+    shown = submit(
+        "--stage", "all", "--nodes", 2, "--dry-run", f"run_root={tmp_path}/r", cwd=tmp_path, PATH="/usr/bin:/bin"
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("#!/bin/bash") == 9 and "afterok:<id of stage 1>" in shown.stdout
+    assert shown.stdout.count("#SBATCH --array=0-1%2") == 2 and not (tmp_path / "r").exists()
+
+
+def test_dry_run_warns_of_what_is_missing_and_exits_0(tmp_path: Path) -> None:
+    shown = submit(
+        "--stage", "2", "--dry-run", "--nodes", 3, "--run", "a", f"run_root={tmp_path}/r", "stage2.batch_size=2"
+    )  # fmt: skip
+    assert shown.returncode == 0 and "warning: stage 2 needs stage 1" in shown.stderr
+    assert "stage2.batch_size=2 cannot feed 3 ranks" in shown.stderr and "afterok:<id of stage 1>" in shown.stdout
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--stage 3", "'3'"),
+        ("--stage 1 --nodes 0", "--nodes 0"),
+        ("--stage 1 trian.seed=1", "did you mean train.seed?"),
+        ("--stage 1 stage1.epochs=many", "stage1.epochs=many"),
+        ("--stage 1 --config none.yaml", "none.yaml"),
+        ("--stage 1 --profile nowhere", "--profile nowhere"),
+        ("--stage 2 --run a", "stage 2 needs preprocess"),
+        ("--stage preprocess --run a", "no films: give data.dicom_dir"),
+        ("--stage preprocess data.dicom_dir=/x", "no annotations: give data.rle_csv"),
+        ("--stage preprocess data.dicom_dir=/none data.rle_csv=/none.csv", "data.dicom_dir=/none"),
+        ("--stage preprocess data.dicom_dir={empty} data.rle_csv={csv}", "no film in it"),
+        ("--stage preprocess data.dicom_dir={films} data.rle_csv={no_csv}", "no.csv"),
+        ("--stage infer --run a infer.dir={empty} infer.models={csv}", "no film"),
+        ("--stage infer --run a infer.dir={films} infer.models=/none.pt", "/none.pt"),
+        ("--stage 1 --nodes 9 stage1.batch_size=8", "use at most 8 ranks"),
+        ("--stage 1 --after 12", "--after"),
+        ("--stage 1 --cluster slurm", "--cluster slurm: no sbatch on PATH"),
+        ("--stage preprocess --verify --run a", "no shards to verify"),
+    ],
+)
+def test_what_can_be_known_beforehand_is_one_line_and_exit_2(
+    tmp_path: Path, words: str, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "a.png").write_bytes(b"x")
+    (tmp_path / "ok.csv").write_text("ImageId,EncodedPixels\na,-1\n")
+    (tmp_path / "no.csv").write_text("this is\nno list\n")
+    filled = words.format(
+        empty=tmp_path / "empty", films=tmp_path / "films", csv=tmp_path / "ok.csv", no_csv=tmp_path / "no.csv"
+    )
+    # No SLURM on this PATH, whatever the machine has.
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("env", "git", "true"):
+        (tools / name).symlink_to(f"/usr/bin/{name}")
+    monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.chdir(ROOT)
+    status, out, errors = here(capfd, *filled.split(), f"run_root={tmp_path}/r")
+    assert status == 2, out + errors
+    lines = errors.strip().splitlines()
+    assert len(lines) == 1 and said in lines[0] and lines[0].startswith("error: ")
+    assert not [path for path in (tmp_path / "r").rglob("*") if path.name != "jobs" and path.is_file()]
+
+
+def test_a_run_root_that_is_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r").write_text("")
+    status, _, errors = here(capfd, "--stage", "1", "--cluster", "local", f"run_root={tmp_path}/r")
+    assert status == 2 and "is a file" in errors and "run_root" in errors
+
+
+def test_a_python_without_the_packages_says_how_to_get_them(tmp_path: Path) -> None:
+    """Any Python may be typed: without .venv beside launch/ the set-up command is printed."""
+    clone = tmp_path / "clone"
+    (clone / "launch").mkdir(parents=True)
+    for path in (ROOT / "launch").glob("*.py"):
+        (clone / "launch" / path.name).write_bytes(path.read_bytes())
+    bare = [sys.executable, "-I", "-S", str(clone / "launch" / "submit.py"), "--stage", "1"]
+    shown = subprocess.run(bare, capture_output=True, text=True, check=False)
+    assert shown.returncode == 2 and "bash launch/setup_env.sh" in shown.stderr and len(shown.stderr.splitlines()) == 1
+    # With one, it takes over.
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    (clone / ".venv" / "bin" / "python").write_text('#!/bin/sh\necho "taken over: $@"\n')
+    (clone / ".venv" / "bin" / "python").chmod(0o755)
+    shown = subprocess.run(bare, capture_output=True, text=True, check=False, cwd="/")
+    assert shown.returncode == 0 and "taken over:" in shown.stdout and "--stage 1" in shown.stdout
