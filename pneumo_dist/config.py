@@ -1,4 +1,5 @@
 """The whole recipe as frozen dataclasses: schema, defaults, cross-field rules, snapshot.
+
 The defaults are the paper's final recipe (arXiv 2009.02805); a YAML file holds only what differs.
 No torch in here: `submit.py` reads a configuration before anything heavy is imported.
 """
@@ -305,14 +306,10 @@ def _nearest(word: str, choices: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; valid here: {', '.join(sorted(choices))}"
 
 
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
-
-
 def keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
     """Return every dotted leaf key of the schema with its type."""
     found: dict[str, Any] = {}
-    for name, hint in _hints(cls).items():
+    for name, hint in get_type_hints(cls).items():
         if dataclasses.is_dataclass(hint):
             found |= keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
