@@ -55,10 +55,9 @@ class Annotations:
         """Return the run-length texts of one image."""
         return [text for _, text in self.rows.get(film_id, ())]
 
-    def where(self, film_id: str) -> str:
-        """Return "file:line" of an image's first row, with the count of the others."""
-        lines = [line for line, _ in self.rows[film_id]]
-        return f"{Path(self.path).name}:{lines[0]}" + (f" and {len(lines) - 1} more" if len(lines) > 1 else "")
+    def where(self, film_id: str) -> list[str]:
+        """Return "file:line" of each row of one image."""
+        return [f"{Path(self.path).name}:{line}" for line, _ in self.rows.get(film_id, ())]
 
     def digest(self, film_id: str) -> str:
         """Return the sha256 of an image's texts: what a shard depends on."""

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from pneumo_dist.data.dicom import FilmError, load, parse_film
-from pneumo_dist.data.rle import EMPTY, RleError, decode_union, encode_rle, runs
+from pneumo_dist.data.rle import EMPTY, RleError, decode_union, encode_rle, past_the_end, runs
 from pneumo_dist.data.shards import masks_to_sizes, to_size, to_sizes
 from pneumo_dist.data.source import FilmJob
 from pneumo_dist.runtime import stopping
@@ -115,12 +115,16 @@ def _facts(job: FilmJob, folder: Path, sizes: tuple[int, ...], max_pixels: int) 
 
 def _mask(job: FilmJob, rows: int, columns: int, sizes: tuple[int, ...]) -> tuple[str, int, dict[int, bytes] | None]:
     """Return (union of the annotation rows, its area in film pixels, {size: packed mask} or None when empty)."""
-    try:
-        if not any(len(runs(text)[0]) for text in job.texts):
-            return EMPTY, 0, None
-        mask = decode_union(job.texts, rows, columns)
-    except RleError as error:
-        raise FilmError(f"annotation at {job.where}: {error}") from None
+    for text, where in zip(job.texts, job.where, strict=True):
+        try:
+            _, ends = runs(text)
+            if len(ends) and ends[-1] > rows * columns:
+                raise past_the_end(int(ends[-1]), rows, columns)
+        except RleError as error:
+            raise FilmError(f"annotation at {where}: {error}") from None
+    if all(text.strip() == EMPTY for text in job.texts):
+        return EMPTY, 0, None
+    mask = decode_union(job.texts, rows, columns)
     text = " ".join(job.texts[0].split()) if len(job.texts) == 1 else encode_rle(mask)
     packed = {size: np.packbits(small).tobytes() for size, small in masks_to_sizes(mask, sizes).items()}
     return text, int(np.count_nonzero(mask)), packed

@@ -51,6 +51,11 @@ def _explain(tokens: list[str]) -> None:
     raise RleError(f"odd number of values ({len(tokens)}): runs are pairs of offset and length")
 
 
+def past_the_end(end: int, rows: int, columns: int) -> RleError:
+    """Return the error for runs that are longer than the film."""
+    return RleError(f"the runs end at pixel {end}, past the {rows} x {columns} film ({rows * columns} pixels)")
+
+
 def decode_union(texts: Iterable[str], rows: int, columns: int) -> np.ndarray:
     """Return the union of several annotation rows as a boolean mask of shape (rows, columns), in column-major memory.
 
@@ -62,9 +67,7 @@ def decode_union(texts: Iterable[str], rows: int, columns: int) -> np.ndarray:
         if not len(starts):
             continue
         if ends[-1] > rows * columns:
-            raise RleError(
-                f"the runs end at pixel {ends[-1]}, past the {rows} x {columns} film ({rows * columns} pixels)"
-            )
+            raise past_the_end(int(ends[-1]), rows, columns)
         # Counts of zeros and ones in turn: np.repeat fills whole runs at memory speed.
         counts = np.empty(2 * len(starts) + 1, dtype=np.int64)
         counts[1::2] = ends - starts

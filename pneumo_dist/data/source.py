@@ -17,12 +17,12 @@ from pneumo_dist.runtime.task import shard_dir, source
 
 @dataclass(frozen=True)
 class FilmJob:
-    """One film to decode; `texts` are its annotation rows, `where` names them in messages."""
+    """One film to decode; `texts` are its annotation rows, `where` says where each stands ("file:line")."""
 
     id: str
     path: str  # relative to the folder of the films
     texts: tuple[str, ...]
-    where: str = ""
+    where: tuple[str, ...] = ()
     broken: str = ""  # an annotation row is unusable: the film is not decoded
     digest: str = ""  # sha256 of the annotation rows, "" without any
 
@@ -83,12 +83,12 @@ def read_source(config: Config, run_dir: Path) -> Source:
 
 def _job(annotations: Annotations, name: str, path: str) -> FilmJob:
     if name not in annotations.rows:
-        return FilmJob(name, path, ("-1",), digest="")
+        return FilmJob(name, path, (), digest="")
     return FilmJob(
         id=name,
         path=path,
         texts=tuple(annotations.texts(name)),
-        where=annotations.where(name),
+        where=tuple(annotations.where(name)),
         broken=annotations.broken.get(name, ""),
         digest=annotations.digest(name),
     )

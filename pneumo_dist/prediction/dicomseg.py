@@ -37,6 +37,7 @@ class SegError(Exception):
 class SegJob:
     """One Segmentation to write."""
 
+    film: str  # the film's id: two files with one SOP instance UID must not give one Segmentation UID
     source: str  # the film's file
     target: str  # the file to write
     rows: int
@@ -98,8 +99,8 @@ def _made(header: Any, mask: NDArray[np.bool_], job: SegJob) -> bytes:
     entropy = ["pneumo_dist", __version__, job.label, job.answer]
     when = datetime.fromtimestamp(job.created, UTC)
 
-    def uid(*names: str) -> str:
-        return str(generate_uid(entropy_srcs=[*names, *entropy]))
+    def uid(what: str, source: str) -> str:
+        return str(generate_uid(entropy_srcs=[what, str(source), "" if what == "series" else job.film, *entropy]))
 
     algorithm = hd.AlgorithmIdentificationSequence(
         name="pneumo_dist ResNet34-UNet",
@@ -113,7 +114,7 @@ def _made(header: Any, mask: NDArray[np.bool_], job: SegJob) -> bytes:
         segmented_property_type=CodedConcept("36118008", "SCT", "Pneumothorax"),
         algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=algorithm,
-        tracking_uid=uid("tracking", str(header.SOPInstanceUID)),
+        tracking_uid=uid("tracking", header.SOPInstanceUID),
         tracking_id="pneumothorax",
         anatomic_regions=[CodedConcept("43799004", "SCT", "Thoracic cavity")],
     )
@@ -122,9 +123,9 @@ def _made(header: Any, mask: NDArray[np.bool_], job: SegJob) -> bytes:
         pixel_array=mask.astype(np.uint8),
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[segment],
-        series_instance_uid=uid("series", str(header.SeriesInstanceUID)),
+        series_instance_uid=uid("series", header.SeriesInstanceUID),
         series_number=900,
-        sop_instance_uid=uid("instance", str(header.SOPInstanceUID)),
+        sop_instance_uid=uid("instance", header.SOPInstanceUID),
         instance_number=1,
         manufacturer="pneumo_dist",
         manufacturer_model_name="pneumo_dist",
@@ -136,7 +137,7 @@ def _made(header: Any, mask: NDArray[np.bool_], job: SegJob) -> bytes:
         omit_empty_frames=False,
         series_description=f"Pneumothorax (pneumo_dist {job.label})"[:64],
     )
-    _fix_clock_and_uids(made, when, uid("dimensions", str(header.SOPInstanceUID)))
+    _fix_clock_and_uids(made, when, uid("dimensions", header.SOPInstanceUID))
     made.ContentCreatorName = ""
     made.PatientOrientation = header.get("PatientOrientation") or ""  # of type 2C where there is no image plane
     file = BytesIO()

@@ -129,7 +129,7 @@ def _segmenter(helpers: Helpers, source: Path, made: Plan, settings: dict[str, A
 
     def segment(film: PlannedFilm, mask: NDArray[np.bool_], target: Path) -> tuple[int, str] | str:
         job = SegJob(
-            str(source / film.path), str(target), *mask.shape, np.packbits(mask).tobytes(), made.label, answer, models, made.created
+            film.id, str(source / film.path), str(target), *mask.shape, np.packbits(mask).tobytes(), made.label, answer, models, made.created
         )  # fmt: skip
         written: tuple[int, str] | str = helpers.call(try_write_seg, (job,), str).result()
         return written

@@ -88,7 +88,8 @@ def _prepare(parent: int) -> None:
     if os.getppid() != parent:  # it died before the line above
         os._exit(1)
     warnings.simplefilter("ignore")  # pydicom's and highdicom's quote header values
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    for name in ("pydicom", "highdicom"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     import cv2
 
     cv2.setNumThreads(0)

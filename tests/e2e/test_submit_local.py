@@ -102,7 +102,7 @@ def test_the_table_of_the_run(chain: tuple[Path, subprocess.CompletedProcess[str
 
 
 def test_ctrl_c_and_kill_lose_nothing(tmp_path: Path) -> None:
-    words = ("--stage", "1", "stage1.epochs=40")
+    words = ("--stage", "1", "stage1.epochs=10")
     metrics = tmp_path / "quickstart" / "fold0" / "stage1" / "metrics.jsonl"
 
     def started(after_epoch: int) -> subprocess.Popen[str]:
@@ -122,7 +122,7 @@ def test_ctrl_c_and_kill_lose_nothing(tmp_path: Path) -> None:
     out = process.communicate(timeout=120)[0]
     assert process.returncode == 130 and "the same command continues" in out
     epochs = len(metrics.read_text().splitlines())
-    assert 0 < epochs < 40
+    assert 0 < epochs < 10
     process = started(epochs)  # it goes on where it was
     process.kill()
     process.communicate()
@@ -132,5 +132,5 @@ def test_ctrl_c_and_kill_lose_nothing(tmp_path: Path) -> None:
         time.sleep(0.1)
     done = run(tmp_path, *words)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()] == list(range(1, 41))
+    assert [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()] == list(range(1, 11))
     assert "resuming" in (tmp_path / "quickstart" / "jobs" / "local-stage1-fold0-0.out").read_text()

@@ -18,7 +18,7 @@ import pytest
 
 from tests.slurm.private import PROFILE, TINY, PrivateCluster, same_weights, until
 
-FEW_BATCHES = 4  # from here on a training counts as under way: its checkpoint is worth losing
+FEW_BATCHES = 3  # from here on a training counts as under way: its checkpoint is worth losing
 USR2_PENDING = 1 << (signal.SIGUSR2 - 1)
 
 
@@ -75,7 +75,7 @@ class Training:
     def begin(self) -> tuple[str, str]:
         """Submit, and return when the training is under way and has a checkpoint."""
         job, child = self.submit()
-        until(lambda: self.batches() >= FEW_BATCHES, 90, f"a checkpoint in {self.run}", every_s=0.05)
+        until(lambda: self.batches() >= FEW_BATCHES, 240, f"a checkpoint in {self.run}", every_s=0.05)
         assert self.cluster.state(job) == "RUNNING"
         return job, child
 
@@ -85,16 +85,16 @@ class Training:
 
     def check(self, child: str, reference: Path) -> None:
         """Wait for the dependant; the averaged weights must be the reference's bits."""
-        assert self.cluster.wait_for(child, within_s=180) == "COMPLETED"
+        assert self.cluster.wait_for(child, within_s=400) == "COMPLETED"
         same_weights(reference / "fold0/swa/model.pt", self.run / "fold0/swa/model.pt")
         same_weights(reference / "fold0/stage1/last.pt", self.run / "fold0/stage1/last.pt")
 
 
 def training(shards: Path, cluster: PrivateCluster, root: Path, name: str, partition: str = "batch") -> Training:
-    """Describe a training of some 15 s on the shared shards, in a run of its own."""
+    """Describe a training of 24 steps on the shared shards, in a run of its own."""
     profile = root / f"{name}.profile.yaml"
     profile.write_text(f"{PROFILE.read_text()}\npartition: {partition}\n")
-    words = ("stages=1,swa", "stage1.epochs=8", "train.eval_every=8", "train.save_every_s=2")
+    words = ("stages=1,swa", "stage1.epochs=6", "train.eval_every=6", "train.save_every_s=3")
     fixed = ("--config", TINY, "--run", name, f"run_root={root}", f"data.shard_dir={shards}")
     return Training(cluster, root / name, profile, (*fixed, *words))
 
@@ -104,7 +104,7 @@ def reference(shards: Path, cluster: PrivateCluster, tmp_path_factory: pytest.Te
     """Return the run that nobody disturbs."""
     calm = training(shards, cluster, tmp_path_factory.mktemp("reference"), "calm")
     _, child = calm.submit()
-    assert cluster.wait_for(child, within_s=240) == "COMPLETED"
+    assert cluster.wait_for(child, within_s=400) == "COMPLETED"
     return calm.run
 
 
@@ -203,7 +203,7 @@ def test_g_killed_controller_comes_back_and_the_training_never_notices(disturbed
     until(lambda: disturbed.cluster.saved(submitted + 1), 15, "the controller's state on disk", every_s=0.05)
     disturbed.cluster.control("controller", "kill")
     reached = disturbed.batches()
-    until(lambda: disturbed.batches() > reached, 20, "a checkpoint without a controller")
+    until(lambda: disturbed.batches() > reached, 60, "a checkpoint without a controller")
     disturbed.cluster.control("controller", "start")
     disturbed.check(child, reference)
     assert disturbed.cluster.job(job)["Restarts"] == "0"

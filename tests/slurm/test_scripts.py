@@ -52,7 +52,7 @@ def test_scripts_alone_reach_the_same_bits_as_submit(
         options = [word for word in more if word.startswith("--")]
         rest = [word for word in more if not word.startswith("--")]
         last = sbatch(free_cluster, tmp_path, last, *options, ROOT / "slurm" / f"{script}.sbatch", run, *rest)
-    state = free_cluster.wait_for(last, within_s=300)
+    state = free_cluster.wait_for(last, within_s=500)
     logs = "\n".join(path.read_text()[-800:] for path in sorted(tmp_path.glob("*.log")))
     assert state == "COMPLETED", logs
 
@@ -71,7 +71,7 @@ def test_script_forbidden_to_requeue_fails_at_its_time_limit_so_that_dependants_
     job = sbatch(free_cluster, tmp_path, "", "--no-requeue", "--nodes=1", ROOT / "slurm/train.sbatch", run, "1")
     child = sbatch(free_cluster, tmp_path, job, ROOT / "slurm/swa.sbatch", run)
     checkpoints = run / "fold0/stage1/checkpoints"
-    until((checkpoints / "LAST").exists, 90, "a checkpoint")
+    until((checkpoints / "LAST").exists, 180, "a checkpoint")
     free_cluster.command("scancel", "--signal=USR2", job)
     assert free_cluster.wait_for(job, within_s=60) == "FAILED"
     assert free_cluster.wait_for(child, within_s=30) == "CANCELLED"

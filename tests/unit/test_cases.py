@@ -81,7 +81,7 @@ def test_unusable_rows_are_reported_with_file_and_line_and_break_their_film_only
     ]
     assert set(found.broken) == {"a", "b", "c", "d", "f"}
     assert "empty cell" in found.broken["b"] and "odd number" in found.broken["c"]
-    assert found.where("a") == "train-rle.csv:2 and 1 more"
+    assert found.where("a") == ["train-rle.csv:2", "train-rle.csv:7"]
     assert set(found.rows) == {"a", "b", "c", "d", "e", "f"}
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -169,7 +170,7 @@ def dirty(films, tmp_path):
     by_id = {path.stem: path for path in paths}
     by_id[ids[0]].write_bytes(by_id[ids[0]].read_bytes()[:700])  # truncated
     by_id[ids[1]].write_bytes(film_bytes(grey(64, 64), NumberOfFrames=3))  # multi-frame
-    twin = next(name for name in negative if name not in ids[:2])
+    twin = next(name for name in negative if name not in ids[:5])
     (folder / "dicom-images-train" / "twin.dcm").write_bytes(by_id[twin].read_bytes())
     (folder / "dicom-images-train" / "notes.txt").write_text("no film")
     rows = [
@@ -191,7 +192,7 @@ def test_every_defect_is_in_the_audit_and_stops_nothing_within_max_bad(dirty, tm
     assert set(reasons) == {ids[0], ids[1], ids[3], ids[4]}
     assert "multi-frame image (3 frames)" in reasons[ids[1]]
     assert f"train-rle.csv:{lines + 3}: odd number of values" in reasons[ids[3]]
-    assert "train-rle.csv:" in reasons[ids[4]] and "past the 64 x 64 film" in reasons[ids[4]]
+    assert f"train-rle.csv:{lines + 4}: the runs end" in reasons[ids[4]] and "past the 64 x 64 film" in reasons[ids[4]]
     assert audit["orphans"] == [f"train-rle.csv:{lines + 1}: orphan"]
     assert audit["duplicates"] == [{"ids": [twin, "twin"], "masks_agree": False}]
     assert audit["films"]["found"] == 13 and audit["films"]["in_shards"] == 8 and audit["films"]["other_files"] == 1
@@ -312,7 +313,7 @@ def test_a_crashing_and_a_hanging_decoder_cost_one_film_each(films, tmp_path, mo
 
     def treacherous(data, *rest):
         if marks.get(data) == "crash":
-            os.kill(os.getpid(), 11)
+            os.kill(os.getpid(), signal.SIGKILL)
         if marks.get(data) == "hang":
             time.sleep(60)
         return parse(data, *rest)
