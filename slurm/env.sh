@@ -22,12 +22,14 @@ export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 # SLURM 22.05 to 23.02: srun does not take the job's --cpus-per-task over by itself.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 
+# A rank that dies takes the others along, so that the job fails instead of waiting for it.
+srun=(srun --kill-on-bad-exit=1)
+
 # task STAGE RUN_DIR [--fold K | --part I/N]: one process for each task of the job. `env` blocks the signals until
 # Python has its handlers: one that comes in the first second would otherwise kill the job without a requeue.
-# A rank that dies takes the others along, so that the job fails instead of waiting for it.
 task() {
     local stage=$1 run=$2
     shift 2
-    srun --kill-on-bad-exit=1 env --block-signal=USR2 --block-signal=TERM \
+    "${srun[@]}" env --block-signal=USR2 --block-signal=TERM \
         "$PYTHON" -m pneumo_dist.stages --stage "$stage" --run-dir "$run" "$@"
 }

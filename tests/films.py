@@ -1,108 +1,82 @@
-"""Film files for tests: DICOM bytes in any transfer syntax and pixel format, and small data sets around them."""
+"""Small films, models, runs and tasks for the tests of prediction. Everything is a pure function of its arguments."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.encaps import encapsulate
-from pydicom.uid import (
-    ExplicitVRLittleEndian,
-    JPEG2000Lossless,
-    JPEGBaseline8Bit,
-    JPEGLSLossless,
-    RLELossless,
-    SecondaryCaptureImageStorage,
-)
+import torch
 
-COMPRESSED = {"jpeg-ls": JPEGLSLossless, "jpeg-2000": JPEG2000Lossless, "rle": RLELossless}
+from pneumo_dist.config import Config, load
+from pneumo_dist.model.modelfile import save_model
+from pneumo_dist.model.unet import ResNet34UNet
+from pneumo_dist.runtime.task import Task
+
+PATIENT = "Nobody^Nemo"
+SECRET = "PATIENT-0815"
 
 
-def grey(rows: int, columns: int, bits: int = 8, signed: bool = False, seed: int = 0) -> np.ndarray:
-    """A smooth picture with noise over the whole range of the given bits."""
-    random = np.random.default_rng(seed)
-    y, x = np.mgrid[0:rows, 0:columns]
-    picture = (x / columns + y / rows) / 2 + 0.05 * random.standard_normal((rows, columns))
-    values = np.clip(picture * (2**bits - 1), 0, 2**bits - 1).astype(np.int64)
-    values.flat[0], values.flat[-1] = 0, 2**bits - 1
-    if signed:
-        values -= 2 ** (bits - 1)
-    return values.astype(f"{'i' if signed else 'u'}{1 if bits <= 8 else 2}")
+def picture(seed: int, rows: int = 96, columns: int = 80) -> np.ndarray:
+    """A grey picture with some structure, uint8."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (6, 5), dtype=np.uint8)
+    return np.kron(coarse, np.ones((-(-rows // 6), -(-columns // 5)), np.uint8))[:rows, :columns].copy()
 
 
-def dataset(pixels: np.ndarray, bits: int | None = None, syntax: str = ExplicitVRLittleEndian, **tags: Any) -> Dataset:
-    """A film with the given stored values; `tags` are set last and may break everything."""
+def write_dicom(path: Path, pixels: np.ndarray, **attributes: Any) -> Path:
+    """Write an uncompressed secondary capture with a patient whose name must not get out."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
     film = Dataset()
     film.file_meta = FileMetaDataset()
     film.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    film.file_meta.MediaStorageSOPClassUID = film.SOPClassUID = SecondaryCaptureImageStorage
-    film.file_meta.MediaStorageSOPInstanceUID = film.SOPInstanceUID = "1.2.3.4"
-    film.PatientName, film.PatientID, film.PatientSex = "SECRET^NAME", "SECRET-ID", "F"
-    film.Modality, film.ViewPosition = "CR", "PA"
+    film.SOPClassUID = film.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7"
+    film.SOPInstanceUID = film.file_meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[str(path)])
+    film.StudyInstanceUID = generate_uid(entropy_srcs=["study", str(path)])
+    film.SeriesInstanceUID = generate_uid(entropy_srcs=["series", str(path)])
+    film.PatientName, film.PatientID, film.PatientBirthDate, film.PatientSex = PATIENT, SECRET, "19010101", "F"
+    film.PatientAge = "58"  # as SIIM-ACR has it: no unit
+    film.StudyDate, film.StudyTime, film.StudyID, film.AccessionNumber = "19010101", "000000", "", ""
+    film.ReferringPhysicianName, film.Modality, film.ViewPosition = "", "CR", "PA"
+    film.Rows, film.Columns = pixels.shape
     film.SamplesPerPixel, film.PhotometricInterpretation = 1, "MONOCHROME2"
-    film.Rows, film.Columns = pixels.shape[:2]
-    film.BitsAllocated = 8 * pixels.dtype.itemsize
-    film.BitsStored = bits or film.BitsAllocated
-    film.HighBit, film.PixelRepresentation = film.BitsStored - 1, int(pixels.dtype.kind == "i")
-    film.PixelData = pixels.tobytes() + b"\0" * (pixels.nbytes % 2)
-    film["PixelData"].VR = "OB" if pixels.dtype.itemsize == 1 else "OW"
-    if syntax == JPEGBaseline8Bit:
-        film.PixelData = encapsulate([jpeg(pixels)])
-        film.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
-    elif syntax in COMPRESSED.values():
-        film.compress(syntax, generate_instance_uid=False)
-    else:
-        film.file_meta.TransferSyntaxUID = syntax
-    for name, value in tags.items():
-        if value is None:
-            delattr(film, name)
-        else:
-            setattr(film, name, value)
-    return film
+    film.BitsAllocated = film.BitsStored = 8
+    film.HighBit, film.PixelRepresentation = 7, 0
+    film.PixelData = pixels.tobytes() + b"\0" * (pixels.size % 2)
+    for name, value in attributes.items():
+        setattr(film, name, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    film.save_as(path, enforce_file_format=True)
+    return path
 
 
-def jpeg(pixels: np.ndarray, quality: int = 90) -> bytes:
-    """JPEG Baseline bytes."""
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "JPEG", quality=quality)
-    return out.getvalue()
-
-
-def written(film: Dataset, preamble: bool = True) -> bytes:
-    """The bytes of a file; without preamble, only the data set."""
-    syntax = film.file_meta.TransferSyntaxUID
-    out = io.BytesIO()
-    if preamble:
-        film.save_as(out, enforce_file_format=True)
-    else:
-        bare = Dataset()
-        bare.update(film)
-        bare.save_as(out, implicit_vr=syntax.is_implicit_VR, little_endian=syntax.is_little_endian)
-    return out.getvalue()
+def network(seed: int = 0) -> ResNet34UNet:
+    """A random network whose probabilities vary between films and pixels."""
+    model = ResNet34UNet(seed).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(0.3)
+    return model
 
 
-def film_bytes(pixels: np.ndarray, bits: int | None = None, syntax: str = ExplicitVRLittleEndian, **tags: Any) -> bytes:
-    """The bytes of one film file."""
-    return written(dataset(pixels, bits, syntax, **tags))
+def write_model(path: Path, seed: int = 0, size: int = 32, **meta: Any) -> Path:
+    """Write a model file with a random network."""
+    save_model(path, network(seed).state_dict(), {"size": size, "threshold": 0.5, "tta": "hflip", **meta})
+    return path
 
 
-def small_set(folder: Path, films: int = 12, size: int = 64, seed: int = 0) -> dict[str, str]:
-    """Write a phantom data set; return the configuration words that name it."""
-    from pneumo_dist.data.phantom import make_phantom
-
-    made = make_phantom(folder, films, size, seed)
-    return {
-        "data.dicom_dir": str(folder / "dicom-images-train"),
-        "data.rle_csv": str(made["train-rle.csv"]),
-        "data.patient_map": str(made["patients.csv"]),
-    }
+def task(run_dir: Path, stage: str, overrides: list[str], **place: Any) -> Task:
+    """A task of a run with the given configuration."""
+    config: Config = load(None, ["train.threads=2", "data.workers=2", *overrides])
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return Task(config=config, run_dir=run_dir, stage=stage, **place)
 
 
-def words(settings: dict[str, str]) -> list[str]:
-    """Settings as `key=value` words."""
-    return [f"{key}={value}" for key, value in settings.items()]
+def make_shards(run_dir: Path, overrides: list[str]) -> None:
+    """Make phantom films and their shards in a run."""
+    from pneumo_dist.data import phantom, preprocess
+
+    phantom.run(task(run_dir, "phantom", overrides))
+    preprocess.run_part(task(run_dir, "preprocess", overrides))
+    preprocess.finalize(task(run_dir, "finalize", overrides))

@@ -7,6 +7,8 @@ make one allocate. All packages have permissive licences (MIT, BSD, HPND); the G
 from __future__ import annotations
 
 import io
+import re
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,10 +91,16 @@ def decode_jpeg(stream: bytes) -> tuple[np.ndarray, str]:
         if pixels is None:
             raise FilmError("damaged or truncated JPEG data") from None
         return pixels, f"opencv {cv2.__version__}"
-    try:
-        pixels = simplejpeg.decode_jpeg(stream, colorspace="GRAY", strict=True)[..., 0]
-    except ValueError as error:
-        raise FilmError(f"damaged JPEG data ({plain(error)})") from None
+    pixels = None
+    for strict in (True, False):
+        try:
+            pixels = simplejpeg.decode_jpeg(stream, colorspace="GRAY", strict=strict)[..., 0]
+            break
+        except ValueError as error:
+            # Of libjpeg-turbo's warnings this one says nothing about the pixels.
+            if not strict or "unknown JFIF revision" not in str(error):
+                raise FilmError(f"damaged JPEG data ({plain(error)})") from None
+    assert pixels is not None
     return pixels, f"simplejpeg {simplejpeg.__version__}"
 
 
@@ -134,8 +142,8 @@ def decode_picture(data: bytes, max_pixels: int) -> tuple[np.ndarray, str]:
     return pixels, f"pillow {PIL.__version__}"
 
 
-def decode_dataset(dataset: Dataset, uid: str) -> tuple[np.ndarray, str]:
-    """Decode any other transfer syntax with pydicom; return (stored values (rows, columns), plugin and version).
+def decode_dataset(dataset: Dataset, uid: str) -> tuple[np.ndarray, str, bool]:
+    """Decode any other transfer syntax with pydicom; return (stored values, plugin and version, whether it warned).
 
     Raises:
         FilmError: damaged, or the decoder is missing (the package to install is named).
@@ -147,17 +155,20 @@ def decode_dataset(dataset: Dataset, uid: str) -> tuple[np.ndarray, str]:
     try:
         decoder = get_decoder(pydicom.uid.UID(uid))
     except NotImplementedError:
-        raise FilmError(f"transfer syntax {_name(uid)} is not supported: convert the film") from None
+        name = _name(uid) if re.fullmatch(r"[0-9.]{1,64}", uid) else "of the header"
+        raise FilmError(f"transfer syntax {name} is not supported: convert the film") from None
     if not decoder.is_available:
         raise FilmError(f"no decoder for {_name(uid)}: install {package or 'one that pydicom knows'}")
     plugin = first if first in decoder.available_plugins else ""
     try:
-        pixels, _ = decoder.as_array(dataset, raw=True, decoding_plugin=plugin, correct_unused_bits=False)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            pixels, _ = decoder.as_array(dataset, raw=True, decoding_plugin=plugin, correct_unused_bits=False)
     except Exception as error:  # plugins raise whatever their libraries do
         raise FilmError(f"damaged {_name(uid)} pixel data ({type(error).__name__})") from None
     pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
     helper = f" with {_version(package)}" if package not in ("", "pydicom") else ""
-    return pixels, f"pydicom {pydicom.__version__}{helper}"
+    return pixels, f"pydicom {pydicom.__version__}{helper}", bool(said)
 
 
 def plain(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import mmap
 import multiprocessing
 import os
 import signal
+import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -235,6 +236,9 @@ class Decoder:
             reason = str(error)
         except MemoryError:
             reason = "not enough memory to decode it"
+        except Exception as error:  # a film nobody has thought of must not stop the others
+            place_of = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"unexpected {type(error).__name__} in {Path(place_of.filename).name}, line {place_of.lineno}"
         return _bad(job, self._folder), None, reason
 
 

@@ -210,8 +210,8 @@ def _read_dicom(data: bytes, max_pixels: int, digest: str) -> Film:
         raise FilmError(f"colour image (photometric interpretation {known}, {samples} samples a pixel): films are grey")
     if not has_pixels:
         raise FilmError("no pixel data")
-    stored, bits, signed, decoder = _stored_values(dataset, rows, columns, max_pixels)
     warnings: list[str] = []
+    stored, bits, signed, decoder = _stored_values(dataset, rows, columns, max_pixels, warnings)
     if bits == 8 and not signed and not any(name in dataset for name in MAPPING):
         pixels = stored
     else:
@@ -228,7 +228,9 @@ def _read_dicom(data: bytes, max_pixels: int, digest: str) -> Film:
     return _film(pixels, uid, view, sex, digest, decoder, tuple(warnings))
 
 
-def _stored_values(dataset: Any, rows: int, columns: int, max_pixels: int) -> tuple[np.ndarray, int, bool, str]:
+def _stored_values(
+    dataset: Any, rows: int, columns: int, max_pixels: int, warnings: list[str]
+) -> tuple[np.ndarray, int, bool, str]:
     """Return (unsigned bit patterns (rows, columns), bits stored, whether they are signed, decoder)."""
     allocated = _number(dataset, "BitsAllocated")
     bits = _number(dataset, "BitsStored", allocated)
@@ -252,7 +254,9 @@ def _stored_values(dataset: Any, rows: int, columns: int, max_pixels: int) -> tu
             if allocated != 8 or signed:
                 raise FilmError(f"8-bit JPEG declared as {allocated} bit, signed {signed}")
             return (pixels, bits, False, decoder) if bits == 8 else (pixels & ((1 << bits) - 1), bits, False, decoder)
-    pixels, decoder = codecs.decode_dataset(dataset, uid)
+    pixels, decoder, warned = codecs.decode_dataset(dataset, uid)
+    if warned:
+        warnings.append("pixel data not as the standard says")
     if pixels.shape != (rows, columns):
         raise FilmError(f"the header says {rows} x {columns}, the decoded image has shape {pixels.shape}")
     pattern: Any = pixels.view(np.uint8 if pixels.dtype.itemsize == 1 else np.uint16)

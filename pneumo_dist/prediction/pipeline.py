@@ -58,20 +58,33 @@ class FilmBatch:
 def run_parts(task: Task, made: Plan, indices: Sequence[int]) -> None:
     """Do the parts of `indices` that are missing or outdated."""
     config, device = task.config, ranks.discover().device
+    _preload("dicomseg" in config.infer.outputs)
     helpers = Helpers(_helpers(config.data.workers, device))  # before CUDA and threads
+    predictor: Predictor | None = None
     try:
         if device.type == "cpu":
             torch.set_num_threads(cores(config.train.threads))
         paths = task.model_paths
         ensemble = load_ensemble(paths, device, config.infer.tta, config.train.amp, pooled_thresholds(paths))
+        predictor = ensemble.predictor
         settings = ensemble.settings | {"outputs": sorted({"csv", *config.infer.outputs})}
         signed = signature(made, paths, settings)
         todo = [j for j in indices if read_part(part_folder(task.out, j), signed) is None]
-        log.info("%d of %d parts are done already, %d films to do", len(indices) - len(todo), len(indices), sum(len(made.part(j)) for j in todo))
+        films = sum(len(made.part(j)) for j in todo)
+        log.info("%d of %d parts are done already, %d films to do", len(indices) - len(todo), len(indices), films)
         _stream(task, made, todo, helpers, ensemble, {"signature": signed, "settings": settings})
     finally:
+        if predictor is not None:
+            predictor.close()
         helpers.close()
-    task.stop.check()
+
+
+def _preload(segmentations: bool) -> None:
+    """Import once what every helper would import for itself after the fork."""
+    import pydicom  # noqa: F401
+
+    if segmentations:
+        import highdicom  # noqa: F401
 
 
 def _helpers(asked: int, device: torch.device) -> int:
@@ -93,8 +106,6 @@ def _stream(task: Task, made: Plan, todo: Sequence[int], helpers: Helpers, ensem
             writer = FilmWriter(working, tuple(config.infer.outputs), ensemble.triplet, segment)
             part = OpenPart(j, len(films), working, writer)
             for start in range(0, len(films), config.infer.batch_size):
-                if task.stop.requested:
-                    return
                 yield FilmBatch(part, films[start : start + config.infer.batch_size])
 
     def read(batch: FilmBatch) -> list[Answer[ReadFilm]]:
@@ -145,6 +156,7 @@ def _finished(task: Task, done: Iterator[tuple[FilmBatch, list[Row]]], head: dic
         yield from rows
         if len(part.rows) == part.films:
             finish_part(task.out, part.index, part.working, {**head, "rows": part.rows})
+        task.stop.check()  # what is under way is dropped: there is little time
 
 
 def _slots(films: Sequence[ReadFilm], batch_size: int, device: torch.device) -> list[ReadFilm | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -48,6 +48,7 @@ class Predictor:
         self.device = torch.device(device)
         self.tta = tta
         self.dtype = amp_dtype(amp, self.device)
+        self._closed = False
         if not models or any(model.training for model in models):
             raise ValueError("Predictor needs at least one model, each in evaluation mode")
         if tta not in TTA:
@@ -65,6 +66,10 @@ class Predictor:
     def weight(self, size: int) -> float:
         """The share of the models that work at `size`."""
         return len(self.groups[size]) / sum(map(len, self.groups.values()))
+
+    def close(self) -> None:
+        """Drop what was launched and has not begun: nobody waits for it any more."""
+        self._closed = True
 
     def probabilities(self, images: Tensor, size: int | None = None) -> Tensor:
         """Return the mean probability over flips and the models of one size.
@@ -114,6 +119,8 @@ class Predictor:
     @torch.inference_mode()
     def _chance(self, images: Tensor, model: nn.Module, flip: bool, exact: bool = False) -> Tensor:
         """Return one model's probability, float32 (N, S, S), of uint8 (N, 1, S, S) films or of their mirror images."""
+        if self._closed:
+            raise CancelledError
         inputs = normalise(images)
         if self.device.type == "cuda":
             inputs = inputs.contiguous(memory_format=torch.channels_last)

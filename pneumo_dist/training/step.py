@@ -71,7 +71,7 @@ class Stepper:
                 gradient_as_bucket_view=True,
                 **_LEAVE_BUFFERS,
             )
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=stage.lr, fused=self.device.type == "cuda")
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=stage.lr, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         self._rehearse()
 

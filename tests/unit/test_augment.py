@@ -12,7 +12,7 @@ import pytest
 
 from pneumo_dist.config import Augment
 from pneumo_dist.data.augment import Augmenter
-from tests.films import grey
+from tests.film_files import grey
 
 IMAGE = grey(48, 48)
 MASK = (IMAGE > 200).astype(np.uint8)

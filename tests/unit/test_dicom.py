@@ -23,7 +23,7 @@ from pydicom.uid import (
 
 from pneumo_dist.data import codecs, dicom
 from pneumo_dist.data.dicom import FilmError, looks_like_film, parse_film, read_film
-from tests.films import COMPRESSED, dataset, film_bytes, grey, jpeg, written
+from tests.film_files import COMPRESSED, dataset, film_bytes, grey, jpeg, written
 
 LIMIT = 64_000_000
 REAL = Path(os.environ.get("PNEUMO_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))

@@ -34,7 +34,7 @@ from pneumo_dist.data.loaders import (
 )
 from pneumo_dist.data.shards import ShardReader
 from pneumo_dist.runtime.task import Task
-from tests.films import small_set, words
+from tests.film_files import small_set, words
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from pneumo_dist.data.rle import decode_rle
 from pneumo_dist.data.shards import ShardReader, masks_to_sizes, to_size
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.runtime.task import Task
-from tests.films import film_bytes, grey, small_set, words
+from tests.film_files import film_bytes, grey, small_set, words
 
 REAL = Path(os.environ.get("PNEUMO_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 needs_real_films = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real films in {REAL} (PNEUMO_REAL_DATA)")

@@ -23,7 +23,7 @@ from pneumo_dist.data.shards import (
     to_sizes,
 )
 from pneumo_dist.runtime.files import write_json
-from tests.films import grey
+from tests.film_files import grey
 
 SIZES = (32, 64)
 

@@ -1,0 +1,108 @@
+"""Film files for tests: DICOM bytes in any transfer syntax and pixel format, and small data sets around them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLSLossless,
+    RLELossless,
+    SecondaryCaptureImageStorage,
+)
+
+COMPRESSED = {"jpeg-ls": JPEGLSLossless, "jpeg-2000": JPEG2000Lossless, "rle": RLELossless}
+
+
+def grey(rows: int, columns: int, bits: int = 8, signed: bool = False, seed: int = 0) -> np.ndarray:
+    """A smooth picture with noise over the whole range of the given bits."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[0:rows, 0:columns]
+    picture = (x / columns + y / rows) / 2 + 0.05 * random.standard_normal((rows, columns))
+    values = np.clip(picture * (2**bits - 1), 0, 2**bits - 1).astype(np.int64)
+    values.flat[0], values.flat[-1] = 0, 2**bits - 1
+    if signed:
+        values -= 2 ** (bits - 1)
+    return values.astype(f"{'i' if signed else 'u'}{1 if bits <= 8 else 2}")
+
+
+def dataset(pixels: np.ndarray, bits: int | None = None, syntax: str = ExplicitVRLittleEndian, **tags: Any) -> Dataset:
+    """A film with the given stored values; `tags` are set last and may break everything."""
+    film = Dataset()
+    film.file_meta = FileMetaDataset()
+    film.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    film.file_meta.MediaStorageSOPClassUID = film.SOPClassUID = SecondaryCaptureImageStorage
+    film.file_meta.MediaStorageSOPInstanceUID = film.SOPInstanceUID = "1.2.3.4"
+    film.PatientName, film.PatientID, film.PatientSex = "SECRET^NAME", "SECRET-ID", "F"
+    film.Modality, film.ViewPosition = "CR", "PA"
+    film.SamplesPerPixel, film.PhotometricInterpretation = 1, "MONOCHROME2"
+    film.Rows, film.Columns = pixels.shape[:2]
+    film.BitsAllocated = 8 * pixels.dtype.itemsize
+    film.BitsStored = bits or film.BitsAllocated
+    film.HighBit, film.PixelRepresentation = film.BitsStored - 1, int(pixels.dtype.kind == "i")
+    film.PixelData = pixels.tobytes() + b"\0" * (pixels.nbytes % 2)
+    film["PixelData"].VR = "OB" if pixels.dtype.itemsize == 1 else "OW"
+    if syntax == JPEGBaseline8Bit:
+        film.PixelData = encapsulate([jpeg(pixels)])
+        film.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    elif syntax in COMPRESSED.values():
+        film.compress(syntax, generate_instance_uid=False)
+    else:
+        film.file_meta.TransferSyntaxUID = syntax
+    for name, value in tags.items():
+        if value is None:
+            delattr(film, name)
+        else:
+            setattr(film, name, value)
+    return film
+
+
+def jpeg(pixels: np.ndarray, quality: int = 90) -> bytes:
+    """JPEG Baseline bytes."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def written(film: Dataset, preamble: bool = True) -> bytes:
+    """The bytes of a file; without preamble, only the data set."""
+    syntax = film.file_meta.TransferSyntaxUID
+    out = io.BytesIO()
+    if preamble:
+        film.save_as(out, enforce_file_format=True)
+    else:
+        bare = Dataset()
+        bare.update(film)
+        bare.save_as(out, implicit_vr=syntax.is_implicit_VR, little_endian=syntax.is_little_endian)
+    return out.getvalue()
+
+
+def film_bytes(pixels: np.ndarray, bits: int | None = None, syntax: str = ExplicitVRLittleEndian, **tags: Any) -> bytes:
+    """The bytes of one film file."""
+    return written(dataset(pixels, bits, syntax, **tags))
+
+
+def small_set(folder: Path, films: int = 12, size: int = 64, seed: int = 0) -> dict[str, str]:
+    """Write a phantom data set; return the configuration words that name it."""
+    from pneumo_dist.data.phantom import make_phantom
+
+    made = make_phantom(folder, films, size, seed)
+    return {
+        "data.dicom_dir": str(folder / "dicom-images-train"),
+        "data.rle_csv": str(made["train-rle.csv"]),
+        "data.patient_map": str(made["patients.csv"]),
+    }
+
+
+def words(settings: dict[str, str]) -> list[str]:
+    """Settings as `key=value` words."""
+    return [f"{key}={value}" for key, value in settings.items()]

@@ -1,0 +1,242 @@
+"""Thousands of damaged films and lists with a fixed seed: each is refused with a reason or read correctly.
+
+The films go through the real preprocessing, so that a crash, a hang or a wrong shard would show.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import resource
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.pixels import get_encoder
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGBaseline8Bit
+
+from pneumo_dist import config as configuration
+from pneumo_dist.config import ConfigError
+from pneumo_dist.data import decoding, preprocess
+from pneumo_dist.data.cases import read_annotations, read_cases
+from pneumo_dist.data.dicom import read_film
+from pneumo_dist.data.rle import RleError, decode_union
+from pneumo_dist.data.shards import ShardReader, to_size
+from pneumo_dist.runtime.task import Task
+from tests.film_files import COMPRESSED, film_bytes, grey, jpeg
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # the other reader warns where it accepts damage
+
+FILMS, HOSTILE, LISTS = 1900, 300, 700
+MAX_PIXELS = 100_000
+MEMORY_BYTES = 1 << 30  # on top of what a worker has at its start: no header may make it want more
+
+
+def whole_films() -> list[bytes]:
+    """Undamaged files of every kind."""
+    eight, twelve, signed = grey(40, 48), grey(40, 48, 12), grey(40, 48, 16, signed=True)
+    png = io.BytesIO()
+    Image.fromarray(eight).save(png, "PNG")
+    films = [
+        film_bytes(eight, syntax=JPEGBaseline8Bit),
+        film_bytes(grey(64, 64), syntax=JPEGBaseline8Bit, PhotometricInterpretation="MONOCHROME1"),
+        film_bytes(eight, syntax=ImplicitVRLittleEndian),
+        film_bytes(twelve, 12, WindowCenter=2000, WindowWidth=3000),
+        film_bytes(signed, RescaleSlope=2, RescaleIntercept=-5),
+        png.getvalue(),
+        jpeg(eight),
+    ]
+    for syntax in COMPRESSED.values():
+        if get_encoder(syntax).is_available:
+            films += [film_bytes(eight, syntax=syntax), film_bytes(twelve, 12, syntax=syntax)]
+    return films
+
+
+def damaged(random: np.random.Generator, data: bytes) -> bytes:
+    """Cut, flip, overwrite, insert, repeat or remove."""
+    found = bytearray(data)
+    # Half of the damage goes to the first 1,500 bytes, where the headers are.
+    end = len(found) if random.random() < 0.5 else min(len(found), 1500)
+    at, length = int(random.integers(0, end)), int(random.integers(1, 64))
+    kind = random.integers(0, 7)
+    if kind == 0:
+        del found[at:]
+    elif kind == 1:
+        for place in random.integers(0, end, random.integers(1, 12)):
+            found[place] ^= 1 << int(random.integers(0, 8))
+    elif kind == 2:
+        found[at : at + length] = bytes([random.choice([0, 255])]) * len(found[at : at + length])
+    elif kind == 3:
+        found[at : at + length] = random.bytes(length)
+    elif kind == 4:
+        found[at:at] = random.bytes(length)
+    elif kind == 5:
+        del found[at : at + length]
+    else:
+        found[at:at] = found[at : at + length] * int(random.integers(1, 20))
+    return bytes(found)
+
+
+def hostile(random: np.random.Generator) -> bytes:
+    """A well-formed file whose header claims something extreme."""
+    numbers = [0, 1, 2, 7, 39, 41, 255, 256, 32767, 32768, 65535]
+    tags: dict[str, object] = {}
+    names = ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel")
+    for name in random.choice(names, random.integers(0, 4), replace=False):
+        tags[str(name)] = int(random.choice(numbers))
+    for name, values in (
+        ("NumberOfFrames", [0, 1, 2, 2**31 - 1, -5]),
+        ("RescaleSlope", ["0", "-1", "1e300", "-1e-300"]),
+        ("RescaleIntercept", ["0", "1e308", "-32768"]),
+        ("WindowCenter", ["0", "1e30", "-5"]),
+        ("WindowWidth", ["0", "1", "-3", "1e-5", "1e300"]),
+        ("VOILUTFunction", ["SIGMOID", "LINEAR_EXACT", "NONSENSE"]),
+        ("PhotometricInterpretation", ["RGB", "MONOCHROME1", "PALETTE COLOR", "X" * 16]),
+    ):
+        if random.random() < 0.25:
+            tags[name] = values[random.integers(0, len(values))]
+    syntaxes = [ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGBaseline8Bit]
+    syntaxes += [syntax for syntax in COMPRESSED.values() if get_encoder(syntax).is_available]
+    syntax = syntaxes[random.integers(0, len(syntaxes))]
+    deep = bool(random.random() < 0.4) and syntax != JPEGBaseline8Bit
+    return film_bytes(grey(40, 48, 12 if deep else 8), 12 if deep else None, syntax, **tags)
+
+
+def reference(data: bytes) -> tuple[np.ndarray, bool, bool]:
+    """Another reader's stored values, whether the film is inverted, and whether it is to be taken as it is."""
+    if data[128:132] != b"DICM" and not data.startswith((b"\x89PNG", b"\xff\xd8")):
+        film = pydicom.dcmread(io.BytesIO(data), force=True)
+    elif data[128:132] == b"DICM":
+        film = pydicom.dcmread(io.BytesIO(data), force=True)
+    else:
+        pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))[..., 0]
+        return pixels, False, True
+    tags = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "VOILUTSequence", "ModalityLUTSequence")
+    plain = film.BitsStored == 8 and not film.PixelRepresentation and not any(tag in film for tag in tags)
+    return film.pixel_array, film.PhotometricInterpretation == "MONOCHROME1", plain
+
+
+def monotone(values: np.ndarray, shown: np.ndarray) -> bool:
+    """Whether equal values are shown alike, and brighter ones never darker (or, inverted, never brighter)."""
+    order = np.argsort(values.ravel(), kind="stable")
+    steps, greys = np.diff(values.ravel()[order].astype(np.int64)), np.diff(shown.ravel()[order].astype(int))
+    return bool((greys[steps == 0] == 0).all() and ((greys >= 0).all() or (greys <= 0).all()))
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    random = np.random.default_rng(20190910)
+    whole = whole_films()
+    (folder / "films").mkdir()
+    for i in range(FILMS + HOSTILE):
+        data = damaged(random, whole[i % len(whole)]) if i < FILMS else hostile(random)
+        (folder / "films" / f"{i:05d}.dcm").write_bytes(data)
+    for i, data in enumerate(whole):
+        (folder / "films" / f"whole{i:02d}.dcm").write_bytes(data)
+    (folder / "list.csv").write_text("ImageId,EncodedPixels\nwhole00,5 3\n")
+    words = [f"data.dicom_dir={folder / 'films'}", f"data.rle_csv={folder / 'list.csv'}", "data.unannotated=negative"]
+    words += ["data.shards=8", "data.workers=2", "data.max_bad=1", f"data.max_pixels={MAX_PIXELS}"]
+    words += ["stage1.size=32", "stage2.size=64"]
+    task = Task(config=configuration.load(None, words), run_dir=folder, stage="preprocess")
+    start = decoding._start_worker
+
+    def confined(parent: int) -> None:
+        start(parent)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "_start_worker", confined)
+        patch.setattr(decoding, "FILM_TIMEOUT_S", 20.0)
+        preprocess.run_part(task)
+        preprocess.finalize(task)
+    audit = json.loads((folder / "shards" / "audit.json").read_text())
+    return folder, audit, len(whole)
+
+
+def test_every_film_is_refused_with_a_reason_or_is_in_the_shards(fuzzed):
+    folder, audit, whole = fuzzed
+    reasons = {film["id"]: film["reason"] for film in audit["unreadable"]}
+    cases = read_cases(folder / "shards")
+    assert len(cases) + len(reasons) == FILMS + HOSTILE + whole >= 2200
+    assert all(f"whole{i:02d}" in {case.id for case in cases} for i in range(whole))
+    for name, reason in reasons.items():
+        assert 5 < len(reason) < 200 and "\n" not in reason and "SECRET" not in reason, (name, reason)
+        for fault in ("crashed", "not decoded within", "not enough memory", "unexpected", "0x"):
+            assert fault not in reason, (name, reason)
+    # Both happen, or the damage was no test.
+    assert len(cases) > 200 and len(reasons) > 800
+
+
+def test_what_was_read_is_what_the_file_says(fuzzed):
+    folder, _, _ = fuzzed
+    compared = 0
+    for case in read_cases(folder / "shards"):
+        path = folder / "films" / f"{case.id}.dcm"
+        pixels = read_film(path, MAX_PIXELS).pixels
+        assert pixels.shape == (case.rows, case.columns) and pixels.dtype == np.uint8
+        assert pixels.size <= MAX_PIXELS
+        try:
+            values, inverted, plain = reference(path.read_bytes())
+        except Exception:  # the other reader is stricter about something
+            continue
+        compared += 1
+        if plain:
+            assert np.array_equal(pixels, 255 - values if inverted else values), case.id
+        else:
+            assert monotone(values, pixels), case.id
+    assert compared > 200
+
+
+def test_shards_hold_what_was_read(fuzzed):
+    folder, _, _ = fuzzed
+    assert not preprocess.verify(folder / "shards")
+    readers = {size: ShardReader(folder / "shards", size) for size in (32, 64)}
+    for case in read_cases(folder / "shards"):
+        pixels = read_film(folder / "films" / f"{case.id}.dcm", MAX_PIXELS).pixels
+        for size, reader in readers.items():
+            assert np.array_equal(reader.image(case.shard, case.row), to_size(pixels, size))
+
+
+def plain_loop(texts: list[str], rows: int, columns: int) -> np.ndarray:
+    flat = np.zeros(rows * columns, bool)
+    for text in texts:
+        at, tokens = 0, [int(token) for token in text.split()]
+        for offset, length in zip(tokens[::2], tokens[1::2], strict=False):
+            flat[at + offset : at + offset + length] = True
+            at += offset + length
+    return flat.reshape(columns, rows).T
+
+
+def test_every_list_is_refused_with_a_line_or_read_as_it_stands(tmp_path):
+    random = np.random.default_rng(1904)
+    whole = [
+        b"ImageId, EncodedPixels\na, -1\nb, 5 10 20 3\nb, 7 2\nc,3 1 4 1 5 9\n",
+        b'\xef\xbb\xbfImageId,EncodedPixels\r\n"a","-1"\r\n"b"," 1 1022"\r\nc, 1000 24\r\n',
+    ]
+    path = tmp_path / "list.csv"
+    refused = read = 0
+    for i in range(LISTS):
+        path.write_bytes(damaged(random, whole[i % 2]))
+        try:
+            found = read_annotations(path)
+        except ConfigError as error:
+            assert "list.csv" in str(error) and "\n" not in str(error)
+            refused += 1
+            continue
+        for problem in found.problems:
+            assert problem.startswith("list.csv:") and problem.split(":")[1].isdigit()
+        for name in found.rows:
+            texts = found.texts(name)
+            if name in found.broken:  # its film is quarantined
+                continue
+            try:
+                mask = decode_union(texts, 32, 32)
+            except RleError:
+                continue
+            assert np.array_equal(mask, plain_loop([t for t in texts if t != "-1"], 32, 32))
+            read += 1
+    assert refused > 50 and read > 300

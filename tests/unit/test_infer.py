@@ -1,0 +1,327 @@
+"""Batch inference: every film once, whatever the number of tasks, the order of files, or what died on the way."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from tests.films import PATIENT, SECRET, picture, task, write_dicom, write_model
+
+from pneumo_dist.config import ConfigError
+from pneumo_dist.data.rle import decode_rle
+from pneumo_dist.model.modelfile import load_model
+from pneumo_dist.prediction import infer, reading
+from pneumo_dist.prediction.forward import predict
+from pneumo_dist.prediction.plan import file_name, read_plan
+from pneumo_dist.prediction.submission import read_rows, validate_submission
+from pneumo_dist.runtime.stopping import Stopped
+
+EVERYTHING = "infer.outputs=csv,masks,overlays,probs,dicomseg"
+RULE = {"top_score": 0.0, "min_area": 200, "mask_threshold": 0.5}
+READABLE = {"a", "b", "c", "d", "sub/twin.dcm", "other/twin.dcm", "grey", "photo", "bare"}
+DAMAGED = {"cut", "empty", "text"}
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """A folder as archives are: nested, mixed, partly damaged, of several sizes and formats."""
+    folder = tmp_path_factory.mktemp("films")
+    for i, name in enumerate(["a", "b", "c", "d"]):
+        write_dicom(folder / f"{name}.dcm", picture(i, 96 + 32 * i, 80))
+    write_dicom(folder / "sub" / "twin.dcm", picture(5))
+    write_dicom(folder / "other" / "twin.dcm", picture(6))
+    write_dicom(folder / "bare", picture(7))  # no extension, DICM at byte 128
+    cv2.imwrite(str(folder / "grey.png"), picture(8))
+    cv2.imwrite(str(folder / "photo.jpg"), picture(9, 120, 200))
+    (folder / "cut.dcm").write_bytes((folder / "a.dcm").read_bytes()[:900])
+    (folder / "empty.dicom").write_bytes(b"")
+    (folder / "text.png").write_text("no picture")
+    (folder / "notes.txt").write_text("not a film")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "model.pt", seed=2, triplet=RULE)
+
+
+def run(run_dir: Path, films: Path, model: Path, *overrides: str, tasks: int = 1, merge: bool = True) -> Path:
+    """Run a whole inference and return its folder."""
+    words = [f"infer.dir={films}", f"infer.models={model}", "infer.label=it", "infer.part_size=4", *overrides]
+    infer.plan(task(run_dir, "infer", words).config, run_dir)
+    for index in range(tasks):
+        infer.run_part(task(run_dir, "infer", words, part=(index, tasks)))
+    if merge:
+        infer.merge(task(run_dir, "merge", words))
+    return run_dir / "infer" / "it"
+
+
+def answers(folder: Path) -> dict[str, bytes]:
+    """Every output of an inference by name, without the parts; DICOM SEG included, since its date is the plan's."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not name.startswith("parts/"):
+            found[name] = path.read_bytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(films, model, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+        return run(tmp_path_factory.mktemp("reference"), films, model, EVERYTHING)
+
+
+@pytest.fixture(autouse=True)
+def fixed_date(monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+
+
+def rows_of(folder: Path) -> dict[str, dict[str, str]]:
+    head, *rows = read_rows(folder / "predictions.csv")
+    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+def test_every_readable_film_is_answered_and_every_damaged_one_has_a_reason(reference, films):
+    rows = rows_of(reference)
+    assert {name for name, row in rows.items() if row["status"] == "ok"} == READABLE
+    damaged = {name: row for name, row in rows.items() if row["status"] == "unreadable"}
+    assert damaged.keys() == DAMAGED and all(row["reason"] and not row["top_score"] for row in damaged.values())
+    submission = dict(read_rows(reference / "submission.csv")[1:])
+    assert submission.keys() == READABLE | DAMAGED and all(submission[name] == "-1" for name in DAMAGED)
+    assert validate_submission(reference / "submission.csv", films) == []
+    assert {row["decision"] for row in rows.values()} == {"positive", "negative", ""}  # the test sees both
+    assert json.loads((reference / "inference.json").read_text())["ignored_files"] == 1
+
+
+def test_masks_areas_and_probabilities_are_at_film_size_by_the_stored_rule(reference, films, model):
+    loaded, rows = load_model(model), rows_of(reference)
+    submission = dict(read_rows(reference / "submission.csv")[1:])
+    for film in read_plan(reference).films:
+        if film.id in DAMAGED:
+            continue
+        wanted, row = predict(loaded, films / film.path)[0], rows[film.id]
+        assert (int(row["rows"]), int(row["columns"])) == wanted.mask.shape
+        assert np.array_equal(decode_rle(submission[film.id], *wanted.mask.shape), wanted.mask)
+        png = cv2.imread(str(reference / "masks" / f"{film.name}.png"), cv2.IMREAD_UNCHANGED)
+        assert np.array_equal(png, wanted.mask * np.uint8(255))
+        assert int(row["area_px"]) == wanted.area_px
+        assert float(row["share"]) == pytest.approx(wanted.mask.mean(), rel=1e-6)
+        assert np.float32(row["top_score"]) == np.float32(wanted.top_score)  # every digit is kept
+        probs = cv2.imread(str(reference / "probs" / f"{film.name}.png"), cv2.IMREAD_UNCHANGED)
+        assert np.abs(probs / 255 - wanted.probability).max() <= 0.5 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("tasks", [2, 7])
+def test_the_number_of_tasks_changes_no_byte(reference, films, model, tmp_path, tasks):
+    assert answers(run(tmp_path, films, model, EVERYTHING, tasks=tasks)) == answers(reference)
+
+
+@pytest.mark.parametrize("overrides", [["infer.batch_size=1"], ["infer.batch_size=3", "infer.part_size=5"]])
+def test_batch_and_part_size_change_no_answer(reference, films, model, tmp_path, overrides):
+    found, wanted = answers(run(tmp_path, films, model, EVERYTHING, *overrides)), answers(reference)
+    found.pop("plan.json"), wanted.pop("plan.json")  # it tells the part size
+    assert found == wanted
+
+
+def test_the_order_of_files_and_their_place_change_no_answer(reference, films, model, tmp_path):
+    copied = tmp_path / "copied"
+    for path in sorted(films.rglob("*"), reverse=True):
+        if path.is_file():
+            target = copied / path.relative_to(films)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    assert answers(run(tmp_path / "run", copied, model, EVERYTHING)) == answers(reference)
+
+
+def test_finished_parts_are_kept_and_what_died_is_done_again(reference, films, model, tmp_path):
+    out = run(tmp_path, films, model, EVERYTHING, tasks=2, merge=False)
+    kept = out / "parts" / "part-00000" / "part.json"
+    before = kept.stat().st_mtime_ns
+    shutil.rmtree(out / "parts" / "part-00001")  # never finished
+    stale = out / "parts" / ".part-00001.dead-node.77"
+    stale.mkdir()
+    (stale / "half.png").write_bytes(b"half")
+    empty = next((out / "parts" / "part-00002" / "masks").iterdir())
+    empty.write_bytes(b"")  # a node lost power
+    assert answers(run(tmp_path, films, model, EVERYTHING, tasks=3)) == answers(reference)
+    assert kept.stat().st_mtime_ns == before and not stale.exists()
+
+
+def test_a_stop_keeps_finished_parts_and_the_same_command_goes_on(reference, films, model, tmp_path):
+    words = [f"infer.dir={films}", f"infer.models={model}", "infer.label=it", "infer.part_size=4"]
+    one = task(tmp_path, "infer", [*words, EVERYTHING])
+    original = infer.finish_part
+
+    def finish_and_stop(*arguments):
+        original(*arguments)
+        one.stop.note(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pneumo_dist.prediction.pipeline.finish_part", finish_and_stop)
+        with pytest.raises(Stopped):
+            infer.run_part(one)
+    done = sorted(path.name for path in (tmp_path / "infer" / "it" / "parts").glob("part-*"))
+    assert done == ["part-00000"]
+    assert answers(run(tmp_path, films, model, EVERYTHING)) == answers(reference)
+
+
+def test_a_film_that_kills_its_decoder_costs_one_row(reference, films, model, tmp_path, monkeypatch):
+    read = reading.read_film
+
+    def deadly(path, max_pixels):
+        if path.name == "c.dcm":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return read(path, max_pixels)
+
+    monkeypatch.setattr(reading, "read_film", deadly)  # the helpers are forked from here
+    rows, wanted = rows_of(run(tmp_path, films, model, EVERYTHING)), rows_of(reference)
+    assert rows["c"]["status"] == "unreadable" and rows["c"]["reason"] == "the decoder crashed on it"
+    assert all(rows[name] == wanted[name] for name in wanted if name != "c")
+
+
+def test_a_film_on_which_the_decoder_hangs_costs_one_row(films, model, tmp_path, monkeypatch):
+    read = reading.read_film
+
+    def slow(path, max_pixels):
+        if path.name == "b.dcm":
+            signal.pause()
+        return read(path, max_pixels)
+
+    monkeypatch.setattr(reading, "read_film", slow)
+    monkeypatch.setattr(reading, "FILM_TIMEOUT_S", 2.0)
+    rows = rows_of(run(tmp_path, films, model))
+    assert rows["b"]["reason"] == "not decoded within 2 s"
+    assert {name for name, row in rows.items() if row["status"] == "ok"} == READABLE - {"b"}
+
+
+def test_no_patient_name_or_id_in_anything_but_the_dicom_seg(reference, caplog):
+    words = [SECRET.encode(), PATIENT.encode(), PATIENT.split("^")[0].encode()]
+    for name, data in answers(reference).items():
+        assert name.startswith("seg/") or not any(word in data for word in words), name
+    for path in (reference / "parts").rglob("*.json"):
+        assert not any(word in path.read_bytes() for word in words)
+    assert not any(word.decode() in caplog.text for word in words)
+
+
+def test_ids_are_stems_and_paths_where_stems_repeat_and_files_get_safe_names(reference):
+    plan = read_plan(reference)
+    assert [film.id for film in plan.films] == sorted(READABLE | DAMAGED)
+    names = {film.id: film.name for film in plan.films}
+    assert names["a"] == "a" and names["sub/twin.dcm"].startswith("sub_twin.dcm-")
+    assert file_name("a b") != file_name("a_b") and "/" not in file_name("../x") and not file_name("../x").startswith(".")
+    assert len(file_name("x" * 300)) <= 120
+
+
+def test_the_ensemble_of_two_models_of_two_sizes_is_their_mean(films, model, tmp_path):
+    second = write_model(tmp_path / "second.pt", seed=4, size=64, triplet={**RULE, "min_area": 100})
+    out = run(tmp_path / "run", films, model, f"infer.models={model},{second}", "infer.outputs=csv,probs")
+    one, two = (predict(path, films / "d.dcm")[0].probability for path in (model, second))
+    probs = cv2.imread(str(out / "probs" / "d.png"), cv2.IMREAD_UNCHANGED)
+    assert np.abs(probs / 255 - (one + two) / 2).max() <= 0.5 / 255 + 1e-6
+    settings = json.loads((out / "inference.json").read_text())
+    assert settings["triplet"]["min_area"] == 150 and settings["triplet_from"] == "median over the model files"
+    assert len(settings["models"]) == 2 and settings["sizes"] == [32, 64]
+
+
+def test_a_runs_folds_use_the_pooled_triplet(films, tmp_path):
+    for fold, area in ((0, 100), (1, 300)):
+        write_model(tmp_path / f"fold{fold}" / "model.pt", seed=fold, triplet={**RULE, "min_area": area})
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate" / "thresholds.json").write_text(json.dumps({"triplet": {**RULE, "min_area": 777}}))
+    words = [f"infer.dir={films}", "infer.label=it", "infer.part_size=50"]
+    infer.run_part(task(tmp_path, "infer", words))
+    infer.merge(task(tmp_path, "merge", words))
+    settings = json.loads((tmp_path / "infer" / "it" / "inference.json").read_text())
+    assert settings["triplet"]["min_area"] == 777 and settings["triplet_from"] == "pooled out-of-fold evaluation"
+
+
+def test_another_tta_than_the_stored_one_warns(films, model, tmp_path, caplog):
+    run(tmp_path, films, model, "infer.tta=none")
+    assert "infer.tta=none is not what the models' thresholds were tuned with (hflip)" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["gap", "twice", "foreign", "missing part", "other model"])
+def test_merge_refuses(films, model, tmp_path, damage):
+    own = tmp_path / "model.pt"
+    shutil.copyfile(model, own)
+    out = run(tmp_path, films, own, merge=False)
+    path = out / "parts" / "part-00001" / "part.json"
+    part = json.loads(path.read_text())
+    wanted = {
+        "gap": "films without an answer",
+        "twice": "answered twice",
+        "foreign": "not in the plan",
+        "missing part": "1 of 3 parts are not there (1)",
+        "other model": "made with other models",
+    }[damage]
+    if damage == "gap":
+        part["rows"].pop()
+    elif damage == "twice":
+        part["rows"].append(part["rows"][0])
+    elif damage == "foreign":
+        part["rows"].append({**part["rows"][0], "film": "stranger"})
+    elif damage == "missing part":
+        path.unlink()
+    else:
+        write_model(own, seed=9, triplet=RULE)
+    if damage in ("gap", "twice", "foreign"):
+        path.write_text(json.dumps(part))
+    with pytest.raises(ConfigError) as error:
+        infer.merge(task(tmp_path, "merge", [f"infer.dir={films}", f"infer.models={own}", "infer.label=it"]))
+    assert wanted in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_new_model_or_output_redoes_the_parts_and_leaves_no_old_file(films, model, tmp_path):
+    out = run(tmp_path, films, model, "infer.outputs=csv,masks,overlays")
+    run(tmp_path, films, model, "infer.outputs=csv,masks")
+    assert (out / "masks").exists() and not (out / "overlays").exists()
+    before = answers(out)
+    other = write_model(tmp_path / "other.pt", seed=8, triplet=RULE)
+    assert answers(run(tmp_path, films, other, "infer.outputs=csv,masks"))["submission.csv"] != before["submission.csv"]
+
+
+def test_a_plan_in_place_is_kept_with_its_date_and_a_grown_folder_makes_a_new_one(films, tmp_path, monkeypatch):
+    folder = tmp_path / "grown"
+    shutil.copytree(films, folder)
+    words = [f"infer.dir={folder}", "infer.label=it"]
+    one = task(tmp_path, "infer", words)
+    first = infer.plan(one.config, tmp_path)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1800000000")
+    assert infer.plan(one.config, tmp_path) == first == read_plan(one.out)
+    write_dicom(folder / "new.dcm", picture(3))
+    assert infer.plan(one.config, tmp_path).created == 1800000000
+    with pytest.raises(ConfigError, match="infer.part_size"):
+        infer.run_part(task(tmp_path, "infer", [*words, "infer.part_size=3"]))
+
+
+def test_check_source_says_what_is_missing(films, model, tmp_path):
+    def check(*words):
+        return infer.check_source(task(tmp_path, "infer", list(words)).config, tmp_path)
+
+    assert check(f"infer.dir={films}") == "12 films in 1 parts, 1 other files ignored"
+    (tmp_path / "nothing").mkdir()
+    for words, wanted in [
+        ((f"infer.dir={tmp_path / 'gone'}",), "is not a folder"),
+        ((f"infer.dir={tmp_path / 'nothing'}",), "holds no films"),
+        ((), "give infer.dir=DIR"),
+        ((f"infer.dir={films}", f"infer.models={tmp_path / 'gone.pt'}"), "gone.pt is not there"),
+    ]:
+        with pytest.raises(ConfigError) as error:
+            check(*words)
+        assert wanted in str(error.value)
+
+
+def test_planning_and_merging_import_no_torch():
+    import subprocess
+    import sys
+
+    program = "import sys, pneumo_dist.prediction.infer; print([m for m in ('torch', 'cv2') if m in sys.modules])"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
