@@ -32,7 +32,7 @@ def run_here(request: Request, made: Plan, site: Site) -> int:
     locks: list[Lock] = []
     with Foreground() as foreground:
         try:
-            refuse_live(made, ledger)
+            refuse_live(made, ledger, slurm_answers=False)
             for node in made.todo:
                 try:
                     locks.append(lock(lock_path(run_dir, node.key)))

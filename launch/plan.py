@@ -148,7 +148,7 @@ def _settings_differ(recipe: Recipe, stage: str, fold: int | None) -> list[str] 
     What it read is not looked at: the films may have been moved away since.
     """
     record = done.read_done(recipe.config, recipe.run_dir, stage, fold)
-    if record is None or (stage == "finalize" and not set(recipe.config.sizes) <= set(record["sizes"])):
+    if record is None or (stage == "finalize" and not done.shards_cover(recipe.config, record)):
         return None
     now = done.settings_of(recipe.config, stage)
     before = record["settings"]

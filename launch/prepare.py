@@ -28,14 +28,24 @@ def lock_path(run_dir: Path, key: str) -> Path:
     return run_dir / "jobs" / f".{key}.lock"
 
 
-def refuse_live(made: Plan, ledger: Ledger) -> None:
-    """Raise ConfigError while another job, on SLURM or on this machine, writes one of the plan's stages."""
+def refuse_live(made: Plan, ledger: Ledger, slurm_answers: bool) -> None:
+    """Raise ConfigError while another job, on SLURM or on this machine, writes one of the plan's stages.
+
+    Args:
+        slurm_answers: SLURM was there a moment ago. Where there is none (a run taken to another machine), its
+            jobs are taken as ended and said to be; an attempt that is overtaken leaves without writing.
+    """
     try:
-        live = ledger.live(node.key for node in made.todo)
+        live = ledger.live([node.key for node in made.todo])
     except slurm.SlurmError as error:
-        raise ConfigError(
-            f"this run has SLURM jobs, and SLURM does not say whether they still run ({error}): try again later"
-        ) from None
+        if slurm_answers:
+            raise ConfigError(
+                f"SLURM does not say which jobs of this run are live ({error}): try again later"
+            ) from None
+        print(
+            "note: this run has been on SLURM; no SLURM answers here, so its jobs there are taken as ended", flush=True
+        )
+        live = {}
     for node in made.todo:
         name = plan.title(node.stage, node.fold, len(made.folds))
         if node.key in live:

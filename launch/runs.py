@@ -6,6 +6,7 @@ Changes nothing, except that `cancel` cancels. Any Python starts this file (laun
 from __future__ import annotations
 
 import argparse
+import getpass
 import os
 import socket
 import sys
@@ -61,10 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     logs.add_argument("stage", nargs="?", help="preprocess, 1, 2, swa, evaluate, infer (default: the newest)")
     logs.add_argument("--fold", type=int)
     logs.add_argument("--rank", type=int, default=0, help="rank, or element of an array (default 0)")
+    logs.set_defaults(family=False)
     logs.add_argument("-f", "--follow", action="store_true", help="go on showing what is appended")
     cancel = commands.add_parser("cancel", parents=[shared], help="cancel the live SLURM jobs of a run")
     cancel.add_argument("run")
     cancel.add_argument("stage", nargs="?")
+    cancel.set_defaults(family=True)
     board = commands.add_parser("tensorboard", parents=[shared], help="show a run's events on localhost")
     board.add_argument("run")
     board.add_argument("--port", type=int, default=6006)
@@ -74,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     score = commands.add_parser("score", help="score a submission")
     score.add_argument("submission")
     score.add_argument("--truth", required=True, metavar="RLE.csv")
+    score.add_argument("--patients", metavar="MAP.csv", help="ImageId,PatientKey: intervals by patient")
     return parser
 
 
@@ -131,12 +135,11 @@ def _entries(found: argparse.Namespace) -> list:  # type: ignore[type-arg]
         raise ConfigError(f"{run_dir}: no such run (no config.yaml): python launch/runs.py list shows what there is")
     entries = [e for e in Ledger(run_dir).entries() if e.event == "submitted"]
     stage = found.stage
-    chosen = [
-        e
-        for e in entries
-        if (stage is None or stage in (e.stage, e.key, command_stage(e.stage)))
-        and (getattr(found, "fold", None) in (None, e.fold))
-    ]
+    mine = [e for e in entries if getattr(found, "fold", None) in (None, e.fold)]
+    if not found.family:  # `logs preprocess` means the array itself, when there is one
+        chosen = [e for e in mine if stage in (None, e.stage, e.key)]
+    if found.family or not chosen:
+        chosen = [e for e in mine if stage in (None, e.key, command_stage(e.stage))]
     if not chosen:
         known = ", ".join(dict.fromkeys(e.key for e in entries)) or "nothing"
         raise ConfigError(f"{run_dir.name}: no job of {stage or 'any stage'} has been submitted; there is: {known}")
@@ -202,10 +205,11 @@ def _tensorboard(found: argparse.Namespace) -> int:
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", found.port)) == 0:
             raise ConfigError(f"port {found.port} is taken: choose another one with --port")
-    host = socket.getfqdn()
+    names = (socket.getfqdn(), socket.gethostname())
+    host = next((name for name in names if not name.startswith("localhost")), names[1])
     print(f"http://localhost:{found.port}/")
     print(
-        f"from your own machine: ssh -L {found.port}:localhost:{found.port} {os.environ.get('USER', 'me')}@{host}",
+        f"from your own machine: ssh -L {found.port}:localhost:{found.port} {getpass.getuser()}@{host}",
         flush=True,
     )
     command = [
@@ -235,7 +239,21 @@ def _validate(found: argparse.Namespace) -> int:
 def _score(found: argparse.Namespace) -> int:
     from pneumo_dist.prediction.outputs import score_submission
 
-    print(score_submission(Path(found.submission), Path(found.truth)))
+    patients = Path(found.patients) if found.patients else None
+    result = score_submission(Path(found.submission), Path(found.truth), patients)
+    print(f"{result['films']} films, {result['positive']} with pneumothorax, {result['called_positive']} called so")
+    names = ("dice", "dice_all_empty", "dice_positive", "iou", "sensitivity", "specificity", "auc")
+    for name in names:
+        span = result["intervals"].get(name)
+        value = "-" if result[name] is None else f"{result[name]:.4f}"
+        print(
+            f"{name:16}{value:>8}"
+            + (f"   95 % by {result['intervals_by']} {span[0]:.4f} to {span[1]:.4f}" if span else "")
+        )
+    for name in ("films_without_truth", "truth_without_answer"):
+        if result[name]:
+            print(f"{result[name]} {name.replace('_', ' ')}: not scored")
+    print(f"auc from the {result['auc_from']}")
     return 0
 
 

@@ -17,6 +17,11 @@ from pneumo_dist.chain import Node
 from pneumo_dist.config import Config, ConfigError
 from pneumo_dist.training import history
 
+# SLURM's words, and for jobs of this machine KILLED and INTERRUPTED; ENDED: nobody knows how.
+FAILED = (
+    "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "CANCELLED", "PREEMPTED", "REVOKED",
+    "KILLED", "INTERRUPTED", "ENDED",
+)  # fmt: skip
 HEADS = ("stage", "job", "state", "nodes", "try", "progress", "score")
 
 
@@ -38,17 +43,7 @@ class Row:
     @property
     def failed(self) -> bool:
         """Whether somebody has to look at it."""
-        return self.state in (
-            "FAILED",
-            "TIMEOUT",
-            "OUT_OF_MEMORY",
-            "NODE_FAIL",
-            "BOOT_FAIL",
-            "DEADLINE",
-            "KILLED",
-            "CANCELLED",
-            "INTERRUPTED",
-        )
+        return self.state.split(" ")[0] in FAILED
 
 
 def _epochs(run_dir: Path, key: str) -> list[dict[str, Any]]:
@@ -63,14 +58,10 @@ def _epochs(run_dir: Path, key: str) -> list[dict[str, Any]]:
 
 
 def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return (
-        f"{minutes // 60} h {minutes % 60:02d} min"
-        if minutes >= 60
-        else f"{minutes} min"
-        if minutes
-        else "under a minute"
-    )
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min" if minutes else "under a minute"
 
 
 def progress_text(config: Config, run_dir: Path, key: str) -> str:
@@ -144,8 +135,8 @@ def _slurm_state(mine: list[slurm.JobState]) -> tuple[str, str, str, int]:
     )
     state = worst.state
     if len(mine) > 1:
-        done = sum(row.state == "COMPLETED" for row in mine)
-        state = state if done in (0, len(mine)) else f"{state} ({done}/{len(mine)} done)"
+        ended = sum(row.state == "COMPLETED" for row in mine)
+        state = state if ended in (0, len(mine)) else f"{state} ({ended}/{len(mine)} done)"
     nodes = ",".join(dict.fromkeys(row.nodes for row in mine if row.nodes and row.nodes != "None assigned"))
     # What SLURM once waited for says nothing about a job that has ended.
     reason = worst.reason if worst.live or worst.reason.startswith(("exit", "NonZero")) else ""
@@ -169,14 +160,14 @@ def collect(run_dir: Path) -> tuple[list[Row], str]:
         states = slurm.states(slurm_ids)
     except slurm.SlurmError as error:
         states, note = {}, f"SLURM does not answer ({error}): states are those of the files"
-    return [_row(config, run_dir, node, entries, states) for node in _nodes(config, folds)], note
+    # Without accounting the controller forgets a job some minutes after its end: then only the files can tell.
+    lost = "UNKNOWN" if note else "ENDED"
+    return [_row(config, run_dir, node, entries, states, lost) for node in chain.jobs_of(config, "all", folds)], note
 
 
-def _nodes(config: Config, folds: list[int]) -> list[Node]:
-    return chain.jobs_of(config, "all", folds)
-
-
-def _row(config: Config, run_dir: Path, node: Node, entries: list[Entry], states: dict[str, slurm.JobState]) -> Row:
+def _row(
+    config: Config, run_dir: Path, node: Node, entries: list[Entry], states: dict[str, slurm.JobState], lost: str
+) -> Row:
     mine = [e for e in entries if e.key == node.key]
     last = next((e for e in reversed(mine) if e.event == "submitted"), None)
     try:
@@ -192,7 +183,7 @@ def _row(config: Config, run_dir: Path, node: Node, entries: list[Entry], states
             if live or not record:
                 state, reason = word, why
         elif not record:
-            state = "UNKNOWN"
+            state = lost
     elif last and not record:
         state, reason = _local_state(run_dir, node, mine)
         nodes = last.host
@@ -233,6 +224,8 @@ def table(rows: list[Row]) -> str:
         if row.failed:
             lines += ["", f"{row.node.key}: {row.error or row.reason or row.state}"]
             lines += [f"  log: {row.log}"] if row.log else []
-    if any(row.failed for row in rows):
-        lines += ["", "correct the cause, then repeat the same submit command: it continues where the chain stopped"]
+    stopped = {row.state.split(" ")[0] for row in rows if row.failed}
+    if stopped:
+        first = "" if stopped <= {"INTERRUPTED", "KILLED", "CANCELLED", "PREEMPTED"} else "correct the cause, then "
+        lines += ["", f"{first}repeat the same submit command: it continues where the chain stopped"]
     return "\n".join(lines)

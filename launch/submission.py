@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from launch import checks, place, plan
+from launch import bootstrap, checks, place, plan
 from launch.arguments import Request
 from launch.outcome import tell
 from launch.plan import Plan
@@ -36,6 +36,7 @@ def run(request: Request) -> int:
     chosen = place.choose(request)
     print(chosen.line, flush=True)
     if chosen.slurm:
+        bootstrap.ensure(slurm=True)
         from launch.to_slurm import submit_chain
 
         return submit_chain(request, made, chosen)

@@ -97,7 +97,7 @@ def submit_chain(request: Request, made: Plan, site: Site) -> int:
     except Locked as error:
         raise ConfigError(f"{error.holder} is submitting to this run: try again") from None
     try:
-        refuse_live(made, ledger)
+        refuse_live(made, ledger, slurm_answers=True)
         parts = _Parts(request, made, site, prepare(request, made))
         submitted = _submit_all(parts, ledger, ids)
     finally:

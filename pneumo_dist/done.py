@@ -17,7 +17,7 @@ from pneumo_dist.chain import STAGES, Node, upstream
 from pneumo_dist.config import Config, ConfigError
 from pneumo_dist.data.cases import find_films
 from pneumo_dist.runtime.files import read_json, sha256_file, sha256_text, write_json
-from pneumo_dist.runtime.task import Task, infer_source, model_paths, source, stage_dir
+from pneumo_dist.runtime.task import Task, infer_source, model_paths, pooled_thresholds, source, stage_dir
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,9 @@ def inputs_of(config: Config, run_dir: Path, stage: str, fold: int | None) -> di
             found["films"] = _listing_hash(folder)
         for i, path in enumerate(model_paths(config, run_dir)):
             found[f"model{i}"] = _file_hash(path, "infer.models")
+        pooled = pooled_thresholds(model_paths(config, run_dir))
+        if pooled:
+            found["pooled_thresholds"] = sha256_file(pooled)
         return found
     folds = sorted(int(p.name[4:]) for p in run_dir.glob("fold*") if p.name[4:].isdigit())
     for name, k in upstream(config, stage, fold, folds):
@@ -140,15 +143,21 @@ def differences(config: Config, run_dir: Path, stage: str, fold: int | None) -> 
     done = read_done(config, run_dir, stage, fold)
     if done is None:
         return None
-    if stage == "finalize" and not set(config.sizes) <= set(done["sizes"]):
-        return None  # a new size is added to the shards that are there
     try:
         inputs = inputs_of(config, run_dir, stage, fold)
     except ConfigError:
         return None
     now = settings_of(config, stage) | inputs
     before = done["settings"] | done["inputs"]
-    return sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
+    keys = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
+    if not keys and stage == "finalize" and not shards_cover(config, done):
+        return None  # a new size is added to the shards that are there
+    return keys
+
+
+def shards_cover(config: Config, done: dict[str, Any]) -> bool:
+    """Whether shards that are done (their DONE.json) have every size that the recipe trains at."""
+    return {f"manifest-{size}" for size in config.sizes} <= done["outputs"].keys()
 
 
 def refuse_difference(config: Config, run_dir: Path, stage: str, fold: int | None, keys: list[str]) -> None:
@@ -181,7 +190,6 @@ def write_done(task: Task, outputs: dict[str, Path]) -> None:
             "outputs": {
                 name: {"file": _name(task, Path(path)), "sha256": sha256_file(path)} for name, path in outputs.items()
             },
-            "sizes": task.config.sizes,
             "world_size": task.ranks.world_size,
             "versions": {
                 "python": platform.python_version(),

@@ -10,7 +10,7 @@ import torch
 
 from pneumo_dist.config import Config, load
 from pneumo_dist.model.modelfile import save_model
-from pneumo_dist.model.unet import ResNet34UNet
+from pneumo_dist.model.unet import ResNet34UNet, normalise
 from pneumo_dist.runtime.task import Task
 
 PATIENT = "Nobody^Nemo"
@@ -26,37 +26,43 @@ def picture(seed: int, rows: int = 96, columns: int = 80) -> np.ndarray:
 
 def write_dicom(path: Path, pixels: np.ndarray, **attributes: Any) -> Path:
     """Write an uncompressed secondary capture with a patient whose name must not get out."""
+    from pydicom.config import disable_value_validation
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-    film = Dataset()
-    film.file_meta = FileMetaDataset()
-    film.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    film.SOPClassUID = film.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7"
-    film.SOPInstanceUID = film.file_meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[str(path)])
-    film.StudyInstanceUID = generate_uid(entropy_srcs=["study", str(path)])
-    film.SeriesInstanceUID = generate_uid(entropy_srcs=["series", str(path)])
-    film.PatientName, film.PatientID, film.PatientBirthDate, film.PatientSex = PATIENT, SECRET, "19010101", "F"
-    film.PatientAge = "58"  # as SIIM-ACR has it: no unit
-    film.StudyDate, film.StudyTime, film.StudyID, film.AccessionNumber = "19010101", "000000", "", ""
-    film.ReferringPhysicianName, film.Modality, film.ViewPosition = "", "CR", "PA"
-    film.Rows, film.Columns = pixels.shape
-    film.SamplesPerPixel, film.PhotometricInterpretation = 1, "MONOCHROME2"
-    film.BitsAllocated = film.BitsStored = 8
-    film.HighBit, film.PixelRepresentation = 7, 0
-    film.PixelData = pixels.tobytes() + b"\0" * (pixels.size % 2)
-    for name, value in attributes.items():
-        setattr(film, name, value)
+    with disable_value_validation():  # an age without a unit is what real films have
+        film = Dataset()
+        film.file_meta = FileMetaDataset()
+        film.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        film.SOPClassUID = film.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7"
+        film.SOPInstanceUID = film.file_meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[str(path)])
+        film.StudyInstanceUID = generate_uid(entropy_srcs=["study", str(path)])
+        film.SeriesInstanceUID = generate_uid(entropy_srcs=["series", str(path)])
+        film.PatientName, film.PatientID, film.PatientBirthDate, film.PatientSex = PATIENT, SECRET, "19010101", "F"
+        film.PatientAge = "58"  # as SIIM-ACR has it: no unit
+        film.StudyDate, film.StudyTime, film.StudyID, film.AccessionNumber = "19010101", "000000", "", ""
+        film.ReferringPhysicianName, film.Modality, film.ViewPosition = "", "CR", "PA"
+        film.Rows, film.Columns = pixels.shape
+        film.SamplesPerPixel, film.PhotometricInterpretation = 1, "MONOCHROME2"
+        film.BitsAllocated = film.BitsStored = 8
+        film.HighBit, film.PixelRepresentation = 7, 0
+        film.PixelData = pixels.tobytes() + b"\0" * (pixels.size % 2)
+        for name, value in attributes.items():
+            setattr(film, name, value)
     path.parent.mkdir(parents=True, exist_ok=True)
     film.save_as(path, enforce_file_format=True)
     return path
 
 
 def network(seed: int = 0) -> ResNet34UNet:
-    """A random network whose probabilities vary between films and pixels."""
+    """A random network whose probabilities spread over 0 to 1 and differ between films and pixels."""
     model = ResNet34UNet(seed).eval()
+    images = torch.from_numpy(np.stack([picture(100 + i, 32, 32) for i in range(4)]))[:, None]
     with torch.no_grad():
-        model.head.weight.mul_(0.3)
+        logits = model(normalise(images))
+        scale = 1.5 / float(logits.std())
+        model.head.weight.mul_(scale)
+        model.head.bias.fill_(-float(logits.mean()) * scale - 1.0)
     return model
 
 

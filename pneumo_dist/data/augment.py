@@ -1,12 +1,13 @@
 """The recipe's four augmentations, as a pure function of (seed, epoch, index): no worker or rank changes a pixel.
 
-albumentations draws from its own generators; they are seeded anew for every sample, or epochs would repeat.
+albumentations draws from generators of its own; they are set anew for every sample, or epochs would repeat.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import random
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,17 @@ class Augmenter:
     def __init__(self, config: Augment, seed: int) -> None:
         self.config, self.seed = config, seed
         self._compose = _build(config)
+        # One pair of generators for all transforms: `set_random_seed` would give each its own, seeded alike, and the
+        # draws would be the same numbers: whatever is not flipped would never change its tone.
+        self._bits, self._random = np.random.PCG64(0), random.Random(0)
+        self._compose.set_random_state(np.random.Generator(self._bits), self._random)
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the augmented (image, mask), both uint8 (size, size) as given; the inputs are left as they are."""
-        text = f"{self.seed} {epoch} {index}".encode()
-        self._compose.set_random_seed(int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little"))
+        digest = hashlib.blake2b(f"{self.seed} {epoch} {index}".encode(), digest_size=24).digest()
+        self._random.seed(int.from_bytes(digest[:8], "little"))
+        state: Any = {"state": int.from_bytes(digest[8:], "little"), "inc": 1}
+        self._bits.state = {"bit_generator": "PCG64", "state": state, "has_uint32": 0, "uinteger": 0}
         done = self._compose(image=image, mask=mask)
         return np.ascontiguousarray(done["image"]), np.ascontiguousarray(done["mask"])
 

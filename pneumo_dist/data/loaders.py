@@ -5,6 +5,7 @@ Orders are pure functions of (seed, epoch), never of ranks or workers; nothing h
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pneumo_dist.config import ConfigError
 from pneumo_dist.data.augment import Augmenter
 from pneumo_dist.data.cases import HOLDOUT, Case
-from pneumo_dist.data.decoding import die_with_parent
+from pneumo_dist.data.decoding import die_with_parent, keep_memory
 from pneumo_dist.data.folds import check_folds
 from pneumo_dist.data.shards import ShardReader
 from pneumo_dist.data.staging import stage_shards
@@ -170,11 +171,22 @@ class FilmDataset(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """Return a whole batch, written once into its final place: (N, 1, size, size) twice, and the indices (N,)."""
-        images = torch.empty((len(keys), 1, self.size, self.size), dtype=torch.uint8)
-        masks = torch.empty_like(images)
+        shape = (len(keys), 1, self.size, self.size)
+        images, masks = _empty(shape), _empty(shape)
         for at, key in enumerate(keys):
             images[at, 0].numpy()[:], masks[at, 0].numpy()[:] = self._arrays(key)
         return images, masks, torch.tensor([index for _, index in keys], dtype=torch.int64)
+
+
+def _empty(shape: tuple[int, ...]) -> torch.Tensor:
+    """Return an uninitialised uint8 tensor; in a worker in shared memory, as torch's own collate function does.
+
+    Otherwise the way to the main process would cost another copy of every batch.
+    """
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 def _as_is(batch: Batch) -> Batch:
@@ -191,6 +203,7 @@ class _StartWorker:
         stopping.ignore()
         if os.getppid() == self.parent:  # under forkserver the parent is another process
             die_with_parent()
+        keep_memory()
         import cv2
 
         cv2.setNumThreads(0)

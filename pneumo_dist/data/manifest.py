@@ -38,7 +38,7 @@ def changed(out: Path, what: str) -> ConfigError:
 
 def remove_leftovers(out: Path, shards: set[str] | None = None) -> None:
     """Remove what killed writers left behind: of these shards, or all."""
-    for path in out.iterdir():
+    for path in (*out.iterdir(), *(out / "pictures").glob(".*")):
         match = files.TEMPORARY.match(path.name)
         if match and (shards is None or any(match["stem"].endswith(name) for name in shards)):
             path.unlink(missing_ok=True)
@@ -48,19 +48,20 @@ def write_manifests(
     out: Path, found: Source, listings: list[dict[str, Any]], parts: dict[int, list[dict[str, Any]]], config: Config
 ) -> dict[str, Path]:
     """Write one manifest per size, and manifest.json over everything that is in the directory."""
-    count, outputs = len(found.jobs), {}
+    count = len(found.jobs)
     settings = {"unannotated": config.data.unannotated, "max_pixels": config.data.max_pixels, "shards": count}
     for size, each in parts.items():
         content = {"format": FORMAT, "size": size, "shards": count, "settings": settings, "parts": each}
-        outputs[f"manifest-{size}"] = out / f"manifest-{size}.json"
-        write_json(outputs[f"manifest-{size}"], content)
+        write_json(out / f"manifest-{size}.json", content)
     sizes = sorted(int(path.stem.split("-")[1]) for path in out.glob("manifest-*.json"))
+    outputs = {f"manifest-{size}": out / f"manifest-{size}.json" for size in sizes}  # those of earlier runs as well
     shards = []
     for j, listing in enumerate(listings):
         ids = [film["id"] for film in listing["films"]]
         decoders = sorted({film["decoder"] for film in listing["films"]})
         names = [f(size, j, count) for size in sizes for f in (files.image_name, files.mask_name)]
-        hashes = {n: h for size in sizes for n, h in read_json(out / files.size_name(size, j, count))["files"].items()}
+        own = [files.films_name(j, count), *(files.size_name(size, j, count) for size in sizes)]
+        hashes = {n: h for name in own[1:] for n, h in read_json(out / name)["files"].items()}
         shards.append(
             {
                 "shard": j,
@@ -71,11 +72,11 @@ def write_manifests(
                 "annotation_sha256": [film["annotation"] for film in listing["films"]],
                 "bad": [film["id"] for film in listing["bad"]],
                 "decoders": decoders,
-                "files": {name: hashes[name] for name in names}
-                | {files.films_name(j, count): sha256_file(out / files.films_name(j, count))},
+                "files": {name: hashes[name] for name in names} | {name: sha256_file(out / name) for name in own},
             }
         )
-    others = {name: sha256_file(out / name) for name in ("cases.csv", "audit.json", "audit.txt")}
+    listed = ["cases.csv", "audit.json", "audit.txt", *(f"manifest-{size}.json" for size in sizes)]
+    others = {name: sha256_file(out / name) for name in listed}
     content = {
         "format": FORMAT,
         "shards": count,
@@ -112,7 +113,7 @@ def verify(folder: Path) -> list[str]:
 
     with ThreadPoolExecutor(cores(0)) as pool:
         problems = [line for line in pool.map(problem, sorted(wanted.items())) if line]
-    foreign = (p.name for p in folder.iterdir() if files.OURS.match(p.name) and not p.name.startswith("size-"))
+    foreign = (path.name for path in folder.iterdir() if files.OURS.match(path.name))
     return problems + [f"{folder / name}: not in the manifest" for name in sorted(foreign) if name not in wanted]
 
 

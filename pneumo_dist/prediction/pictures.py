@@ -21,8 +21,9 @@ INK, PAPER = (240, 240, 240), (32, 32, 32)
 def contour(picture: Colour, mask: Mask, colour: tuple[int, int, int], width: int) -> None:
     """Draw a mask's outline into `picture` (same size), with a dark edge so that it shows on any grey."""
     lines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(picture, lines, -1, (0, 0, 0), width + 2, cv2.LINE_AA)
-    cv2.drawContours(picture, lines, -1, colour, width, cv2.LINE_AA)
+    kind = cv2.LINE_AA if width > 1 else cv2.LINE_8  # smoothing would dim a line of one pixel
+    cv2.drawContours(picture, lines, -1, (0, 0, 0), width + 2, kind)
+    cv2.drawContours(picture, lines, -1, colour, width, kind)
 
 
 def restore(square: Grey, rows: int, columns: int) -> Grey:

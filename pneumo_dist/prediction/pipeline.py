@@ -25,13 +25,13 @@ from pneumo_dist.prediction.filmsize import mean_film_probability
 from pneumo_dist.prediction.infer import begin_part, finish_part, part_folder, read_part
 from pneumo_dist.prediction.outputs import FilmWriter, Row, Segment, unreadable_row
 from pneumo_dist.prediction.overlap import film_threads, overlap
-from pneumo_dist.prediction.plan import Plan, PlannedFilm, pooled_thresholds, signature
+from pneumo_dist.prediction.plan import Plan, PlannedFilm, signature
 from pneumo_dist.prediction.predictor import Predictor
 from pneumo_dist.prediction.reading import PICTURE_PX, THUMB_PX, Answer, Helpers, ReadFilm, ReadJob
 from pneumo_dist.runtime import ranks
 from pneumo_dist.runtime.files import sha256_text
 from pneumo_dist.runtime.runlog import progress
-from pneumo_dist.runtime.task import Task
+from pneumo_dist.runtime.task import Task, pooled_thresholds
 
 log = logging.getLogger(__name__)
 

@@ -158,15 +158,6 @@ def _encode(made: Plan) -> bytes:
     return f'{json.dumps(head)[:-1]}, "films": [\n{rows}\n]}}\n'.encode()
 
 
-def pooled_thresholds(paths: list[Path]) -> Path | None:
-    """Return the pooled thresholds.json of the run that all these models are folds of; None where there is none."""
-    runs = {path.parent.parent for path in paths}
-    if len(paths) < 2 or len(runs) != 1:
-        return None
-    found = runs.pop() / "evaluate" / "thresholds.json"
-    return found if found.is_file() else None
-
-
 def signature(made: Plan, models: list[Path], settings: dict[str, Any]) -> str:
     """Return the hash of everything that determines a part: plan, model bytes, triplet, flips, outputs, precision."""
     hashes = [sha256_file(path) for path in models]

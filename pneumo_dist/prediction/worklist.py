@@ -55,7 +55,11 @@ function refresh() {
 }
 for (const b of buttons) b.addEventListener("click", () => { kind = b.dataset.kind; refresh(); });
 search.addEventListener("input", refresh); order.addEventListener("change", refresh);
-new IntersectionObserver(seen => { if (seen.some(e => e.isIntersecting) && next < shown.length) more(); }, { rootMargin: "1200px" }).observe(end);
+const watch = new IntersectionObserver(seen => {
+  if (!seen.some(e => e.isIntersecting) || next >= shown.length) return;
+  more(); watch.unobserve(end); watch.observe(end);  // asks again at once: on a tall screen one step may not be enough
+}, { rootMargin: "1200px" });
+watch.observe(end);
 refresh();
 """
 

@@ -62,6 +62,15 @@ def model_paths(config: Config, run_dir: Path) -> list[Path]:
     return found
 
 
+def pooled_thresholds(models: list[Path]) -> Path | None:
+    """Return the pooled thresholds.json of the run that these several models are the folds of, where there is one."""
+    runs = {path.parent.parent for path in models}
+    if len(models) < 2 or len(runs) != 1:
+        return None
+    found = runs.pop() / "evaluate" / "thresholds.json"
+    return found if found.is_file() else None
+
+
 def stage_dir(config: Config, run_dir: Path, stage: str, fold: int | None) -> Path:
     """The directory that belongs to one stage (of one fold); `DONE.json` lies in it."""
     if stage == "phantom":

@@ -93,7 +93,7 @@ def test_second_writer_is_refused_and_a_parent_that_fails_cancels_its_dependants
 
     free_cluster.command("scancel", held)
     for row in (first, child):
-        assert free_cluster.wait_for(str(row["job_id"]), within_s=30) == "CANCELLED"
+        assert free_cluster.wait_for(str(row["job_id"]), within_s=60) == "CANCELLED"
 
 
 def test_failed_stage_ends_the_waiting_command_with_1_and_names_itself(
@@ -106,7 +106,7 @@ def test_failed_stage_ends_the_waiting_command_with_1_and_names_itself(
     assert "stage1-fold0" in done.stderr and "stage1.batch_size=23 is more than the 16" in done.stderr
     assert not (tmp_path / "bad/fold0/stage1/DONE.json").exists()
     last = ledger(tmp_path / "bad")[-1]
-    assert free_cluster.wait_for(str(last["job_id"]), within_s=30) == "CANCELLED"
+    assert free_cluster.wait_for(str(last["job_id"]), within_s=60) == "CANCELLED"
 
 
 @pytest.fixture

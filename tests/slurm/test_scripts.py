@@ -73,8 +73,8 @@ def test_script_forbidden_to_requeue_fails_at_its_time_limit_so_that_dependants_
     checkpoints = run / "fold0/stage1/checkpoints"
     until((checkpoints / "LAST").exists, 180, "a checkpoint")
     free_cluster.command("scancel", "--signal=USR2", job)
-    assert free_cluster.wait_for(job, within_s=60) == "FAILED"
-    assert free_cluster.wait_for(child, within_s=30) == "CANCELLED"
+    assert free_cluster.wait_for(job, within_s=90) == "FAILED"
+    assert free_cluster.wait_for(child, within_s=60) == "CANCELLED"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -83,5 +83,5 @@ def test_script_without_a_run_says_how_it_is_called(script: Path, free_cluster: 
     job = free_cluster.command(
         "sbatch", "--parsable", "--mem=1G", "--nodes=1", f"--output={log}", script
     ).stdout.strip()
-    assert free_cluster.wait_for(job, within_s=30) == "FAILED"
+    assert free_cluster.wait_for(job, within_s=90) == "FAILED"
     assert "usage: sbatch" in log.read_text()

@@ -62,6 +62,17 @@ def test_probabilities_are_the_configured_ones():
     assert abs(tones - 300) < 5 * 15
 
 
+def test_flip_and_tone_are_drawn_independently():
+    # Seeding albumentations per sample seeds each transform alike: flip and tone would use the same number.
+    augmenter = Augmenter(Augment(hflip=0.5, tone=0.5, contrast=0.5, brightness=0.5, gamma=0.5), 0)
+    counts = np.zeros((2, 2))
+    for index in range(800):
+        image, mask = augmenter(IMAGE, MASK, 0, index)
+        flip = int(not np.array_equal(mask, MASK))
+        counts[flip, int(not np.array_equal(image, IMAGE[:, ::-1] if flip else IMAGE))] += 1
+    assert counts.min() > 200 - 5 * 13, counts  # five standard deviations below 800 / 4
+
+
 def test_flips_take_the_mask_along_and_tones_leave_it():
     image, mask = Augmenter(Augment(hflip=1.0, tone=0.0), 0)(IMAGE, MASK, 0, 0)
     assert np.array_equal(image, IMAGE[:, ::-1]) and np.array_equal(mask, MASK[:, ::-1])

@@ -91,3 +91,8 @@ def test_done_names_no_time_or_host_and_relative_files(run):
     text = (run / "fold0" / "stage1" / "DONE.json").read_text()
     assert '"file": "fold0/stage1/best.txt"' in text
     assert str(run) not in text and "seconds" not in text
+
+
+def test_a_new_size_does_not_hide_another_difference(run):
+    config = configuration.load(None, [*WORDS, "stage2.size=96", "data.folds=3"])
+    assert done.differences(config, run, "finalize", None) == ["data.folds"]

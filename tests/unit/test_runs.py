@@ -100,6 +100,17 @@ def test_slurm_that_does_not_answer_is_said(run_dir: Path, tmp_path: Path, monke
     assert "does not answer" in note and any(r.state == "UNKNOWN" for r in rows)
 
 
+def test_a_job_that_slurm_has_forgotten_is_told_by_its_files(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a site without accounting."""
+    add(run_dir, "stage1-fold0", job_id="4", name="stage1-fold0.chest", log="4_%r_log.out")
+    fake(tmp_path, monkeypatch, "", "")
+    (run_dir / "jobs" / "4_0_log.out").write_text("slurmstepd: error: *** JOB 4 CANCELLED DUE TO TIME LIMIT ***\n")
+    found = row(run_dir, "stage1-fold0")
+    assert found.state == "ENDED" and found.failed and "TIME LIMIT" in found.error
+
+
 @pytest.mark.parametrize(
     ("exit_status", "state"), [(0, "COMPLETED"), (1, "FAILED"), (130, "INTERRUPTED"), (None, "KILLED")]
 )

@@ -44,7 +44,8 @@ def finished(made: plan.Plan, stage: str, fold: int | None = None) -> None:
     config, run_dir = made.recipe.config, made.recipe.run_dir
     folder = stage_dir(config, run_dir, stage, fold)
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"settings": done.settings_of(config, stage), "inputs": {}, "outputs": {}, "sizes": config.sizes}
+    record = {"settings": done.settings_of(config, stage), "inputs": {}, "outputs": {}}
+    record["outputs"] = {f"manifest-{size}": {"sha256": "x"} for size in config.sizes}
     try:
         record["inputs"] = done.inputs_of(config, run_dir, stage, fold)
     except ConfigError:
@@ -199,12 +200,14 @@ def test_a_live_process_on_the_same_stage_is_named(tmp_path: Path) -> None:
     made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}")
     held = lock(prepare.lock_path(made.recipe.run_dir, "stage1-fold0"))
     with pytest.raises(ConfigError, match=f"process {os.getpid()} .* is on stage 1"):
-        prepare.refuse_live(made, Ledger(made.recipe.run_dir))
+        prepare.refuse_live(made, Ledger(made.recipe.run_dir), True)
     held.release()
-    prepare.refuse_live(made, Ledger(made.recipe.run_dir))
+    prepare.refuse_live(made, Ledger(made.recipe.run_dir), True)
 
 
-def test_a_live_slurm_job_is_known_by_number_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_live_slurm_job_is_known_by_number_and_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}")
     ledger = Ledger(made.recipe.run_dir)
     same = {"key": "stage1-fold0", "stage": "1", "fold": 0, "cluster": "slurm"}
@@ -214,12 +217,14 @@ def test_a_live_slurm_job_is_known_by_number_and_name(tmp_path: Path, monkeypatc
     squeue.write_text("#!/bin/sh\necho '12|stage1-fold0.a|PENDING|Priority||0:00'\n")
     squeue.chmod(0o755)
     with pytest.raises(ConfigError, match="SLURM job 12 is on stage 1"):
-        prepare.refuse_live(made, ledger)
+        prepare.refuse_live(made, ledger, True)
     squeue.write_text("#!/bin/sh\necho '12|some other job|RUNNING|None|n1|0:00'\n")
-    prepare.refuse_live(made, ledger)
+    prepare.refuse_live(made, ledger, True)
     squeue.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n")
     with pytest.raises(ConfigError, match="does not say"):
-        prepare.refuse_live(made, ledger)
+        prepare.refuse_live(made, ledger, True)
+    prepare.refuse_live(made, ledger, False)  # a run taken to a machine without SLURM
+    assert "taken as ended" in capfd.readouterr().out
 
 
 def test_a_torn_line_of_the_ledger_is_left_out(tmp_path: Path) -> None:
