@@ -16,7 +16,7 @@ EXAMPLES = """\
 examples:
   python launch/submit.py --stage 1 --nodes 2
       without data: synthetic phantom films, missing upstream first
-  python launch/submit.py --stage all --nodes 2 --run chest --profile configs/cluster/gpu-qos.yaml \\
+  python launch/submit.py --stage all --nodes 2 --run chest --profile configs/cluster/gpu.yaml \\
       data.dicom_dir=/data/dicom-images-train data.rle_csv=/data/train-rle.csv infer.dir=/data/dicom-images-test
       the whole chain as dependent SLURM jobs
   python launch/submit.py --stage all --run chest --nodes 2

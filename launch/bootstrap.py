@@ -8,7 +8,7 @@ import os
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-NEEDED = ("torch", "numpy", "cv2", "albumentations", "pydicom", "omegaconf", "yaml", "tensorboard")
+NEEDED = ("torch", "numpy", "cv2", "albumentations", "pydicom", "simplejpeg", "omegaconf", "yaml", "tensorboard")
 SLURM_NEEDED = ("submitit",)
 OLDEST = (3, 11)  # numpy 2.4 needs it
 _MARK = "PNEUMO_REEXECUTED"

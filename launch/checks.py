@@ -15,6 +15,7 @@ from launch import slurm
 from launch.place import Site
 from launch.plan import Plan
 from launch.profile import CPU_ONLY, Profile
+from pneumo_dist.chain import STAGES
 from pneumo_dist.config import TRAIN_STAGES, ConfigError
 
 CHECKPOINT_BYTES = 400_000_000  # 24.4 million weights in float32, Adam's two averages, the SWA average
@@ -123,25 +124,28 @@ def _said(check: Callable[[], object]) -> Iterator[str]:
         yield str(error)
 
 
-def _limits(plan: Plan, profile: Profile) -> Iterator[str]:
-    """Compare the profile's time limits with what the partitions allow: such a job would wait for ever."""
-    asked: dict[str | None, slurm.Partition | None] = {}
-    for stage in dict.fromkeys(node.stage for node in plan.todo):
-        minutes, partition = profile.minutes(stage), profile.resources(stage).partition
-        if partition not in asked:
-            asked[partition] = slurm.partition(partition)
-        facts = asked[partition]
-        if minutes and facts and facts.max_minutes and minutes > facts.max_minutes:
+def _limits(made: Plan, nodes: int, profile: Profile) -> Iterator[str]:
+    """Compare what is asked for with what the partitions allow: SLURM would let such a job wait for ever."""
+    known: dict[str | None, slurm.Partition | None] = {}
+    for stage in dict.fromkeys(node.stage for node in made.todo):
+        asked, minutes = profile.resources(stage), profile.minutes(stage)
+        if asked.partition not in known:
+            known[asked.partition] = slurm.partition(asked.partition)
+        facts, name = known[asked.partition], asked.partition or "(default)"
+        if facts is None:
+            continue
+        if STAGES[stage].shape == "ranks" and nodes > facts.nodes:
+            yield f"--nodes {nodes}: partition {name} has {facts.nodes} nodes"
+        if minutes and facts.max_minutes and minutes > facts.max_minutes:
             yield (
-                f"the profile asks for {minutes} minutes for {stage}, but partition {partition or '(default)'} allows "
-                f"{facts.max_minutes}: lower time_min"
+                f"time_min: the profile asks for {minutes} minutes for {stage}, but partition {name} allows "
+                f"{facts.max_minutes}"
             )
-        cpus = profile.resources(stage).cpus_per_task
         tasks = 1 if stage in CPU_ONLY else max(1, profile.gpus_per_node or 0)
-        if cpus and facts and facts.cpus and cpus * tasks > facts.cpus:
+        if asked.cpus_per_task and facts.cpus and asked.cpus_per_task * tasks > facts.cpus:
             yield (
-                f"the profile asks for {cpus * tasks} CPUs on a node for {stage}, but the nodes of partition "
-                f"{partition or '(default)'} have {facts.cpus}: lower cpus_per_task"
+                f"cpus_per_task: the profile asks for {asked.cpus_per_task * tasks} CPUs on a node for {stage}, but "
+                f"those of partition {name} have {facts.cpus}"
             )
 
 
@@ -163,7 +167,7 @@ def problems(made: Plan, nodes: int, place: Site, probe: bool) -> Iterator[str]:
     if cramped:
         yield cramped
     if place.slurm:
-        yield from _limits(made, place.profile)
+        yield from _limits(made, nodes, place.profile)
     if probe:
         unwritable = _writable(made.recipe.run_dir, True)
         if unwritable:

@@ -6,12 +6,13 @@ Never decides what to run: plan.py does. The executor of this machine is in loca
 from __future__ import annotations
 
 import functools
+import io
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,9 +186,10 @@ def submit(folder: Path, profile: Profile, stage: str, shape: Shape, jobs: Seque
     executor = _executor(folder, profile, stage, shape, **names)  # type: ignore[arg-type]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _outside_any_job():
+        # submitit prints what sbatch says as well; it is in the error already.
+        with _outside_any_job(), redirect_stderr(io.StringIO()):
             submitted = executor.submit_array(list(jobs))
     except (FailedJobError, FailedSubmissionError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
+        lines = [line.removeprefix("sbatch: error: ") for line in str(error).splitlines() if line.strip()]
         raise slurm.SlurmError("; ".join(lines) or "sbatch failed without a word") from None
     return str(submitted[0].job_id).split("_")[0]

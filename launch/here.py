@@ -38,7 +38,7 @@ def run_here(request: Request, made: Plan, site: Site) -> int:
                     locks.append(lock(lock_path(run_dir, node.key)))
                 except Locked as error:
                     raise ConfigError(f"{error.holder} is on {node.key} of this run already: wait for it") from None
-            code = prepare(request, made)
+            code = prepare(request, made).code
             chain = _Chain(request, made, site, foreground, ledger, code, [one.descriptor for one in locks])
             for node in made.todo:
                 status = chain.run(node)

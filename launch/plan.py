@@ -54,6 +54,7 @@ class Plan:
     recipe: Recipe
     folds: tuple[int, ...]
     targets: tuple[Node, ...]  # what --stage stands for, upstream included where it is run as well
+    asked: frozenset[str]  # keys of what --stage itself stands for
     todo: tuple[Node, ...]  # those that are not done, in submission order
     missing: tuple[tuple[Node, Job], ...]  # jobs of the plan whose upstream is neither done nor planned
     differing: tuple[str, ...]  # why something cannot be run as asked: one line each
@@ -182,7 +183,7 @@ def make(request: Request) -> Plan:
             n for n in targets if (n.stage, n.fold) not in chain
         ]
     planned = {(n.stage, n.fold) for n in targets}
-    asked = {n.key for n in jobs_of(config, request.stage, folds)}
+    asked = frozenset(n.key for n in jobs_of(config, request.stage, folds))
     todo: list[Node] = []
     differing: list[str] = []
     notes = list(recipe.notes)
@@ -221,6 +222,7 @@ def make(request: Request) -> Plan:
         recipe=recipe,
         folds=tuple(folds),
         targets=tuple(targets),
+        asked=asked,
         todo=tuple(todo),
         missing=tuple(missing),
         differing=tuple(dict.fromkeys(differing)),

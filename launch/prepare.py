@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +59,33 @@ def refuse_live(made: Plan, ledger: Ledger, slurm_answers: bool) -> None:
             raise ConfigError(f"{held} is on {name} of this run already: wait for it, or stop it")
 
 
-def prepare(request: Request, made: Plan) -> Path:
-    """Put old results aside (--redo), write the configurations and the copy of the code; return the copy."""
+@dataclass(frozen=True)
+class Prepared:
+    """What was changed on disk."""
+
+    code: Path  # the copy of the code
+    aside: tuple[tuple[Path, Path], ...] = ()  # folders that were renamed: before, after
+
+    def undo(self) -> None:
+        """Put old results back where they were: the jobs that were to replace them have not been submitted."""
+        for before, after in self.aside:
+            if not before.exists():
+                after.rename(before)
+
+
+def prepare(request: Request, made: Plan) -> Prepared:
+    """Put old results aside (--redo), write the configurations and the copy of the code."""
     recipe = made.recipe
-    if request.redo:
-        _put_aside(made)
+    aside = _put_aside(made) if request.redo else ()
     text = configuration.to_yaml(recipe.config)
     if not (recipe.run_dir / "config.yaml").exists():
         write_text(recipe.run_dir / "config.yaml", text)
     for node in made.todo:
         write_text(recipe.run_dir / "jobs" / f"{node.key}.yaml", text)
-    return codecopy.copy(plan.ROOT, recipe.run_dir)
+    return Prepared(codecopy.copy(plan.ROOT, recipe.run_dir), aside)
 
 
-def _put_aside(made: Plan) -> None:
+def _put_aside(made: Plan) -> tuple[tuple[Path, Path], ...]:
     config, run_dir = made.recipe.config, made.recipe.run_dir
     shared = config.data.shard_dir and any(node.stage == "preprocess" for node in made.todo)
     if shared and shard_dir(config, run_dir).exists():
@@ -80,11 +94,14 @@ def _put_aside(made: Plan) -> None:
             "or name another data.shard_dir"
         )
     stamp = time.strftime("%Y%m%d-%H%M%S")
+    done: list[tuple[Path, Path]] = []
     for folder in dict.fromkeys(stage_dir(config, run_dir, node.stage, node.fold) for node in made.todo):
         if folder.exists():
             aside = folder.with_name(f"{folder.name}.old-{stamp}")
             folder.rename(aside)
+            done.append((folder, aside))
             print(f"--redo: the old result is now {aside}", flush=True)
+    return tuple(done)
 
 
 _git_state = functools.lru_cache(maxsize=1)(codecopy.git_state)

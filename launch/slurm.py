@@ -52,8 +52,9 @@ def why_not() -> str | None:
 
 @dataclass(frozen=True)
 class Partition:
-    """The smallest of what a partition's nodes have."""
+    """How many nodes a partition has, and the least of what each of them has."""
 
+    nodes: int
     cpus: int
     memory_mb: int
     gpus: int
@@ -78,10 +79,10 @@ def minutes(text: str) -> int | None:
 def partition(name: str | None) -> Partition | None:
     """Return what the named partition (the default one for None) has, or None where SLURM does not say."""
     try:
-        text = _run(["sinfo", "-h", "-o", "%P|%c|%m|%G|%l", *(["-p", name] if name else [])], 5.0)
+        text = _run(["sinfo", "-h", "-o", "%P|%D|%c|%m|%G|%l", *(["-p", name] if name else [])], 5.0)
     except SlurmError:
         return None
-    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 4]
+    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 5]
     rows = [row for row in rows if name or row[0].endswith("*")]
     if not rows:
         return None
@@ -92,8 +93,14 @@ def partition(name: str | None) -> Partition | None:
     def gpus(text: str) -> int:
         return sum(int(n) for n in re.findall(r"gpu(?::[A-Za-z_][\w.-]*)?:(\d+)", text))
 
-    limits = [m for row in rows if (m := minutes(row[4])) is not None]
-    return Partition(least(1), least(2), min(gpus(row[3]) for row in rows), min(limits) if limits else None)
+    limits = [m for row in rows if (m := minutes(row[5])) is not None]
+    return Partition(
+        sum(int(row[1]) for row in rows),
+        least(2),
+        least(3),
+        min(gpus(row[4]) for row in rows),
+        min(limits) if limits else None,
+    )
 
 
 @dataclass(frozen=True)

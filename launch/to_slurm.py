@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def submit_chain(request: Request, made: Plan, site: Site) -> int:
     """
     run_dir = made.recipe.run_dir
     ledger = Ledger(run_dir)
-    ids = _under_way(request, made, ledger)
+    made, ids = _under_way(request, made, ledger)
     checks.refuse(made, request.nodes, site)
     try:
         guard = lock(run_dir / "jobs" / ".submit.lock", wait_s=30)
@@ -98,8 +99,12 @@ def submit_chain(request: Request, made: Plan, site: Site) -> int:
         raise ConfigError(f"{error.holder} is submitting to this run: try again") from None
     try:
         refuse_live(made, ledger, slurm_answers=True)
-        parts = _Parts(request, made, site, prepare(request, made))
-        submitted = _submit_all(parts, ledger, ids)
+        prepared = prepare(request, made)
+        try:
+            submitted = _submit_all(_Parts(request, made, site, prepared.code), ledger, ids)
+        except ConfigError:
+            prepared.undo()
+            raise
     finally:
         guard.release()
     for key, job_id in submitted.items():
@@ -114,14 +119,15 @@ def submit_chain(request: Request, made: Plan, site: Site) -> int:
     return follow(request, made, submitted)
 
 
-def _under_way(request: Request, made: Plan, ledger: Ledger) -> Ids:
-    """Return the ids of live jobs of this run that the plan's jobs wait for.
+def _under_way(request: Request, made: Plan, ledger: Ledger) -> tuple[Plan, Ids]:
+    """Return the plan without the upstream jobs that are live in this run, and the ids of those to wait for.
 
     Raises:
         ConfigError: something upstream is neither done nor under way, and --after does not stand for it.
     """
-    if not made.missing:
-        return {}
+    upstream_todo = [node for node in made.todo if node.key not in made.asked]
+    if not made.missing and not upstream_todo:
+        return made, {}
     try:
         live = ledger.live()
     except slurm.SlurmError as error:
@@ -133,9 +139,13 @@ def _under_way(request: Request, made: Plan, ledger: Ledger) -> Ids:
             ids[job] = live[key]
         elif not request.after:
             raise ConfigError(plan.missing_line(made, node, job))
+    for node in upstream_todo:
+        if node.key in live:
+            ids[(node.stage, node.fold)] = live[node.key]
+            made = dataclasses.replace(made, todo=tuple(n for n in made.todo if n is not node))
     for job, job_id in ids.items():
         print(f"{plan.title(job[0], job[1], len(made.folds))} is under way as job {job_id}: waiting for it", flush=True)
-    return ids
+    return made, ids
 
 
 def _submit_all(parts: _Parts, ledger: Ledger, ids: Ids) -> dict[str, str]:

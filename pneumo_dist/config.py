@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, List, Optional, get_args, get_origin, get_type_hints
@@ -48,7 +49,7 @@ class Phantom:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(0, "phantom", self, "films")
+        _at_least(0, "phantom", self, "films", "seed")
         _check(64 <= self.size <= 4096, f"phantom.size={self.size} must lie between 64 and 4096")
 
 
@@ -72,7 +73,7 @@ class Data:
 
     def __post_init__(self) -> None:
         _one_of("data.unannotated", self.unannotated, ("drop", "negative", "error"))
-        _at_least(0, "data", self, "workers")
+        _at_least(0, "data", self, "workers", "fold_seed")
         _at_least(1, "data", self, "shards", "max_pixels")
         _at_least(2, "data", self, "folds")
         _fraction("data.max_bad", self.max_bad)
@@ -116,7 +117,7 @@ class Loss:
     smooth: float = 1.0  # keeps a gradient on an empty mask
 
     def __post_init__(self) -> None:
-        _check(self.bce >= 0 and self.dice >= 0 and self.bce + self.dice > 0, "loss.bce and loss.dice must not be negative, nor both 0")  # fmt: skip
+        _check(self.bce >= 0 and self.dice >= 0 and 0 < self.bce + self.dice < math.inf, "loss.bce and loss.dice must not be negative, nor both 0")  # fmt: skip
         _check(self.smooth > 0, f"loss.smooth={self.smooth} must be positive: 0 gives an empty mask no gradient")
 
 
@@ -163,6 +164,7 @@ class Swa:
     def __post_init__(self) -> None:
         _fraction("swa.start", self.start)
         _at_least(0, "swa", self, "interval", "bn_batches")
+        _check(self.lr is None or self.lr > 0, f"swa.lr={self.lr} must be positive")
         for name in self.stages:
             _one_of("swa.stages", name, ("last", *TRAIN_STAGES))
 
@@ -190,7 +192,7 @@ class Train:
         _one_of("train.amp", self.amp, ("auto", "fp16", "bf16", "off"))
         _check(self.keep >= 2, f"train.keep={self.keep} must be at least 2: the newest checkpoint may be damaged")
         _at_least(1, "train", self, "eval_every", "log_every", "max_nonfinite")
-        _at_least(0, "train", self, "workers", "threads", "clip_norm", "save_every_s")
+        _at_least(0, "train", self, "seed", "workers", "threads", "clip_norm", "save_every_s")
         for name in ("first_timeout_s", "timeout_s"):
             _check(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
 
@@ -303,7 +305,7 @@ class Config:
 
 def _nearest(word: str, choices: list[str]) -> str:
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; valid here: {', '.join(sorted(choices))}"
+    return f"; did you mean {close[0]}?" if close else "; configs/paper.yaml and pneumo_dist/config.py show every key"
 
 
 def keys(cls: type = Config, prefix: str = "") -> dict[str, Any]:
@@ -353,6 +355,7 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
                 layer = OmegaConf.load(path)
             except OSError as error:
                 raise ConfigError(f"{path}: cannot read the configuration ({error.strerror})") from None
+            _check(OmegaConf.is_dict(layer), f"{path}: a configuration is a mapping of keys to values")
             for key in _leaves(OmegaConf.to_container(layer)):
                 if not any(known == key or known.startswith(key + ".") for known in keys()):
                     raise ConfigError(f"{path}: unknown key {key!r}{_nearest(key, list(keys()))}")

@@ -31,6 +31,9 @@ def settings_of(config: Config, stage: str) -> dict[str, Any]:
     patterns = STAGES[stage].keys
     if stage in configuration.TRAIN_STAGES and config.averages(stage):
         patterns = (*patterns, "swa.start", "swa.interval", "swa.lr")
+    if stage == "swa":
+        last = f"stage{config.last_stage}"
+        patterns = (*patterns, f"{last}.size", f"{last}.batch_size", "evaluate.threshold", "evaluate.tta")
     dropped = {"stage1.init_from", "stage2.init_from"}  # paths: their files are inputs
     return {k: v for k, v in configuration.flatten(config).items() if _matches(k, patterns) and k not in dropped}
 
@@ -118,7 +121,10 @@ def _file_hash(path: Path, key: str) -> str:
 def read_done(config: Config, run_dir: Path, stage: str, fold: int | None) -> dict[str, Any] | None:
     """Return the stage's DONE.json, or None where there is none."""
     try:
-        return dict(read_json(stage_dir(config, run_dir, stage, fold) / "DONE.json"))
+        record = dict(read_json(stage_dir(config, run_dir, stage, fold) / "DONE.json"))
+        if not {"settings", "inputs", "outputs"} <= record.keys():
+            raise ValueError
+        return record
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):

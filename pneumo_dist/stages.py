@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -84,7 +85,12 @@ def run_stage(
     )  # fmt: skip
     log.info("%s starts on %s: rank %d of %d", node.key, ranks_module.host(), ranks.rank, ranks.world_size)
     module, function = row.function.split(":")
-    outputs = getattr(importlib.import_module(module), function)(task)
+    try:
+        outputs = getattr(importlib.import_module(module), function)(task)
+    except stopping.Stopped:
+        ranks.barrier()  # all stop together; one that left early would tear a peer's last exchange
+        ranks_module.close(ranks)
+        raise
     if row.shape != "array" and ranks.first:
         done.write_done(task, outputs)
         log.info("%s is done after %.0f s: %s", node.key, time.monotonic() - started, task.out)
@@ -147,7 +153,7 @@ def guarded(work: Callable[[], None]) -> int:
         print(f"rank {me.rank} on {ranks_module.host()}: {error}", file=sys.stderr)
         return 1
     except stopping.Stopped as stopped:
-        if stopping.under_slurm():
+        if stopping.under_slurm() and stopped.signum == signal.SIGUSR2:
             if me.first and not stopping.requeue():
                 print("error: state saved, but SLURM refused to requeue: submit again to continue", file=sys.stderr)
                 return 1  # a job that ended well would let its dependants start

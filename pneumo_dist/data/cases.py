@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -69,22 +70,23 @@ def find_films(folder: Path) -> tuple[list[tuple[str, str]], int]:
 
     An id is the file's stem, or the relative path for files whose stems repeat. Hidden files are no films.
     """
-    folder = Path(folder)
     paths, ignored = [], 0
-    for path in _files(folder):
-        if not path.name.startswith(".") and looks_like_film(path):
-            paths.append(path.relative_to(folder).as_posix())
+    for path in _files(str(folder)):
+        name = path.rpartition("/")[2]
+        # Not UTF-8, or control characters: no csv could name it.
+        if name.isprintable() and not name.startswith(".") and looks_like_film(os.path.join(folder, path)):
+            paths.append(path)
         else:
             ignored += 1
-    counts = Counter(film_stem(path) for path in paths)
+    counts = Counter(map(film_stem, paths))
     # The stems are in use as names even where they repeat: a relative path must not equal another film's stem.
     found = [(stem if counts[stem := film_stem(path)] == 1 else path, path) for path in paths]
     taken = Counter(name for name, _ in found)
     return sorted((name if taken[name] == 1 else path, path) for name, path in found), ignored
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Walk through links as well, each real directory once."""
+def _files(folder: str) -> Iterator[str]:
+    """Yield relative paths, through links as well, each real directory once. Strings: pathlib costs more than stat."""
     seen = set()
     for parent, names, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
@@ -93,7 +95,8 @@ def _files(folder: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         names.sort()
-        yield from (Path(parent, name) for name in sorted(files) if Path(parent, name).is_file())
+        below = "" if parent == folder else os.path.relpath(parent, folder) + "/"
+        yield from (below + name for name in sorted(files) if os.path.isfile(os.path.join(parent, name)))
 
 
 def _table(path: Path, columns: tuple[str, str], what: str) -> Iterator[tuple[int, list[str]]]:
@@ -104,7 +107,7 @@ def _table(path: Path, columns: tuple[str, str], what: str) -> Iterator[tuple[in
         if path.suffix == ".gz":
             data = gzip.decompress(data)
         text = data.decode("utf-8-sig")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{path}: cannot read the {what} ({getattr(error, 'strerror', None) or error})") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: the {what} is not UTF-8 text (byte {error.start}): save it as UTF-8 csv") from None

@@ -125,7 +125,7 @@ def _mask(job: FilmJob, rows: int, columns: int, sizes: tuple[int, ...]) -> tupl
             raise FilmError(f"annotation at {where}: {error}") from None
     if all(text.strip() == EMPTY for text in job.texts):
         return EMPTY, 0, None
-    mask = decode_union(job.texts, rows, columns)
+    mask = decode_union(job.texts, rows, columns, np.uint8(255))
     text = " ".join(job.texts[0].split()) if len(job.texts) == 1 else encode_rle(mask)
     packed = {size: np.packbits(small).tobytes() for size, small in masks_to_sizes(mask, sizes).items()}
     return text, int(np.count_nonzero(mask)), packed

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import re
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,14 +50,14 @@ class Film:
 
 def film_stem(path: str) -> str:
     """Return a file's name without a film extension: a bare UID keeps its last component."""
-    name = PurePosixPath(path).name
-    suffix = PurePosixPath(name).suffix
-    return name[: -len(suffix)] if suffix.lower() in EXTENSIONS else name
+    name = path.rpartition("/")[2]
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in EXTENSIONS else name
 
 
-def looks_like_film(path: Path) -> bool:
+def looks_like_film(path: Path | str) -> bool:
     """Tell whether a file is a candidate: by its extension, or by DICM at byte 128."""
-    if path.suffix.lower() in EXTENSIONS:
+    if os.path.splitext(path)[1].lower() in EXTENSIONS:
         return True
     try:
         with open(path, "rb") as handle:

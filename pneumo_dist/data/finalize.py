@@ -59,6 +59,12 @@ def finalize(task: Task) -> dict[str, Path]:
     duplicates = _duplicates(found, films, config)
     patient_map = source(config, task.run_dir, "patient_map")
     patients = casefiles.read_patient_map(patient_map) if patient_map else {}
+    known = sum(film["id"] in patients for film in films)
+    if patient_map and not known:
+        raise ConfigError(f"{patient_map}: none of the {len(films)} films is in it: its ImageId must be the films' ids")
+    if patients and known < len(films):
+        missing = len(films) - known
+        log.warning("%d of %d films are not in data.patient_map: each counts as a patient", missing, len(films))
     cases, holdout = _cases(config, films, patients, duplicates)
     if not patients:
         log.warning(
@@ -168,6 +174,8 @@ def _cases(
     labels = np.array([film["label"] for film in films])
     areas = np.array([film["area"] / (film["rows"] * film["columns"]) for film in films])
     listed = set(casefiles.read_ids(Path(config.data.holdout_ids))) if config.data.holdout_ids else set()
+    if listed and not listed & set(ids):
+        raise ConfigError(f"{config.data.holdout_ids}: none of its {len(listed)} ids is a film: nothing is held out")
     # All films of a held-out patient are held out: training on the others would leak.
     held = np.isin(groups, groups[np.isin(ids, sorted(listed))]) if listed else np.zeros(len(ids), bool)
     holdout = {

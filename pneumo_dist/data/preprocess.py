@@ -80,7 +80,8 @@ def _write_shard(
                 writer.add(decoded.images, decoded.masks)
                 films.append(decoded.facts)
             parts = writer.finish()
-            listing = {"format": FORMAT, "shard": shard, "of": count, "films": films, "bad": bad}
+            limits = {"max_pixels": task.config.data.max_pixels}
+            listing = {"format": FORMAT, "shard": shard, "of": count, "settings": limits, "films": films, "bad": bad}
             path = out / files.films_name(shard, count)
             if path.exists() and _without_decoder(read_json(path)) != _without_decoder(listing):
                 raise changed(out, f"films of shard {shard} have changed")
@@ -105,4 +106,6 @@ def _missing_sizes(out: Path, shard: int, found: Source, config: Config) -> tupl
         have = sorted((film["id"], film["path"], film["annotation"]) for film in (*listing["films"], *listing["bad"]))
         if have != [(job.id, job.path, job.digest) for job in found.jobs[shard]]:
             raise changed(out, f"the films or annotations of shard {shard} have changed")
+        if listing["settings"] != {"max_pixels": config.data.max_pixels}:
+            raise changed(out, f"shard {shard} was made with another data.max_pixels")
     return tuple(size for size in config.sizes if not (out / files.size_name(size, shard, count)).exists())

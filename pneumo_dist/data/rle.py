@@ -56,8 +56,10 @@ def past_the_end(end: int, rows: int, columns: int) -> RleError:
     return RleError(f"the runs end at pixel {end}, past the {rows} x {columns} film ({rows * columns} pixels)")
 
 
-def decode_union(texts: Iterable[str], rows: int, columns: int) -> np.ndarray:
-    """Return the union of several annotation rows as a boolean mask of shape (rows, columns), in column-major memory.
+def decode_union(texts: Iterable[str], rows: int, columns: int, inside: np.generic = np.True_) -> np.ndarray:
+    """Return the union of several annotation rows as a mask of shape (rows, columns), in column-major memory.
+
+    `inside` is the value of pixels inside, and gives the type: boolean by default; outside is its zero.
 
     Raises:
         RleError: as `runs`, or a run that ends past rows * columns.
@@ -74,12 +76,12 @@ def decode_union(texts: Iterable[str], rows: int, columns: int) -> np.ndarray:
         counts[0] = starts[0]
         counts[2:-1:2] = starts[1:] - ends[:-1]
         counts[-1] = rows * columns - ends[-1]
-        values = np.zeros(len(counts), dtype=bool)
-        values[1::2] = True
+        values = np.zeros(len(counts), dtype=inside.dtype)
+        values[1::2] = inside
         row = np.repeat(values, counts)
-        flat = row if flat is None else np.logical_or(flat, row, out=flat)
+        flat = row if flat is None else np.maximum(flat, row, out=flat)
     if flat is None:
-        flat = np.zeros(rows * columns, dtype=bool)
+        flat = np.zeros(rows * columns, dtype=inside.dtype)
     return flat.reshape(columns, rows).T
 
 

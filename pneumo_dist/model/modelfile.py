@@ -87,6 +87,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Re
         model.load_state_dict(payload["model"], assign=True)
     except (RuntimeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} does not fit this network: {' '.join(str(error).split())[:300]}") from None
+    if not all(bool(v.isfinite().all()) for v in model.state_dict().values() if v.is_floating_point()):
+        raise ConfigError(f"{path} has weights that are not finite: every film would come out negative; train again")
     return model.eval(), payload.get("meta", {})
 
 

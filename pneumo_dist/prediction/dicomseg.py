@@ -22,10 +22,21 @@ from pneumo_dist import __version__
 
 # What the Patient, General Study and image reference modules need; those of type 2 may be empty but must be there.
 IDENTITY = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Rows", "Columns")
-TYPE_2 = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName")
+TYPE_2 = (
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+)
 TYPE_3 = (
-    "SpecificCharacterSet", "StudyDescription", "PatientAge", "PatientSize", "PatientWeight", "IssuerOfPatientID", "Modality",
-    "PatientOrientation", "LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod", "FrameOfReferenceUID", "PositionReferenceIndicator",
+    "SpecificCharacterSet", "StudyDescription", "PatientAge", "PatientSize", "PatientWeight", "IssuerOfPatientID",
+    "Modality", "PatientOrientation", "LossyImageCompression", "LossyImageCompressionRatio",
+    "LossyImageCompressionMethod", "FrameOfReferenceUID", "PositionReferenceIndicator",
 )  # fmt: skip
 
 
@@ -55,7 +66,9 @@ def write_seg(job: SegJob) -> tuple[int, str]:
     Raises:
         SegError: the film is no DICOM file, or its header lacks what a reference to it needs.
     """
-    mask = np.unpackbits(np.frombuffer(job.packed, np.uint8), count=job.rows * job.columns).reshape(job.rows, job.columns)
+    mask = np.unpackbits(np.frombuffer(job.packed, np.uint8), count=job.rows * job.columns).reshape(
+        job.rows, job.columns
+    )
     data = seg_bytes(Path(job.source), mask.astype(bool), job)
     Path(job.target).write_bytes(data)
     return len(data), hashlib.sha256(data).hexdigest()
@@ -95,7 +108,9 @@ def _made(header: Any, mask: NDArray[np.bool_], job: SegJob) -> bytes:
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
     if (header.Rows, header.Columns) != mask.shape:
-        raise SegError(f"the header says {header.Rows} x {header.Columns}, the film has {mask.shape[0]} x {mask.shape[1]}")
+        raise SegError(
+            f"the header says {header.Rows} x {header.Columns}, the film has {mask.shape[0]} x {mask.shape[1]}"
+        )
     entropy = ["pneumo_dist", __version__, job.label, job.answer]
     when = datetime.fromtimestamp(job.created, UTC)
 
@@ -163,7 +178,9 @@ def _header(path: Path) -> Any:
         raise SegError(f"its header cannot be read ({type(error).__name__})") from None
     missing = [name for name in IDENTITY if not header.get(name)]
     if missing:
-        raise SegError("not a DICOM file" if len(missing) == len(IDENTITY) else f"its header has no {', '.join(missing)}")
+        raise SegError(
+            "not a DICOM file" if len(missing) == len(IDENTITY) else f"its header has no {', '.join(missing)}"
+        )
     for name in TYPE_2:
         if name not in header:
             setattr(header, name, "")

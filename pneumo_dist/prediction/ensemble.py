@@ -50,7 +50,11 @@ def stored_triplet(meta: dict[str, Any]) -> Triplet:
 
 
 def load_ensemble(
-    paths: Sequence[Path], device: torch.device | str = "cpu", tta: str | None = None, amp: str = "auto", pooled: Path | None = None
+    paths: Sequence[Path],
+    device: torch.device | str = "cpu",
+    tta: str | None = None,
+    amp: str = "auto",
+    pooled: Path | None = None,
 ) -> Ensemble:
     """Load model files that answer together.
 
@@ -64,10 +68,14 @@ def load_ensemble(
     loaded = [load_model(path, device) for path in paths]
     stored = {meta.get("tta") or "none" for _, meta in loaded}
     if tta is None and len(stored) > 1:
-        raise ConfigError("the models were evaluated with different test-time augmentation: give infer.tta=hflip or infer.tta=none")
+        raise ConfigError(
+            "the models were evaluated with different test-time augmentation: give infer.tta=hflip or infer.tta=none"
+        )
     chosen = tta or stored.pop()
     if tta is not None and stored != {tta}:
-        log.warning("infer.tta=%s is not what the models' thresholds were tuned with (%s)", tta, ", ".join(sorted(stored)))
+        log.warning(
+            "infer.tta=%s is not what the models' thresholds were tuned with (%s)", tta, ", ".join(sorted(stored))
+        )
     rules = [stored_triplet(meta) for _, meta in loaded]
     if pooled is not None:
         rule, origin = stored_triplet({"triplet": read_json(pooled)["triplet"]}), "pooled out-of-fold evaluation"

@@ -146,7 +146,12 @@ def _write_fold(
         **meta.get("provenance", {}), "weights": name, "weights_sha256": result["model_sha256"], "fold": task.fold,
         "validation": validation,
     }  # fmt: skip
-    learned = {"triplet": asdict(tuned.triplet), "tta": settings.tta, "config": flatten(config), "provenance": provenance}
+    learned = {
+        "triplet": asdict(tuned.triplet),
+        "tta": settings.tta,
+        "config": flatten(config),
+        "provenance": provenance,
+    }
     save_model(outputs["model"], model.state_dict(), {**meta, **learned})
     return outputs
 

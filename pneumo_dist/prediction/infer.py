@@ -110,7 +110,10 @@ def merge(task: Task) -> dict[str, Path]:
     sizes = {row["film"]: (row["rows"], row["columns"]) if row["status"] == "ok" else None for row in rows}
     problems = problems_of(read_rows(out / "submission.csv"), sizes, sizes.get)
     if problems:
-        raise RuntimeError(f"{out / 'submission.csv'} is not valid: {problems[0]}" + (f" (and {len(problems) - 1} more)" if problems[1:] else ""))
+        raise RuntimeError(
+            f"{out / 'submission.csv'} is not valid: {problems[0]}"
+            + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
+        )
     write_predictions(out / "predictions.csv", rows, settings)
     _gather_files(out, made, rows, ["thumbs", *FOLDERS.values()])
     listed = sorted((name, digest) for row in rows for name, (_, digest) in row["files"].items())
@@ -139,14 +142,22 @@ def _joined(out: Path, made: Plan) -> tuple[list[dict[str, Any]], dict[str, Any]
     missing = [j for j, part in enumerate(parts) if part is None]
     if missing:
         shown = ", ".join(map(str, missing[:10])) + (", ..." if missing[10:] else "")
-        raise ConfigError(f"{out}: {len(missing)} of {made.parts} parts are not there ({shown}): run --stage infer again, it does only these")
+        raise ConfigError(
+            f"{out}: {len(missing)} of {made.parts} parts are not there ({shown}): "
+            "run --stage infer again, it does only these"
+        )
     whole = [part for part in parts if part is not None]
     if len({part["signature"] for part in whole}) != 1:
-        raise ConfigError(f"{out / 'parts'}: parts of different settings or models lie side by side: run --stage infer again")
+        raise ConfigError(
+            f"{out / 'parts'}: parts of different settings or models lie side by side: run --stage infer again"
+        )
     rows = [row for part in whole for row in part["rows"]]
     wanted = [film.id for film in made.films]
     if [row["film"] for row in rows] != wanted:
-        raise ConfigError(f"{out / 'parts'}: {_mismatch([row['film'] for row in rows], wanted)}: remove parts/ and run --stage infer again")
+        raise ConfigError(
+            f"{out / 'parts'}: {_mismatch([row['film'] for row in rows], wanted)}: "
+            "remove parts/ and run --stage infer again"
+        )
     return rows, whole[0]["settings"], whole[0]["signature"]
 
 

@@ -53,7 +53,8 @@ class FilmNotes:
         write_submission(folder / "submission.csv", sorted(self.masks.items()))
         outside, inside = self.total.tolist()
         write_json(
-            folder / "reliability.json", {"threshold": self.threshold, "pixels_outside": outside, "pixels_inside": inside}
+            folder / "reliability.json",
+            {"threshold": self.threshold, "pixels_outside": outside, "pixels_inside": inside},
         )
         return {"submission": folder / "submission.csv", "reliability": folder / "reliability.json"}
 

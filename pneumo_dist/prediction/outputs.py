@@ -75,13 +75,20 @@ class FilmWriter:
         }
         files: dict[str, list[Any]] = {}
         assert read.picture is not None
-        self._put(files, "thumbs", f"{film.name}.jpg", pictures.jpeg(pictures.thumbnail(fit(read.picture, THUMB_PX), mask)))
+        self._put(
+            files, "thumbs", f"{film.name}.jpg", pictures.jpeg(pictures.thumbnail(fit(read.picture, THUMB_PX), mask))
+        )
         if "masks" in self.outputs:
             self._put(files, "masks", f"{film.name}.png", pictures.png(mask.astype(np.uint8) * np.uint8(255)))
         if "probs" in self.outputs:
             self._put(files, "probs", f"{film.name}.png", pictures.png(np.rint(prob * 255).astype(np.uint8)))
         if "overlays" in self.outputs:
-            self._put(files, "overlays", f"{film.name}.png", pictures.png(pictures.overlay(read.picture, mask, caption(row)), 1))
+            self._put(
+                files,
+                "overlays",
+                f"{film.name}.png",
+                pictures.png(pictures.overlay(read.picture, mask, caption(row)), 1),
+            )
         if self.segment is not None and area:  # an object without a finding would only be clutter in a PACS
             self._put_segmentation(files, row, film, mask)
         row["files"] = files
@@ -109,7 +116,8 @@ class FilmWriter:
 def caption(row: Mapping[str, Any]) -> list[str]:
     """Return the two lines above an overlay."""
     if row["decision"] == "positive":
-        verdict = f"PNEUMOTHORAX  score {row['top_score']:.2f}  area {100 * row['share']:.2g} % of the film"
+        digits = 1 if row["share"] >= 0.001 else 2
+        verdict = f"PNEUMOTHORAX  score {row['top_score']:.2f}  {100 * row['share']:.{digits}f} % of the film"
     else:
         verdict = f"nothing found  score {row['top_score']:.2f}"
     return [verdict, str(row["film"]).encode("ascii", "replace").decode()[-72:]]
@@ -117,9 +125,17 @@ def caption(row: Mapping[str, Any]) -> list[str]:
 
 def unreadable_row(film: PlannedFilm, reason: str) -> Row:
     """Return the row of a film that could not be read: answered as empty, with the reason."""
-    empty: Row = {"film": film.id, "status": "unreadable", "decision": "", "top_score": None, "area_px": 0, "share": None}
+    empty: Row = {
+        "film": film.id,
+        "status": "unreadable",
+        "decision": "",
+        "top_score": None,
+        "area_px": 0,
+        "share": None,
+    }
     return empty | {
-        "reason": reason, "rows": None, "columns": None, "sha256": "", "warnings": "", "rle": EMPTY, "name": film.name, "files": {},
+        "reason": reason, "rows": None, "columns": None, "sha256": "", "warnings": "",
+        "rle": EMPTY, "name": film.name, "files": {},
     }  # fmt: skip
 
 

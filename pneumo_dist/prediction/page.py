@@ -14,30 +14,39 @@ from typing import Any
 _POLICY = "default-src 'none'; img-src 'self' file: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 STYLE = """
-:root { --ink: #e8eaed; --soft: #9aa0a6; --ground: #14161a; --card: #1e2127; --line: #33373f; --found: #ffbe3c; --truth: #3cc8dc;
-  --bad: #ff6b6b; color-scheme: dark; }
+:root { --ink: #e8eaed; --soft: #9aa0a6; --ground: #14161a; --card: #1e2127; --line: #33373f; --found: #ffbe3c;
+  --truth: #3cc8dc; --bad: #ff6b6b; color-scheme: dark; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1500px; padding: 1.2rem; background: var(--ground); color: var(--ink); font: 15px/1.45 system-ui, sans-serif; }
+body { margin: 0 auto; max-width: 1500px; padding: 1.2rem; background: var(--ground); color: var(--ink);
+  font: 15px/1.45 system-ui, sans-serif; }
 h1 { font-size: 1.4rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
 p, figcaption, .soft { color: var(--soft); margin: .2rem 0 .8rem; } a { color: inherit; }
 .tiles { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1rem 0; }
-.tile { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .9rem; min-width: 7rem; }
-.tile b { display: block; font-size: 1.4rem; } .tile.found b { color: var(--found); } .tile.bad b { color: var(--bad); }
+.tile { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .5rem .9rem;
+  min-width: 7rem; }
+.tile b { display: block; font-size: 1.4rem; } .tile.found b { color: var(--found); } .tile.bad b {
+  color: var(--bad); }
 table { border-collapse: collapse; margin: .5rem 0 1rem; } .wide { overflow-x: auto; }
 th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 500; }
 td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-tr.optimistic td { color: var(--soft); font-style: italic; } tr.interval td { color: var(--soft); border-top: 0; font-size: .85em; }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; background: #fff; border-radius: .5rem; padding: .4rem; }
+tr.optimistic td { color: var(--soft); font-style: italic; } tr.interval td { color: var(--soft); border-top: 0;
+  font-size: .85em; }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; display: inline-block; max-width: 100%;
+  background: #fff; border-radius: .5rem; padding: .4rem; }
 figure svg { display: block; max-width: 100%; height: auto; }
 .films { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: .6rem; }
-.film { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; overflow: hidden; content-visibility: auto; contain-intrinsic-size: 170px 240px; }
+.film { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; overflow: hidden;
+  content-visibility: auto; contain-intrinsic-size: 170px 240px; }
 .film.found { border-color: var(--found); } .film.bad { border-color: var(--bad); }
 .film img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: #000; }
-.film div { padding: .35rem .5rem; font-size: .85rem; } .film b { font-size: 1rem; } .film.found b { color: var(--found); } .film.bad b { color: var(--bad); }
+.film div { padding: .35rem .5rem; font-size: .85rem; } .film b { font-size: 1rem; } .film.found b {
+  color: var(--found); } .film.bad b { color: var(--bad); }
 .film .id { color: var(--soft); overflow-wrap: anywhere; font-size: .72rem; padding: 0; }
-.bar { position: sticky; top: 0; background: var(--ground); padding: .6rem 0; display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; z-index: 1; }
-button, select, input { background: var(--card); color: var(--ink); border: 1px solid var(--line); border-radius: .4rem; padding: .35rem .7rem; font: inherit; }
+.bar { position: sticky; top: 0; background: var(--ground); padding: .6rem 0; display: flex; flex-wrap: wrap;
+  gap: .5rem; align-items: center; z-index: 1; }
+button, select, input { background: var(--card); color: var(--ink); border: 1px solid var(--line);
+  border-radius: .4rem; padding: .35rem .7rem; font: inherit; }
 button[aria-pressed=true] { border-color: var(--found); color: var(--found); }
 details { margin: .6rem 0; } summary { cursor: pointer; }
 """
@@ -46,7 +55,11 @@ details { margin: .6rem 0; } summary { cursor: pointer; }
 def page(title: str, body: str, script: str = "", data: Any = None) -> str:
     """Return a whole HTML document. `data` is at hand in the script as the constant DATA."""
     # "<" cannot end the script element early when it is written as an escape.
-    inline = "" if data is None else f"const DATA = {json.dumps(data, separators=(',', ':')).replace('<', chr(92) + 'u003c')};\n"
+    inline = (
+        ""
+        if data is None
+        else f"const DATA = {json.dumps(data, separators=(',', ':')).replace('<', chr(92) + 'u003c')};\n"
+    )
     run = f"<script>\n{inline}{script}</script>\n" if script or inline else ""
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -58,7 +71,9 @@ def page(title: str, body: str, script: str = "", data: Any = None) -> str:
 
 def tiles(values: Iterable[tuple[str, Any, str]]) -> str:
     """Return (label, value, css class) as a row of large numbers."""
-    cells = (f'<div class="tile {kind}"><b>{escape(str(value))}</b>{escape(label)}</div>' for label, value, kind in values)
+    cells = (
+        f'<div class="tile {kind}"><b>{escape(str(value))}</b>{escape(label)}</div>' for label, value, kind in values
+    )
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 

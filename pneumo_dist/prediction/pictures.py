@@ -26,11 +26,12 @@ def contour(picture: Colour, mask: Mask, colour: tuple[int, int, int], width: in
     cv2.drawContours(picture, lines, -1, colour, width, kind)
 
 
-def restore(square: Grey, rows: int, columns: int) -> Grey:
-    """Return a shard's square image with the film's aspect ratio, its longer side unchanged."""
-    longest, size = max(rows, columns), square.shape[0]
-    shape = max(1, round(columns * size / longest)), max(1, round(rows * size / longest))
-    return square if shape == (size, size) else np.asarray(cv2.resize(square, shape, interpolation=cv2.INTER_AREA), np.uint8)
+def restore(square: Grey, rows: int, columns: int, least_px: int = 384) -> Grey:
+    """Return a shard's square image with the film's aspect ratio, its longer side at least `least_px`."""
+    longest = max(square.shape[0], least_px)
+    shape = max(1, round(columns * longest / max(rows, columns))), max(1, round(rows * longest / max(rows, columns)))
+    grown = min(shape) > square.shape[0]
+    return np.asarray(cv2.resize(square, shape, interpolation=cv2.INTER_LINEAR if grown else cv2.INTER_AREA), np.uint8)
 
 
 def fit_mask(mask: Mask, rows: int, columns: int) -> Mask:

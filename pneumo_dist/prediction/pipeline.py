@@ -92,7 +92,9 @@ def _helpers(asked: int, device: torch.device) -> int:
     return asked or (min(2, cores(0)) if device.type == "cpu" else cores(0))
 
 
-def _stream(task: Task, made: Plan, todo: Sequence[int], helpers: Helpers, ensemble: Ensemble, head: dict[str, Any]) -> None:
+def _stream(
+    task: Task, made: Plan, todo: Sequence[int], helpers: Helpers, ensemble: Ensemble, head: dict[str, Any]
+) -> None:
     config, predictor = task.config, ensemble.predictor
     source = task.infer_source
     assert source is not None
@@ -122,7 +124,9 @@ def _stream(task: Task, made: Plan, todo: Sequence[int], helpers: Helpers, ensem
     with film_threads() as pool:
 
         def write(batch: FilmBatch, films: list[ReadFilm], probs: dict[int, Tensor]) -> list[Future[Row]]:
-            place = {id(film): i for i, film in enumerate(_slots(films, config.infer.batch_size, predictor.device)) if film}
+            place = {
+                id(film): i for i, film in enumerate(_slots(films, config.infer.batch_size, predictor.device)) if film
+            }
             return [
                 pool.submit(_write_one, batch.part.writer, film, read, _maps(predictor, probs, place.get(id(read))))
                 for film, read in zip(batch.films, films, strict=True)
@@ -136,11 +140,14 @@ def _stream(task: Task, made: Plan, todo: Sequence[int], helpers: Helpers, ensem
 def _segmenter(helpers: Helpers, source: Path, made: Plan, settings: dict[str, Any]) -> Segment:
     """Return what writes a DICOM SEG in a helper process: highdicom is slow and holds the interpreter."""
     models = tuple(settings["models"])
-    answer = sha256_text(json.dumps({key: value for key, value in settings.items() if key != "outputs"}, sort_keys=True))
+    answer = sha256_text(
+        json.dumps({key: value for key, value in settings.items() if key != "outputs"}, sort_keys=True)
+    )
 
     def segment(film: PlannedFilm, mask: NDArray[np.bool_], target: Path) -> tuple[int, str] | str:
         job = SegJob(
-            film.id, str(source / film.path), str(target), *mask.shape, np.packbits(mask).tobytes(), made.label, answer, models, made.created
+            film.id, str(source / film.path), str(target), mask.shape[0], mask.shape[1], np.packbits(mask).tobytes(),
+            made.label, answer, models, made.created,
         )  # fmt: skip
         written: tuple[int, str] | str = helpers.call(try_write_seg, (job,), str).result()
         return written
@@ -160,9 +167,10 @@ def _finished(task: Task, done: Iterator[tuple[FilmBatch, list[Row]]], head: dic
 
 
 def _slots(films: Sequence[ReadFilm], batch_size: int, device: torch.device) -> list[ReadFilm | None]:
-    """Return who is where in a batch. On CUDA a film's last bits can depend on its batch's size, so every batch is full.
+    """Return who is where in a batch.
 
-    On the CPU films are forwarded alone, and only the readable ones.
+    On CUDA a film's last bits can depend on its batch's size, so every batch is full. On the CPU films are forwarded
+    alone, and only the readable ones.
     """
     if device.type == "cpu":
         return [film for film in films if not film.reason]

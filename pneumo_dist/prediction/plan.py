@@ -86,7 +86,9 @@ def make_plan(config: Config, run_dir: Path) -> Plan:
         raise ConfigError(f"infer.dir={folder} is not a folder: give a folder of DICOM, PNG or JPEG films")
     found, ignored = find_films(folder)
     if not found:
-        raise ConfigError(f"infer.dir={folder} holds no films (*.dcm, *.dicom, *.png, *.jpg, *.jpeg, or DICM at byte 128)")
+        raise ConfigError(
+            f"infer.dir={folder} holds no films (*.dcm, *.dicom, *.png, *.jpg, *.jpeg, or DICM at byte 128)"
+        )
     films = tuple(PlannedFilm(name, path, _size(folder / path), file_name(name)) for name, path in found)
     created = int(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
     return Plan(infer_dir(config, run_dir).name, config.infer.part_size, created, ignored, films)
@@ -153,7 +155,13 @@ def ensure_plan(config: Config, run_dir: Path) -> Plan:
 
 
 def _encode(made: Plan) -> bytes:
-    head = {"format": FORMAT, "label": made.label, "part_size": made.part_size, "created": made.created, "ignored": made.ignored}
+    head = {
+        "format": FORMAT,
+        "label": made.label,
+        "part_size": made.part_size,
+        "created": made.created,
+        "ignored": made.ignored,
+    }
     rows = ",\n".join(json.dumps(_row(film)) for film in made.films)
     return f'{json.dumps(head)[:-1]}, "films": [\n{rows}\n]}}\n'.encode()
 

@@ -6,6 +6,7 @@ Imported by reports only: matplotlib takes a second to load.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,8 @@ def _svg(figure: Figure) -> str:
     with matplotlib.rc_context(_STYLE):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
-    return svg[svg.index("<svg") :]  # without the XML prologue: it goes inside HTML
+    svg = svg[svg.index("<svg") :]  # without the XML prologue: it goes inside HTML
+    return re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
 
 
 def score_histogram(scores: Floats, positive: NDArray[np.bool_], threshold: float) -> str:
@@ -48,7 +50,13 @@ def score_histogram(scores: Floats, positive: NDArray[np.bool_], threshold: floa
     with matplotlib.rc_context(_STYLE):
         figure, (axes,) = _figure(1, 7.0, 2.4)
         bins = np.linspace(0, 1, 41)
-        axes.hist([scores[positive], scores[~positive]], bins, stacked=True, color=[ORANGE, GREY], label=["positive", "negative"])
+        axes.hist(
+            [scores[positive], scores[~positive]],
+            bins,
+            stacked=True,
+            color=[ORANGE, GREY],
+            label=["positive", "negative"],
+        )
         if threshold > 0:
             axes.axvline(threshold, color="black", linewidth=1, linestyle="--")
         axes.set(xlabel="highest probability of the film", ylabel="films", xlim=(0, 1))
@@ -72,7 +80,8 @@ def learning_curves(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             loss.set(title=f"{name}: loss", xlabel="epoch")
             dice.set(title=f"{name}: validation Dice", xlabel="epoch", ylim=(0, 1))
             for panel in (loss, dice):
-                panel.legend(frameon=False)
+                if panel.lines:
+                    panel.legend(frameon=False)
         return _svg(figure)
 
 
@@ -103,7 +112,7 @@ def ranking_curves(top: Floats, positive: NDArray[np.bool_]) -> str:
 
 
 def reliability(top: Floats, positive: NDArray[np.bool_], pixels: NDArray[np.int64]) -> str:
-    """Plot observed against predicted: films by top score (10 bins), pixels by probability (2, bins) of truth counts."""
+    """Plot observed against predicted: films by top score (10 bins), pixels (2, bins) outside and inside the truth."""
     with matplotlib.rc_context(_STYLE):
         figure, (films, dots) = _figure(2)
         place = np.minimum((top * 10).astype(int), 9)
@@ -111,12 +120,12 @@ def reliability(top: Floats, positive: NDArray[np.bool_], pixels: NDArray[np.int
         seen = count > 0
         mean = np.bincount(place, top, 10)[seen] / count[seen]
         share = np.bincount(place, positive, 10)[seen] / count[seen]
-        films.scatter(mean, share, s=12 + 120 * count[seen] / count.max(), color=BLUE)
+        films.scatter(mean, share, s=12 + 120 * count[seen] / count.max(), color=BLUE, clip_on=False)
         films.set(title="films: top score against share with pneumothorax", xlabel="top score", ylabel="observed share")
         total = pixels.sum(0)
         used = total > 0
         middle = (np.arange(len(total)) + 0.5) / max(1, len(total))
-        dots.plot(middle[used], pixels[1][used] / total[used], marker="o", markersize=3, color=ORANGE)
+        dots.plot(middle[used], pixels[1][used] / total[used], marker="o", markersize=3, color=ORANGE, clip_on=False)
         dots.set(title="pixels: probability against share inside", xlabel="probability", ylabel="observed share")
         for axes in (films, dots):
             axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--")
@@ -125,9 +134,13 @@ def reliability(top: Floats, positive: NDArray[np.bool_], pixels: NDArray[np.int
 
 
 def threshold_surface(
-    surface: NDArray[np.float64], tops: Sequence[float], areas: Sequence[int], masks: Sequence[float], best: tuple[float, int, float]
+    surface: NDArray[np.float64],
+    tops: Sequence[float],
+    areas: Sequence[int],
+    masks: Sequence[float],
+    best: tuple[float, int, float],
 ) -> str:
-    """Plot mean Dice over (top score, minimum area) at the chosen mask threshold, and the best Dice by mask threshold."""
+    """Plot mean Dice over top score and minimum area at the chosen mask threshold, and the best by mask threshold."""
     chosen = int(np.argmin(np.abs(np.asarray(masks) - best[2])))
     with matplotlib.rc_context(_STYLE):
         figure, (heat, line) = _figure(2, 4.6)
@@ -135,8 +148,17 @@ def threshold_surface(
         heat.grid(False)
         heat.set_xticks(range(len(areas)), [str(a) for a in areas], rotation=60)
         heat.set_yticks(range(len(tops)), [f"{t:g}" for t in tops])
-        heat.plot(int(np.argmin(np.abs(np.asarray(areas) - best[1]))), int(np.argmin(np.abs(np.asarray(tops) - best[0]))), "wo", mfc="none")
-        heat.set(title=f"mean Dice, mask threshold {masks[chosen]:g}", xlabel="minimum area (px of 1024x1024)", ylabel="top score")
+        heat.plot(
+            int(np.argmin(np.abs(np.asarray(areas) - best[1]))),
+            int(np.argmin(np.abs(np.asarray(tops) - best[0]))),
+            "wo",
+            mfc="none",
+        )
+        heat.set(
+            title=f"mean Dice, mask threshold {masks[chosen]:g}",
+            xlabel="minimum area (px of 1024x1024)",
+            ylabel="top score",
+        )
         figure.colorbar(shown, ax=heat)
         order = np.argsort(masks)
         line.plot(np.asarray(masks)[order], surface.max((0, 1))[order], marker=".", color=BLUE)
@@ -154,7 +176,10 @@ def dice_by_size(bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             values = [row["dice"] or 0.0 for row in rows]
             axes.bar(np.arange(len(rows)) + i * width, values, width, label=label, color=[BLUE, ORANGE, GREY][i % 3])
         rows = next(iter(bins.values()))
-        names = [f"{r['from_px']:,}" + ("+" if r["below_px"] is None else f" to {r['below_px']:,}") + f"\n{r['films']} films" for r in rows]
+        names = [
+            f"{r['from_px']:,}" + ("+" if r["below_px"] is None else f" to {r['below_px']:,}") + f"\n{r['films']} films"
+            for r in rows
+        ]
         axes.set_xticks(np.arange(len(rows)) + 0.4 - width / 2, names)
         axes.set(ylabel="mean Dice", ylim=(0, 1), title="by size of the annotated mask (px of 1024x1024)")
         axes.legend(frameon=False)

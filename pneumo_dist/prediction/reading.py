@@ -108,9 +108,11 @@ def _kill(pool: ProcessPoolExecutor) -> None:
 
 
 class Answer(Generic[T]):
-    """A result to come. Where the helpers died or hang, the job is done again alone, and `given_up` if it does so there."""
+    """A result to come. Where the helpers died or hang, the job is done again alone, and given up if that fails too."""
 
-    def __init__(self, helpers: Helpers, function: Callable[..., T], arguments: tuple[Any, ...], given_up: Callable[[str], T]) -> None:
+    def __init__(
+        self, helpers: Helpers, function: Callable[..., T], arguments: tuple[Any, ...], given_up: Callable[[str], T]
+    ) -> None:
         self._helpers, self._function, self._arguments, self._given_up = helpers, function, arguments, given_up
         self._generation = helpers.generation
         self._future = helpers.start(function, *arguments)

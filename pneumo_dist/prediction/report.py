@@ -92,12 +92,14 @@ def write_report(out: Path, evaluation: Evaluation, config: Config) -> dict[str,
     for stale in set((out / "overlays").glob("*.png")) - {out / "overlays" / name for name in names.values()}:
         stale.unlink()
     positive = records.truth_px > 0
+    film_dice = dice(records, scorecard.fixed(settings.threshold))
     triplet, empty = evaluation.tuned.triplet, result["dice_all_empty"]
     honest = result["headline"].get("cross_fitted")
     body = [
         f"<h1>{escape(evaluation.title)}</h1>",
-        "<p>Scores are at film size against the union of the annotations. The headline is the fixed threshold and, for tuned "
-        "triplets, values tuned on other patients or folds; what was tuned on these same films is marked optimistic.</p>",
+        "<p>Scores are at film size against the union of the annotations. The headline is the fixed threshold and, for "
+        "tuned triplets, values tuned on other patients or folds; what was tuned on these same films is marked "
+        "optimistic.</p>",
         page.tiles(
             [
                 ("films", result["films"], ""),
@@ -119,7 +121,10 @@ def write_report(out: Path, evaluation: Evaluation, config: Config) -> dict[str,
         held = result["holdout"]
         rows = [
             (kind, cells)
-            for label, name in (("fixed threshold", "fixed"), ("triplet tuned on validation", "triplet_tuned_on_validation"))
+            for label, name in (
+                ("fixed threshold", "fixed"),
+                ("triplet tuned on validation", "triplet_tuned_on_validation"),
+            )
             for kind, cells in _with_interval(label, held[name])
         ]
         body += [f"<h2>Holdout, {held['films']} films that nothing was tuned on</h2>", page.table(HEADS, rows)]
@@ -131,23 +136,34 @@ def write_report(out: Path, evaluation: Evaluation, config: Config) -> dict[str,
         '<div class="plots">',
         page.figure(plots.learning_curves(evaluation.curves), "Learning"),
         page.figure(plots.ranking_curves(records.top, positive), "Ranking of the films by their highest probability"),
-        page.figure(plots.reliability(records.top, positive, evaluation.pixels), "Calibration: on the diagonal a probability means what it says"),
+        page.figure(
+            plots.reliability(records.top, positive, evaluation.pixels),
+            "Calibration: on the diagonal a probability means what it says",
+        ),
         page.figure(
             plots.threshold_surface(
-                evaluation.tuned.surface, settings.top_scores, settings.min_areas, settings.mask_thresholds,
+                evaluation.tuned.surface,
+                settings.top_scores,
+                settings.min_areas,
+                settings.mask_thresholds,
                 (triplet.top_score, triplet.min_area, triplet.mask_threshold),
             ),
             "Threshold search on these films (in-sample: optimistic)",
         ),  # fmt: skip
         page.figure(plots.dice_by_size(sizes), "Dice by mask size"),
-        page.figure(plots.dice_histogram(dice(records, scorecard.fixed(settings.threshold))[positive]), "Dice by film"),
+        page.figure(plots.dice_histogram(film_dice[positive]), "Dice by film"),
         "</div>",
         "<h2>Subgroups, at the fixed threshold</h2>",
-        page.table(("", "films", "positive", "Dice", "Dice on positives", "sensitivity", "specificity"), _subgroup_rows(result)),
+        page.table(
+            ("", "films", "positive", "Dice", "Dice on positives", "sensitivity", "specificity"), _subgroup_rows(result)
+        ),
     ]
-    colours = '<span style="color:var(--found)">orange: prediction</span>, <span style="color:var(--truth)">blue: annotation</span>'
+    colours = (
+        '<span style="color:var(--found)">orange: prediction</span>, '
+        '<span style="color:var(--truth)">blue: annotation</span>'
+    )
     for heading, indices in chosen.items():
-        cards = "".join(_card(str(records.ids[i]), names) for i in indices)
+        cards = "".join(_card(str(records.ids[i]), names, f"Dice {film_dice[i]:.2f}") for i in indices)
         body.append(f'<h2>{heading}</h2><p>{colours}</p><div class="films">{cards}</div>' if cards else "")
     body += ["<h2>Settings</h2>", page.settings_table(flatten(config))]
     write_text(out / "report.html", page.page(evaluation.title, "\n".join(body)))
@@ -162,7 +178,9 @@ def _with_interval(label: str, entry: Mapping[str, Any], kind: str = "") -> list
     rows: list[tuple[str, list[Any]]] = [(kind, [label, *(entry[key] for key in NAMES)])]
     if entry["intervals"]:
         spans = (entry["intervals"].get(key) for key in NAMES)
-        rows.append(("interval", ["95 % by patient", *("–" if s is None else f"{s[0]:.3f} – {s[1]:.3f}" for s in spans)]))
+        rows.append(
+            ("interval", ["95 % by patient", *("–" if s is None else f"{s[0]:.3f} – {s[1]:.3f}" for s in spans)])
+        )
     return rows
 
 
@@ -181,6 +199,7 @@ def _subgroup_rows(result: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
     return [("", [label, *(entry[key] for key in keys)]) for label, entry in [("all", fixed), *groups]]
 
 
-def _card(film: str, names: Mapping[str, str]) -> str:
+def _card(film: str, names: Mapping[str, str], label: str) -> str:
     link = f"overlays/{names[film]}"
-    return f'<article class="film"><a href="{link}"><img loading="lazy" alt="" src="{link}"></a><div><span class="id">{escape(film)}</span></div></article>'
+    text = f'<div><b>{escape(label)}</b> <span class="id">{escape(film)}</span></div>'
+    return f'<article class="film"><a href="{link}"><img loading="lazy" alt="" src="{link}"></a>{text}</article>'

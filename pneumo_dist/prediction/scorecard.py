@@ -65,7 +65,9 @@ def scores(records: Records, tuned: Tuned, settings: Evaluate, seed: int = 0) ->
         "positive": headline["fixed"]["positive"],
         "dice_all_empty": empty,
         "headline": headline,
-        "optimistic": {"in_sample_triplet": {"note": OPTIMISTIC, "triplet": asdict(tuned.triplet), **score(tuned.triplet)}},
+        "optimistic": {
+            "in_sample_triplet": {"note": OPTIMISTIC, "triplet": asdict(tuned.triplet), **score(tuned.triplet)}
+        },
     }
 
 
@@ -77,7 +79,9 @@ def threshold_table(tuned: Tuned, settings: Evaluate) -> dict[str, Any]:
         "min_area_is_px_of": "1024x1024",
         "in_sample_dice": float(tuned.surface.max()),
         "note": OPTIMISTIC,
-        "cross_fitted": None if tuned.fit is None else {"by": tuned.by, "triplets": [asdict(t) for t in tuned.fit.triplets]},
+        "cross_fitted": None
+        if tuned.fit is None
+        else {"by": tuned.by, "triplets": [asdict(t) for t in tuned.fit.triplets]},
         "surface": {
             "top_scores": list(settings.top_scores),
             "min_areas": list(settings.min_areas),
@@ -112,7 +116,8 @@ def film_rows(records: Records, tuned: Tuned, threshold: float) -> list[list[Any
     fitted = [""] * n if tuned.fit is None else tuned.fit.decisions.area.tolist()
     fitted_dice = [""] * n if tuned.fit is None else dice(records, tuned.fit.decisions).tolist()
     columns = (
-        records.ids.tolist(), records.folds.tolist(), records.groups.tolist(), records.truth_px.tolist(), records.film_px.tolist(),
+        records.ids.tolist(), records.folds.tolist(), records.groups.tolist(), records.truth_px.tolist(),
+        records.film_px.tolist(),
         [float(f"{top:.8g}") for top in records.top], plain.area.tolist(), plain_dice.tolist(), fitted, fitted_dice,
         records.views.tolist(), records.sexes.tolist(),
     )  # fmt: skip
@@ -150,8 +155,13 @@ def summary_text(result: Mapping[str, Any], title: str) -> str:
         low_high = entry["intervals"].get("dice")
         if low_high:
             spans = (entry["intervals"].get(name) for name in names)
-            lines.append(f"{'  95 % by patient':34}" + "".join(f"{'-' if s is None else f'{s[0]:.3f}-{s[1]:.3f}':>14}" for s in spans))
-    lines.append(f"{'calling every film empty':34}{cell(result['dice_all_empty']):>14}{0:>14.4f}{0:>14.4f}{1:>14.4f}{'-':>14}")
+            lines.append(
+                f"{'  95 % by patient':34}"
+                + "".join(f"{'-' if s is None else f'{s[0]:.3f}-{s[1]:.3f}':>14}" for s in spans)
+            )
+    lines.append(
+        f"{'calling every film empty':34}{cell(result['dice_all_empty']):>14}{0:>14.4f}{0:>14.4f}{1:>14.4f}{'-':>14}"
+    )
     if result.get("weights_side_by_side"):
         lines += ["", f"{'weights, at the fixed threshold':34}" + "".join(f"{head:>14}" for head in heads)]
         for name, entry in result["weights_side_by_side"].items():

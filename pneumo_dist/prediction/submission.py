@@ -55,7 +55,11 @@ def problems_of(rows: list[list[str]], expected: Iterable[str], size_of: Any) ->
         size_of: id -> (rows, columns) of the film, or None where unknown (then the answer must be -1).
     """
     if not rows or rows[0] != HEADER:
-        return [f"line 1: the header is {','.join(rows[0])[:60]!r}, not ImageId,EncodedPixels" if rows else "the file is empty"]
+        return [
+            f"line 1: the header is {','.join(rows[0])[:60]!r}, not ImageId,EncodedPixels"
+            if rows
+            else "the file is empty"
+        ]
     wanted, seen, found = set(expected), set[str](), []
     for line, row in enumerate(rows[1:], start=2):
         if len(row) != 2:
@@ -75,7 +79,9 @@ def problems_of(rows: list[list[str]], expected: Iterable[str], size_of: Any) ->
             continue
         try:
             if encode_rle(decode_rle(text, *size)) != text:
-                found.append(f"line {line}: {name}: the runs are not in the shortest form (touching runs, or other spacing)")
+                found.append(
+                    f"line {line}: {name}: the runs are not in the shortest form (touching runs, or other spacing)"
+                )
         except RleError as error:
             found.append(f"line {line}: {name}: {error}")
     missing = sorted(wanted - seen)

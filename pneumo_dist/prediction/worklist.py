@@ -17,47 +17,71 @@ from pneumo_dist.runtime.files import write_text
 
 # Cards are made while one scrolls: 5,000 images at once would take the browser seconds.
 _SCRIPT = """
-const grid = document.getElementById("films"), end = document.getElementById("end"), count = document.getElementById("count");
-const search = document.getElementById("search"), order = document.getElementById("order"), buttons = [...document.querySelectorAll("button[data-kind]")];
 const STEP = 120;
+const byId = id => document.getElementById(id);
+const grid = byId("films"), end = byId("end"), count = byId("count"), search = byId("search"), order = byId("order");
+const buttons = [...document.querySelectorAll("button[data-kind]")];
 let kind = "all", shown = [], next = 0;
-const make = (tag, name, text) => { const e = document.createElement(tag); e.className = name; if (text !== undefined) e.textContent = text; return e; };
-function card(f) {
-  const [id, name, state, score, share, reason] = f;
-  const box = make("article", "film " + (state === "positive" ? "found" : state === "unreadable" ? "bad" : ""));
+
+function make(tag, name, text) {
+  const element = document.createElement(tag);
+  element.className = name;
+  if (text !== undefined) element.textContent = text;  // never as markup: an id may be any file name
+  return element;
+}
+
+function card([id, name, state, score, share, reason]) {
+  const box = make("article", "film " + ({ positive: "found", unreadable: "bad" }[state] ?? ""));
   if (state !== "unreadable") {
     const link = make("a", ""), image = make("img", "");
-    image.loading = "lazy"; image.alt = ""; image.src = "thumbs/" + name + ".jpg";
+    image.loading = "lazy";
+    image.alt = "";
+    image.src = "thumbs/" + name + ".jpg";
     link.href = DATA.overlays ? "overlays/" + name + ".png" : image.src;
-    link.append(image); box.append(link);
+    link.append(image);
+    box.append(link);
   }
+  const percent = (100 * (share ?? 0)).toFixed(share < 0.001 ? 2 : 1);
+  const verdict = { positive: " pneumothorax, " + percent + " %", negative: " nothing found", unreadable: "" }[state];
   const text = make("div", "");
-  text.append(make("b", "", state === "unreadable" ? "unreadable" : score.toFixed(3)));
-  text.append(document.createTextNode(state === "positive" ? " pneumothorax, " + (100 * share).toPrecision(2) + " %" : state === "negative" ? " nothing found" : ""));
+  text.append(make("b", "", state === "unreadable" ? "unreadable" : score.toFixed(3)), verdict);
   if (reason) text.append(make("div", "soft", reason));
-  text.append(make("div", "id", id)); box.append(text);
+  text.append(make("div", "id", id));
+  box.append(text);
   return box;
 }
+
 function more() {
   const part = document.createDocumentFragment();
   for (const stop = Math.min(next + STEP, shown.length); next < stop; next++) part.append(card(shown[next]));
   grid.append(part);
 }
-const ORDERS = { score: (a, b) => (b[3] ?? -1) - (a[3] ?? -1), low: (a, b) => (a[3] ?? 2) - (b[3] ?? 2), area: (a, b) => (b[4] ?? -1) - (a[4] ?? -1),
-  id: (a, b) => a[0] < b[0] ? -1 : a[0] > b[0] ? 1 : 0 };
+
+const by = (column, sign, missing) => (a, b) => sign * ((a[column] ?? missing) - (b[column] ?? missing));
+const ORDERS = {
+  score: by(3, -1, -1), low: by(3, 1, 2), area: by(4, -1, -1),
+  id: (a, b) => a[0] < b[0] ? -1 : a[0] > b[0] ? 1 : 0,
+};
+
 function refresh() {
   const word = search.value.trim().toLowerCase();
   shown = DATA.films.filter(f => (kind === "all" || f[2] === kind) && (!word || f[0].toLowerCase().includes(word)));
   shown.sort(ORDERS[order.value]);
-  next = 0; grid.replaceChildren(); more();
-  count.textContent = shown.length + " films";
-  for (const b of buttons) b.setAttribute("aria-pressed", b.dataset.kind === kind);
+  next = 0;
+  grid.replaceChildren();
+  more();
+  count.textContent = shown.length + (shown.length === 1 ? " film" : " films");
+  for (const button of buttons) button.setAttribute("aria-pressed", button.dataset.kind === kind);
 }
-for (const b of buttons) b.addEventListener("click", () => { kind = b.dataset.kind; refresh(); });
-search.addEventListener("input", refresh); order.addEventListener("change", refresh);
+
+for (const button of buttons) button.addEventListener("click", () => { kind = button.dataset.kind; refresh(); });
+search.addEventListener("input", refresh);
+order.addEventListener("change", refresh);
 const watch = new IntersectionObserver(seen => {
-  if (!seen.some(e => e.isIntersecting) || next >= shown.length) return;
-  more(); watch.unobserve(end); watch.observe(end);  // asks again at once: on a tall screen one step may not be enough
+  if (!seen.some(entry => entry.isIntersecting) || next >= shown.length) return;
+  more();
+  watch.unobserve(end);  // observed anew it reports at once: on a tall screen one step may not be enough
+  watch.observe(end);
 }, { rootMargin: "1200px" });
 watch.observe(end);
 refresh();
@@ -72,41 +96,72 @@ def write_worklist(path: Path, rows: Sequence[Mapping[str, Any]], inference: Map
         inference: counts and settings, as in inference.json.
     """
     readable = [row for row in rows if row["status"] == "ok"]
+    parts = [_heading(inference), _tiles(inference), _histogram(readable, inference["triplet"]["top_score"])]
+    parts += [page.settings_table({name: inference[name] for name in SETTINGS}), _controls(inference)]
+    parts += ['<div id="films" class="films"></div><div id="end"></div>']
+    parts += ["<noscript>The films are listed in predictions.csv.</noscript>"]
+    data = {
+        "overlays": any(name.startswith("overlays/") for row in readable for name in row["files"]),
+        "films": [_film(row) for row in sorted(rows, key=lambda row: (_last(row["top_score"]), row["film"]))],
+    }
+    write_text(path, page.page(f"Worklist {inference['label']}", "\n".join(parts), _SCRIPT, data))
+
+
+SETTINGS = ("label", "models", "sizes", "tta", "triplet", "triplet_from", "outputs", "ignored_files")
+
+
+def _heading(inference: Mapping[str, Any]) -> str:
+    triplet = inference["triplet"]
+    rule = (
+        f"Called positive: highest probability at least {triplet['top_score']:g} and at least "
+        f"{triplet['min_area']:,} px (of 1024x1024) above {triplet['mask_threshold']:g}, both at the film's own size "
+        f"({inference['triplet_from']})."
+    )
+    title = f"<h1>Pneumothorax worklist: {escape(str(inference['label']))}</h1>"
+    return f"{title}\n<p>Automatic, not reviewed, not a diagnosis. {escape(rule)}</p>"
+
+
+def _tiles(inference: Mapping[str, Any]) -> str:
+    bad = "bad" if inference["unreadable"] else ""
+    return page.tiles(
+        [
+            ("films", inference["films"], ""),
+            ("positive", inference["positive"], "found"),
+            ("negative", inference["negative"], ""),
+            ("unreadable", inference["unreadable"], bad),
+            ("other files ignored", inference["ignored_files"], ""),
+        ]
+    )
+
+
+def _histogram(readable: Sequence[Mapping[str, Any]], threshold: float) -> str:
+    if not readable:
+        return ""
     scores = np.array([row["top_score"] for row in readable], np.float64)
     found = np.array([row["decision"] == "positive" for row in readable], bool)
-    triplet = inference["triplet"]
-    films = [
-        [row["film"], row["name"], row["decision"] or "unreadable", _short(row["top_score"]), _short(row["share"]), row["reason"] or row["warnings"]]
-        for row in sorted(rows, key=lambda row: (2.0 if row["top_score"] is None else -row["top_score"], row["film"]))
-    ]
-    kinds = [("all", len(rows)), ("positive", inference["positive"]), ("negative", inference["negative"]), ("unreadable", inference["unreadable"])]
-    buttons = "".join(f'<button type="button" data-kind="{kind}">{kind} {count}</button>' for kind, count in kinds)
-    rule = (
-        f"Called positive: highest probability at least {triplet['top_score']:g} and at least {triplet['min_area']:,} px (of 1024x1024) "
-        f"above {triplet['mask_threshold']:g}, both at the film's own size ({inference['triplet_from']})."
+    return page.figure(plots.score_histogram(scores, found, threshold), "Films by score")
+
+
+def _controls(inference: Mapping[str, Any]) -> str:
+    kinds = {"all": inference["films"]} | {name: inference[name] for name in ("positive", "negative", "unreadable")}
+    orders = {"score": "highest score first", "low": "lowest score first", "area": "largest area first", "id": "by id"}
+    buttons = "".join(f'<button type="button" data-kind="{kind}">{kind} {n}</button>' for kind, n in kinds.items())
+    options = "".join(f'<option value="{name}">{text}</option>' for name, text in orders.items())
+    return (
+        f'<div class="bar">{buttons}<select id="order" aria-label="order">{options}</select>'
+        '<input id="search" type="search" placeholder="id" aria-label="search by id">'
+        '<span id="count" class="soft"></span></div>'
     )
-    names = ("label", "models", "sizes", "tta", "triplet", "triplet_from", "outputs", "ignored_files")
-    body = (
-        f"<h1>Pneumothorax worklist: {escape(str(inference['label']))}</h1>\n"
-        f"<p>Automatic, not reviewed, not a diagnosis. {escape(rule)}</p>\n"
-        + page.tiles(
-            [
-                ("films", inference["films"], ""),
-                ("positive", inference["positive"], "found"),
-                ("negative", inference["negative"], ""),
-                ("unreadable", inference["unreadable"], "bad" if inference["unreadable"] else ""),
-                ("other files ignored", inference["ignored_files"], ""),
-            ]
-        )
-        + (page.figure(plots.score_histogram(scores, found, triplet["top_score"]), "Films by score") if len(scores) else "")
-        + page.settings_table({name: inference[name] for name in names})
-        + f'<div class="bar">{buttons}<select id="order" aria-label="order"><option value="score">highest score first</option>'
-        '<option value="low">lowest score first</option><option value="area">largest area first</option><option value="id">by id</option></select>'
-        '<input id="search" type="search" placeholder="id" aria-label="search by id"><span id="count" class="soft"></span></div>\n'
-        '<div id="films" class="films"></div><div id="end"></div><noscript>The films are listed in predictions.csv.</noscript>'
-    )
-    overlays = any(name.startswith("overlays/") for row in readable for name in row["files"])
-    write_text(path, page.page(f"Worklist {inference['label']}", body, _SCRIPT, {"overlays": overlays, "films": films}))
+
+
+def _film(row: Mapping[str, Any]) -> list[Any]:
+    state = row["decision"] or "unreadable"
+    note = row["reason"] or row["warnings"]
+    return [row["film"], row["name"], state, _short(row["top_score"]), _short(row["share"]), note]
+
+
+def _last(score: float | None) -> float:
+    return 2.0 if score is None else -score
 
 
 def _short(value: float | None) -> float | None:

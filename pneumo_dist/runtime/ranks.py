@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -77,6 +78,30 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Return on every rank whether `flag` is true on any of them."""
         return bool(self.maximum([int(flag)])[0])
+
+    def on_first(self, work: Callable[[], T]) -> T | None:
+        """Do rank 0's file work there; its error reaches every rank, so that none waits for it.
+
+        Raises:
+            RuntimeError: on the other ranks, when rank 0 failed; rank 0 raises its own error.
+        """
+        result, failure = None, None
+        if self.first:
+            try:
+                result = work()
+            except Exception as error:
+                failure = error
+        problem = self.broadcast(f"rank 0 failed: {failure}" if failure else "")
+        if failure:
+            raise failure
+        if problem:
+            raise RuntimeError(problem)
+        return result
+
+    def agree(self, problem: str) -> str:
+        """Return on every rank the problems that ranks have, each with its node's name; empty where none has one."""
+        found = self.gather(f"{host()}: {problem}" if problem else "")
+        return str(self.broadcast("; ".join(dict.fromkeys(filter(None, found))) if found is not None else ""))
 
     def barrier(self) -> None:
         """Wait for all ranks (over the CPU backend: no GPU is needed)."""

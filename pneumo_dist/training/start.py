@@ -48,7 +48,7 @@ def _read(path: Path) -> ResNet34UNet:
     model = ResNet34UNet()
     try:
         model.load_state_dict(plain_state(torch.load(path, map_location="cpu", weights_only=True)["model"]))
-    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         cause = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"{path}: no weights of this network to start from ({cause}): give a model file or a checkpoint"

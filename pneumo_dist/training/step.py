@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from pneumo_dist.config import Config, TrainStage
+from pneumo_dist.config import Config, ConfigError, TrainStage
 from pneumo_dist.data.loaders import split_batch
 from pneumo_dist.model.precision import amp_dtype, autocast
 from pneumo_dist.model.unet import normalise
@@ -42,9 +42,21 @@ class StepResult:
 def wants_sync_bn(config: Config, stage: TrainStage, ranks: Ranks) -> bool:
     """SyncBN needs GPUs; `auto` takes it where a rank sees fewer than 4 images of a (micro-)batch."""
     if config.model.sync_bn == "on":
-        return True
+        if ranks.device.type != "cuda" and ranks.world_size > 1:
+            raise ConfigError("model.sync_bn=on works on GPUs only: set model.sync_bn=auto")
+        return ranks.world_size > 1
     share = stage.batch_size // stage.accumulate // ranks.world_size
     return config.model.sync_bn == "auto" and ranks.device.type == "cuda" and ranks.world_size > 1 and share < 4
+
+
+def check_statistics(stage: TrainStage, name: str, ranks: Ranks) -> None:
+    """Refuse what batch norm cannot work on: one image of which a single value is left at the encoder's end."""
+    share = stage.batch_size // ranks.world_size
+    if stage.size == 32 and share // min(stage.accumulate, max(share, 1)) < 2:
+        raise ConfigError(
+            f"stage{name}: one film of 32 px a rank leaves batch norm a single value a channel: "
+            f"raise stage{name}.size or stage{name}.batch_size, or use fewer ranks"
+        )
 
 
 class Stepper:

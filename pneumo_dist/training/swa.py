@@ -99,6 +99,8 @@ def update_batch_norm(
             means = (flat[offset : offset + 2 * layer.num_features] / count).view(2, -1)
             for buffer, mean in zip(_statistics(layer), means, strict=True):
                 buffer.copy_(mean)
+            if layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.fill_(count)
             offset += 2 * layer.num_features
     return count
 

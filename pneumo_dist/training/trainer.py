@@ -33,7 +33,7 @@ from pneumo_dist.training.checkpoint import CheckpointStore
 from pneumo_dist.training.machine import set_threads, warn_if_bits_may_differ
 from pneumo_dist.training.schedule import Plateau, learning_rate, swa_due
 from pneumo_dist.training.start import start_model
-from pneumo_dist.training.step import Stepper, StepResult
+from pneumo_dist.training.step import Stepper, StepResult, check_statistics
 from pneumo_dist.training.validation import Validation, validate
 
 log = logging.getLogger(__name__)
@@ -64,19 +64,15 @@ class Trainer:
                 f"stage{task.stage}.batch_size={self.stage.batch_size} cannot feed {ranks.world_size} ranks: "
                 f"use at most {self.stage.batch_size}"
             )
+        check_statistics(self.stage, task.stage, ranks)
         self.machine = set_threads(config.train)
-        shards = task.shard_dir
-        if config.data.stage_dir:
-            shards = stage_shards(shards, Path(config.data.stage_dir).expanduser())
-        self.shards = shards
-        self.train_cases, self.validation_cases = fold_cases(read_cases(shards), task.fold or 0)
+        self.shards = self._staged()
+        self.train_cases, self.validation_cases = fold_cases(read_cases(task.shard_dir), task.fold or 0)
         if len(self.train_cases) < self.stage.batch_size:
             raise ConfigError(
                 f"stage{task.stage}.batch_size={self.stage.batch_size} is more than the {len(self.train_cases)} "
                 f"training films of fold {task.fold}: lower it"
             )
-        if not self.validation_cases:
-            raise ConfigError(f"fold {task.fold} has no validation film: lower data.folds={config.data.folds}")
         self.steps_per_epoch = len(self.train_cases) // self.stage.batch_size
         self.total_steps = self.stage.epochs * self.steps_per_epoch
         self.stepper = Stepper(start_model(task), config, self.stage, ranks)
@@ -86,6 +82,7 @@ class Trainer:
         self.progress = Progress()
         self.boundary = Boundary(ranks)
         self.store = CheckpointStore(task.out / "checkpoints", config.train.keep, task.attempt)
+        self._loss_sum = 0.0  # of this epoch's steps, this rank's share
         self._resume()
         self.log = RunLog(task.out / "tensorboard", ranks.first, purge_step=self._batches_done + 1)
         self._saved_at = time.monotonic()
@@ -93,6 +90,21 @@ class Trainer:
         self._bad_ids: list[str] = []
         self._bad_loss = False
         self._term_saved = False
+
+    def _staged(self) -> Path:
+        """Copy the shards to this node where that is asked for; one node's trouble stops all ranks with a word."""
+        folder, problem = self.config.data.stage_dir, ""
+        if not folder:
+            return self.task.shard_dir
+        staged = self.task.shard_dir
+        try:
+            staged = stage_shards(self.task.shard_dir, Path(folder).expanduser(), self.stage.size)
+        except ConfigError as error:
+            problem = str(error)
+        problem = self.ranks.agree(problem)
+        if problem:
+            raise ConfigError(problem)
+        return staged
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
@@ -115,8 +127,11 @@ class Trainer:
             self.average.load_state_dict(state["average"])
         self.plateau.load_state_dict(state["plateau"])
         self.progress = Progress(**state["progress"])
-        if len(state["rng"]) == self.ranks.world_size:
+        if state["world_size"] == self.ranks.world_size:
             torch.set_rng_state(state["rng"][self.ranks.rank])
+            self._loss_sum = state["loss_sums"][self.ranks.rank]
+        elif self.ranks.first:
+            self._loss_sum = sum(state["loss_sums"])
         if self.ranks.first:
             log.info(
                 "resuming at epoch %d, batch %d of %d",
@@ -128,7 +143,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Copy the state now and let a thread write it; collective, because every rank gives its random state."""
-        rng = self.ranks.gather(torch.get_rng_state())
+        own = self.ranks.gather((torch.get_rng_state(), self._loss_sum))
         self._saved_at = time.monotonic()
         if not self.ranks.first:
             return
@@ -136,7 +151,8 @@ class Trainer:
             "average": self.average.state_dict() if self.average is not None else {},
             "plateau": self.plateau.state_dict(),
             "progress": asdict(self.progress),
-            "rng": rng,
+            "rng": [rng for rng, _ in own or []],
+            "loss_sums": [loss for _, loss in own or []],
             "world_size": self.ranks.world_size,
             "machine": self.machine,
             "result_hash": self.task.result_hash,
@@ -168,6 +184,8 @@ class Trainer:
         """Agree with the other ranks, then save, stop or give up together."""
         stop = self.task.stop
         due = self.ranks.first and time.monotonic() - self._saved_at >= self.config.train.save_every_s
+        if due:
+            self._saved_at = time.monotonic()  # wished once, done when it is agreed
         once = stop.save and not self._term_saved
         self._term_saved = self._term_saved or stop.save
         agreed = self.boundary.exchange(
@@ -180,18 +198,12 @@ class Trainer:
             self._save_and_leave(agreed.leave)
         if agreed.save:
             self._save()
-            if once:
+            if stop.save:
                 log.info("SIGTERM: state saved at batch %d; going on until SLURM ends the job", self._batches_done)
 
     def _save_and_leave(self, signum: int) -> None:
         self._save()
-        problem = ""
-        try:
-            self.store.wait()
-        except Exception as error:
-            problem = str(error)
-        if any(self.ranks.broadcast([problem])):
-            raise RuntimeError(problem or "rank 0 could not write a checkpoint")
+        self.ranks.on_first(self.store.wait)
         self.boundary.settle()
         self.log.close()
         log.info("state saved at epoch %d, batch %d", self.progress.epoch + 1, self.progress.batch)
@@ -199,12 +211,12 @@ class Trainer:
 
     def _give_up_writing(self) -> None:
         """All ranks stop with rank 0's error: training on without checkpoints would be lost work."""
-        if self.ranks.first:
-            self.store.wait()
-        raise RuntimeError("rank 0 could not write a checkpoint")
+        self.ranks.on_first(self.store.wait)
 
     def _count_bad(self, bad: bool) -> None:
         self._bad_steps = self._bad_steps + 1 if bad else 0
+        if not bad and not self._bad_loss:
+            self._bad_ids = []
         if self._bad_steps >= self.config.train.max_nonfinite:
             raise FloatingPointError(
                 f"stage {self.task.stage}, epoch {self.progress.epoch + 1}, batch {self.progress.batch}: the loss was "
@@ -240,11 +252,20 @@ class Trainer:
         return learning_rate(self.progress.step, self.total_steps, self.stage, self.swa, self.plateau.lr)
 
     def train(self) -> None:
-        """Run the epochs that are left."""
+        """Run the epochs that are left; stacks are dumped when no step ends for half a time-out."""
+        faulthandler.dump_traceback_later(self.config.train.first_timeout_s / 2)
+        try:
+            self._epochs()
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        self.boundary.settle()
+        self.log.close()
+
+    def _epochs(self) -> None:
         batches = self._batches() if self.progress.epoch < self.stage.epochs else iter(())
         first = True
         while self.progress.epoch < self.stage.epochs:
-            begin, waited, loss_sum, seen = time.monotonic(), 0.0, 0.0, 0
+            begin, waited, seen = time.monotonic(), 0.0, 0
             while self.progress.batch < self.steps_per_epoch:
                 asked = time.monotonic()
                 images, masks, indices = next(batches)
@@ -252,7 +273,6 @@ class Trainer:
                 lr = self._learning_rate()
                 result = self.stepper.step(images, masks, lr)
                 self._after_step(result, indices)
-                loss_sum += float(result.loss) if torch.isfinite(result.loss) else 0.0
                 seen += 1
                 if first:
                     ranks_module.shorten_timeout(self.ranks, self.config.train.timeout_s)
@@ -261,14 +281,13 @@ class Trainer:
                 if self.progress.batch % self.config.train.log_every == 0:
                     self._report_step(result, lr, begin, waited, seen)
                 self._at_boundary()
-            self._end_epoch(begin, waited, loss_sum / max(seen, 1), seen)
-        faulthandler.cancel_dump_traceback_later()
-        self.boundary.settle()
-        self.log.close()
+            self._end_epoch(begin, waited, seen)
+            self._loss_sum = 0.0
 
     def _after_step(self, result: StepResult, indices: torch.Tensor) -> None:
         self.progress.batch += 1
         self.progress.samples += self.stage.batch_size
+        self._loss_sum += float(result.loss) if torch.isfinite(result.loss) else 0.0
         self._bad_loss = not bool(torch.isfinite(result.loss)) or (
             not result.finite and not self.stepper.scaler.is_enabled()
         )
@@ -293,68 +312,58 @@ class Trainer:
             values["train/amp_scale"] = self.stepper.scaler.get_scale()
         self.log.scalars(self._batches_done, values)
 
-    def _end_epoch(self, begin: float, waited: float, loss: float, seen: int) -> None:
+    def _end_epoch(self, begin: float, waited: float, seen: int) -> None:
         """Validate where it is due, let the plateau rule look, note the epoch, and go to the next one."""
         took = max(time.monotonic() - begin, 1e-9)
         number = self.progress.epoch + 1
         found: Validation | None = None
         if number % self.config.train.eval_every == 0 or number == self.stage.epochs:
-            # Long films, few ranks: a validation may take longer than a step, so the watchdog waits for the time-out.
-            faulthandler.dump_traceback_later(self.config.train.first_timeout_s / 2)
             found = validate(self.task, self.stepper, self.validation_cases, self.shards)
             if found is None:  # asked to leave: this epoch's end is a step boundary, and is validated after the resume
                 self._save_and_leave(max(self.ranks.maximum([self.task.stop.leave])))
                 return
             if self.stage.schedule == "plateau":
                 self.plateau.step(found.loss)
-            if found.dice > self.progress.best:
-                self.progress.best, self.progress.best_epoch = found.dice, number
-                if self.ranks.first:
-                    self._weights_file("best", self.stepper.model.state_dict())
-        losses = self.ranks.gather(loss)
-        if self.ranks.first:
-            row: dict[str, Any] = {
-                "epoch": number,
-                "epochs": self.stage.epochs,
-                "step": self.progress.step,
-                "steps": self.total_steps,
-                "lr": self._learning_rate(),
-                "images_per_s": round(seen * self.stage.batch_size / took, 2),
-                "wait_share": round(waited / took, 4),
-                "train_loss": sum(losses or [loss]),
-                "best_dice": self.progress.best,
-                "best_epoch": self.progress.best_epoch,
-            }
-            if found:
-                row |= asdict(found)
-            history.append(self.task.out / "metrics.jsonl", row)
-            shown = {k: v for k, v in row.items() if isinstance(v, float) and k != "lr"}
-            self.log.scalars(self._batches_done, {f"epoch/{k}": v for k, v in shown.items()})
-            log.info("%s", history.line(row))
+        losses = self.ranks.gather(self._loss_sum / self.steps_per_epoch)
+        better = found is not None and found.dice > self.progress.best
+        if found is not None and better:
+            self.progress.best, self.progress.best_epoch = found.dice, number
+        row: dict[str, Any] = {
+            "epoch": number,
+            "epochs": self.stage.epochs,
+            "step": self.progress.step,
+            "steps": self.total_steps,
+            "lr": self._learning_rate(),
+            "images_per_s": round(seen * self.stage.batch_size / took, 2),
+            "wait_share": round(waited / took, 4),
+            "train_loss": sum(losses or []),
+            "best_dice": self.progress.best,
+            "best_epoch": self.progress.best_epoch,
+        } | (asdict(found) if found else {})
+        self.ranks.on_first(lambda: self._note_epoch(row, better))
         self.progress.epoch, self.progress.batch = number, 0
+
+    def _note_epoch(self, row: dict[str, Any], better: bool) -> None:
+        """Rank 0: keep the best weights, and the epoch's numbers where displays and reports look for them."""
+        if better:
+            self._weights_file("best", self.stepper.model.state_dict())
+        history.append(self.task.out / "metrics.jsonl", row)
+        shown = {f"epoch/{k}": v for k, v in row.items() if isinstance(v, float) and k != "lr"}
+        self.log.scalars(self._batches_done, shown)
+        log.info("%s", history.line(row))
 
     def finish(self) -> dict[str, Path]:
         """Write the weights that later stages start from."""
-        problem = ""
-        outputs: dict[str, Path] = {}
-        try:
-            self.store.wait()
-            if self.ranks.first:
-                outputs = {
-                    "best": self.task.out / "best.pt",
-                    "last": self._weights_file("last", self.stepper.model.state_dict()),
-                }
-                if self.average is not None:
-                    if not int(
-                        self.average.n_averaged
-                    ):  # fp16 skipped steps, so the last averaging point was not reached
-                        self.average.update_parameters(self.stepper.model)
-                    outputs["swa"] = self._weights_file("swa", self.average.module.state_dict())
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        problem = self.ranks.broadcast(problem)
-        if problem:
-            raise RuntimeError(problem)
+        return self.ranks.on_first(self._last_files) or {}
+
+    def _last_files(self) -> dict[str, Path]:
+        self.store.wait()
+        last = self._weights_file("last", self.stepper.model.state_dict())
+        outputs = {"best": self.task.out / "best.pt", "last": last}
+        if self.average is not None:
+            if not int(self.average.n_averaged):  # fp16 skipped steps, so the last averaging point was not reached
+                self.average.update_parameters(self.stepper.model)
+            outputs["swa"] = self._weights_file("swa", self.average.module.state_dict())
         return outputs
 
 

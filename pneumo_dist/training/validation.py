@@ -7,6 +7,7 @@ buffers is evaluated, so that nothing of the training is touched.
 from __future__ import annotations
 
 import copy
+import faulthandler
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ def validate(task: Task, stepper: Stepper, cases: Sequence[Case], shard_dir: Pat
 
     def note(case: Case, prob: NDArray[np.float32], truth: NDArray[np.bool_]) -> None:
         losses[case.id] = film_loss(prob, truth, config.loss)
+        faulthandler.dump_traceback_later(config.train.timeout_s / 2)  # the watchdog: a film is progress
 
     rule = Triplet(0.0, 0, config.evaluate.threshold)
     predictor = Predictor(

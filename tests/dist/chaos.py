@@ -1,8 +1,8 @@
 """Disturb one short training at random, again and again; it must end with the bits of an undisturbed one.
 
-    python -m tests.dist.chaos [--rounds 300] [--seed 0]
+    python -m tests.dist.chaos [--rounds 300] [--ranks 2] [--seed 0]
 
-Two ranks with a loader worker each. A round starts them, waits for a random amount of progress, sends SIGUSR2,
+Each rank has a loader worker. A round starts them, waits for a random amount of progress, sends SIGUSR2,
 SIGTERM, SIGINT or SIGKILL to a random process of the job (loader workers included), ends the job as a launcher
 would, and now and then cuts the newest checkpoint off. The network is thinned, so that most of the time goes into
 what is tested; ranks are forked from this process, so that none of it goes into importing torch.
@@ -25,18 +25,17 @@ from pneumo_dist.training import trainer  # noqa: F401  imported before the rank
 from tests.dist import small_run
 from tests.dist.spawn import fork_rank
 
-WORLD_SIZE = 2
 DAMAGE = "newest checkpoint cut off, beside these"
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGKILL)
 
 
-def _fork(run_dir: Path, log: Path) -> list[int]:
+def _fork(run_dir: Path, log: Path, ranks: int) -> list[int]:
     store = Path(tempfile.mkdtemp(dir=run_dir)) / "store"
 
     def work() -> int:
         return stages.main(["--stage", "1", "--run-dir", str(run_dir), "--fold", "0"])
 
-    return [fork_rank(rank, WORLD_SIZE, store, log, work) for rank in range(WORLD_SIZE)]
+    return [fork_rank(rank, ranks, store, log, work) for rank in range(ranks)]
 
 
 def _collect(pids: list[int], patience_s: float = 60) -> list[int]:
@@ -101,7 +100,7 @@ def _damage(run_dir: Path, rng: random.Random) -> bool:
     return True
 
 
-def chaos(folder: Path, rounds: int, seed: int = 0) -> Counter[str]:
+def chaos(folder: Path, rounds: int, ranks: int = 2, seed: int = 0) -> Counter[str]:
     """Run the series and compare; returns what was done how often.
 
     Raises:
@@ -115,12 +114,12 @@ def chaos(folder: Path, rounds: int, seed: int = 0) -> Counter[str]:
     )
     calm = small_run.copy_of(prepared, folder / "calm")
     log = folder / "log"
-    assert _collect(_fork(calm, log), 600) == [0] * WORLD_SIZE, log.read_text()[-4000:]
+    assert _collect(_fork(calm, log, ranks), 600) == [0] * ranks, log.read_text()[-4000:]
     run_dir = small_run.copy_of(prepared, folder / "disturbed")
     done: Counter[str] = Counter()
     damaged = 0
     while sum(done.values()) < rounds:
-        pids = _fork(run_dir, log)
+        pids = _fork(run_dir, log, ranks)
         what = _disturb(run_dir, pids, rng)
         _collect(pids)
         assert not (run_dir / "fold0" / "stage1" / "DONE.json").exists(), f"ended after {sum(done.values())} rounds"
@@ -129,7 +128,7 @@ def chaos(folder: Path, rounds: int, seed: int = 0) -> Counter[str]:
         done[what] += 1
         if rng.random() < 0.15 and _damage(run_dir, rng):
             damaged += 1
-    assert _collect(_fork(run_dir, log), 600) == [0] * WORLD_SIZE, log.read_text()[-4000:]
+    assert _collect(_fork(run_dir, log, ranks), 600) == [0] * ranks, log.read_text()[-4000:]
     assert small_run.fingerprint(run_dir) == small_run.fingerprint(calm)
     return done + Counter({DAMAGE: damaged})
 
@@ -137,12 +136,13 @@ def chaos(folder: Path, rounds: int, seed: int = 0) -> Counter[str]:
 def _main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     try:
         begin = time.monotonic()
-        done = chaos(folder, options.rounds, options.seed)
+        done = chaos(folder, options.rounds, options.ranks, options.seed)
         for what, count in sorted(done.items()):
             print(f"{count:5d}  {what}")
         print(f"bit-identical after {options.rounds} interruptions in {time.monotonic() - begin:.0f} s")

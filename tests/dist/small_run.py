@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -17,11 +14,10 @@ from pneumo_dist import stages
 from pneumo_dist.model.resnet34 import ResNet34Encoder
 from pneumo_dist.model.unet import ResNet34UNet
 from pneumo_dist.training import history
-from tests.dist.spawn import ROOT, environment
 
 OVERRIDES = [
     "phantom.films=20", "phantom.size=96", "data.folds=2", "data.shards=2", "data.workers=1", "model.pretrained=none",
-    "stage1.size=32", "stage1.epochs=4", "stage1.batch_size=4", "stage2.size=64", "stage2.epochs=2",
+    "stage1.size=64", "stage1.epochs=4", "stage1.batch_size=4", "stage2.size=64", "stage2.epochs=2",
     "stage2.batch_size=3", "swa.stages=1,2", "swa.start=0.5", "swa.interval=1", "train.workers=1", "train.threads=1",
     "train.save_every_s=1000000", "train.timeout_s=60", "evaluate.batch_size=4", "evaluate.bootstrap=20",
 ]  # fmt: skip
@@ -48,29 +44,6 @@ def copy_of(run_dir: Path, folder: Path) -> Path:
     return Path(shutil.copytree(run_dir, folder / "run"))
 
 
-def start(run_dir: Path, stage: str, world_size: int, log: Path) -> list[subprocess.Popen[bytes]]:
-    """Start the ranks of a stage of fold 0 as processes of their own; their output goes to `log`."""
-    store = Path(tempfile.mkdtemp()) / "store"
-    command = [sys.executable, "-m", "pneumo_dist.stages", "--stage", stage, "--run-dir", str(run_dir), "--fold", "0"]
-    with open(log, "ab") as out:
-        return [
-            subprocess.Popen(command, env=environment(rank, world_size, store), cwd=ROOT, stdout=out, stderr=out)
-            for rank in range(world_size)
-        ]
-
-
-def finish(processes: list[subprocess.Popen[bytes]], timeout_s: float = 200) -> list[int]:
-    """Wait for the ranks; as a launcher does, the others are killed once one has failed."""
-    codes: list[int] = []
-    try:
-        for process in processes:
-            codes.append(process.wait(timeout_s))
-    finally:
-        for process in processes:
-            process.kill()
-    return codes
-
-
 def weights(path: Path) -> str:
     """Hash the bits of all weights and buffers in a model file."""
     state = torch.load(path, weights_only=True)["model"]
@@ -85,7 +58,7 @@ def fingerprint(run_dir: Path, stage: str = "1") -> dict[str, object]:
     """What must not depend on interruptions: the bits of all weight files, and the numbers of every epoch."""
     out = run_dir / "fold0" / f"stage{stage}"
     rows = history.read(out / "metrics.jsonl")
-    kept = ("epoch", "step", "lr", "best_dice", "dice", "loss", "dice_positive")
+    kept = ("epoch", "step", "lr", "train_loss", "best_dice", "dice", "loss", "dice_positive")
     return {name: weights(out / f"{name}.pt") for name in ("best", "last", "swa")} | {
         "epochs": [{key: row[key] for key in kept} for row in rows]
     }

@@ -1,7 +1,6 @@
 """Interrupted equals uninterrupted: the same bits, wherever and however often the training was stopped."""
 
 import signal
-import time
 
 import pytest
 import torch
@@ -124,23 +123,3 @@ def test_stage_2_starts_from_the_best_weights_of_stage_1(undisturbed, monkeypatc
         stages.run_stage("2", undisturbed, fold=0)
     best = torch.load(undisturbed / "fold0" / "stage1" / "best.pt", weights_only=True)["model"]
     assert all(torch.equal(seen[0][key], best[key]) for key in best)
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_stopped_by_signals_end_with_the_bits_of_an_undisturbed_run(prepared, tmp_path, world_size):
-    log = tmp_path / "log"
-    calm = small_run.copy_of(prepared, tmp_path / "calm")
-    assert small_run.finish(small_run.start(calm, "1", world_size, log)) == [0] * world_size, log.read_text()
-    stopped = small_run.copy_of(prepared, tmp_path / "stopped")
-    pid_file = stopped / "jobs" / "stage1-fold0.attempt"
-    attempts: list[set[int]] = []
-    for disturbed in (True, True, False):
-        pid_file.unlink(missing_ok=True)
-        ranks = small_run.start(stopped, "1", world_size, log)
-        while disturbed and not pid_file.exists() and ranks[0].poll() is None:
-            time.sleep(0.02)
-        if disturbed:
-            ranks[-1].send_signal(signal.SIGUSR2)  # one rank only: the others learn of it
-        attempts.append(set(small_run.finish(ranks)))
-    assert attempts == [{128 + signal.SIGUSR2}, {128 + signal.SIGUSR2}, {0}], log.read_text()
-    assert small_run.fingerprint(stopped) == small_run.fingerprint(calm)

@@ -4,18 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.browser import CHROMIUM, Browser
-from tests.films import make_shards, picture, task, write_dicom, write_model
 
 from pneumo_dist.prediction import evaluate, infer, pictures
 from pneumo_dist.prediction.worklist import write_worklist
+from tests.browser import CHROMIUM, Browser
+from tests.films import make_shards, picture, task, write_dicom, write_model
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (Debian package chromium)")
 
 RULE = {"top_score": 0.85, "min_area": 200, "mask_threshold": 0.5}
-VISIBLE = (
-    "[...document.images].filter(i => i.getBoundingClientRect().top < innerHeight && i.getBoundingClientRect().bottom > 0)"
-)
+VISIBLE = "[...document.images].filter(i => i.getBoundingClientRect().top < innerHeight && i.getBoundingClientRect().bottom > 0)"
 LOADED = f"{VISIBLE}.length > 0 && {VISIBLE}.every(i => i.complete && i.naturalWidth > 0)"
 
 
@@ -48,7 +46,7 @@ def test_the_worklist(tmp_path):
         assert browser.run("document.querySelector('.film .id').textContent") == "<script>alert(1)<b>"
         browser.run("document.querySelector('[data-kind=all]').click()")
         browser.run("search.value = 'FILM3'; search.dispatchEvent(new Event('input'))")
-        assert browser.run("document.getElementById('count').textContent") == "1 films"
+        assert browser.run("document.getElementById('count').textContent") == "1 film"
         target = browser.run("document.querySelector('.film a').href")
         assert target.endswith("overlays/film3.png") and (page.parent / "overlays" / "film3.png").exists()
         check(browser, page)
@@ -66,7 +64,14 @@ def test_a_worklist_of_5000_films_opens_at_once(tmp_path):
              "top_score": float(top), "share": 0.01, "reason": "", "warnings": "", "files": {}}
         )  # fmt: skip
     counts = {"films": 5000, "positive": 1000, "negative": 4000, "unreadable": 0, "ignored_files": 0}
-    settings = {"label": "big", "models": ["ab"], "sizes": [512], "tta": "hflip", "triplet": RULE, "triplet_from": "model file"}
+    settings = {
+        "label": "big",
+        "models": ["ab"],
+        "sizes": [512],
+        "tta": "hflip",
+        "triplet": RULE,
+        "triplet_from": "model file",
+    }
     write_worklist(page, rows, {**counts, **settings, "outputs": ["csv"]})
     assert page.stat().st_size < 600_000
     with Browser(tmp_path / "profile") as browser:
@@ -85,7 +90,15 @@ def test_a_worklist_of_5000_films_opens_at_once(tmp_path):
 
 
 def test_the_evaluation_report(tmp_path):
-    words = ["phantom.films=16", "phantom.size=96", "stages=1", "stage1.size=32", "data.shards=2", "data.folds=2", "evaluate.bootstrap=20"]
+    words = [
+        "phantom.films=16",
+        "phantom.size=96",
+        "stages=1",
+        "stage1.size=32",
+        "data.shards=2",
+        "data.folds=2",
+        "evaluate.bootstrap=20",
+    ]
     make_shards(tmp_path, words)
     for name in ("best", "last"):
         write_model(tmp_path / "fold0" / "stage1" / f"{name}.pt")

@@ -5,6 +5,7 @@ One undisturbed training is the reference: whatever was done to the others, thei
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -41,10 +42,20 @@ def ranks_of(job_id: str) -> list[int]:
     return sorted((pid for pid in found if found[pid][1] not in found), key=lambda pid: found[pid][0])
 
 
-def pending(pid: int, mask: int) -> bool:
-    """Tell whether a signal waits for a stopped process."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return any(int(line.split()[1], 16) & mask for line in lines if line.startswith("ShdPnd"))
+def warned(pid: int) -> bool:
+    """Tell whether a held process has been sent SIGUSR2; SLURM wakes it for that (SIGCONT), and it may be gone."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    except OSError:
+        return True
+    return "T" not in lines["State"] or bool(int(lines["ShdPnd"], 16) & USR2_PENDING)
+
+
+def hold(pids: list[int], signum: int = signal.SIGSTOP) -> None:
+    """Stop processes where they are (or let them go on, with SIGCONT): it costs no time of the machine."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)
 
 
 @dataclass(frozen=True)
@@ -122,14 +133,12 @@ def test_a_time_limit_saves_requeues_and_ends_in_the_same_bits(disturbed: Traini
     # SLURM looks at time limits every 30 s only: hold the ranks until its warning has come.
     ranks = ranks_of(job)
     assert len(ranks) == 2
-    for pid in ranks:
-        os.kill(pid, signal.SIGSTOP)
+    hold(ranks)
     before = disturbed.batches()
     end = (datetime.now() + timedelta(seconds=45)).strftime("%Y-%m-%dT%H:%M:%S")
     disturbed.cluster.command("scontrol", "update", f"jobid={job}", f"EndTime={end}")
-    until(lambda: all(pending(pid, USR2_PENDING) for pid in ranks), 40, "SLURM's warning of the time limit")
-    for pid in ranks:
-        os.kill(pid, signal.SIGCONT)
+    until(lambda: all(map(warned, ranks)), 40, "SLURM's warning of the time limit")
+    hold(ranks, signal.SIGCONT)
     disturbed.cluster.wait_for(job, "PENDING", 90)
     assert disturbed.batches() > before, "a warning comes in time to save once more"
     disturbed.cluster.command("scontrol", "update", f"jobid={job}", "TimeLimit=30")
@@ -146,8 +155,7 @@ def test_b_preemption_by_a_higher_partition_ends_in_the_same_bits(disturbed: Tra
     ).stdout.strip()
     # The grace begins with SIGTERM: the ranks save and go on. Held here, they cannot finish before it is over.
     until(lambda: "SIGTERM: state saved" in disturbed.log(job), 60, "a save in the grace time", every_s=0.05)
-    for pid in ranks_of(job):
-        os.kill(pid, signal.SIGSTOP)
+    hold(ranks_of(job))
     assert disturbed.cluster.wait_for(urgent, within_s=120) == "COMPLETED"
     disturbed.check(child, reference)
     assert disturbed.cluster.job(job)["Restarts"] == "1"

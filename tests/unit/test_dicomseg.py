@@ -8,9 +8,9 @@ import warnings
 import cv2
 import numpy as np
 import pytest
-from tests.films import PATIENT, SECRET, picture, write_dicom
 
 from pneumo_dist.prediction.dicomseg import SegError, SegJob, seg_bytes, try_write_seg
+from tests.films import PATIENT, SECRET, picture, write_dicom
 
 pydicom = pytest.importorskip("pydicom")
 highdicom = pytest.importorskip("highdicom")
@@ -43,7 +43,9 @@ def test_read_back_with_pydicom_and_highdicom_it_is_the_mask(film, tmp_path):
     seg = highdicom.seg.segread(target)
     source = pydicom.dcmread(film)
     assert np.array_equal(seg.get_pixels_by_source_instance([source.SOPInstanceUID])[0, :, :, 0], mask_of())
-    assert seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
+    assert (
+        seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
+    )
     assert (seg.StudyInstanceUID, seg.PatientName, seg.PatientID) == (source.StudyInstanceUID, PATIENT, SECRET)
     assert seg.SeriesInstanceUID != source.SeriesInstanceUID
     assert seg.get_segment_description(1).segmented_property_type.meaning == "Pneumothorax"
@@ -85,10 +87,20 @@ def test_the_date_is_the_plans(film):
 def test_headers_without_optional_parts_still_work(tmp_path):
     film = write_dicom(tmp_path / "film.dcm", picture(1, 97, 81))
     bare = pydicom.dcmread(film)
-    for name in ("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "PatientBirthDate", "ReferringPhysicianName", "Modality"):
+    for name in (
+        "StudyDate",
+        "StudyTime",
+        "StudyID",
+        "AccessionNumber",
+        "PatientBirthDate",
+        "ReferringPhysicianName",
+        "Modality",
+    ):
         delattr(bare, name)
     bare.save_as(film)
-    assert np.array_equal(pydicom.dcmread(io.BytesIO(seg_bytes(film, mask_of(), job()))).pixel_array.reshape(97, 81), mask_of())
+    assert np.array_equal(
+        pydicom.dcmread(io.BytesIO(seg_bytes(film, mask_of(), job()))).pixel_array.reshape(97, 81), mask_of()
+    )
 
 
 def test_what_is_no_dicom_film_gets_a_reason_without_header_text(tmp_path, film):

@@ -29,7 +29,7 @@ def written(tmp_path: Path, text: str) -> Profile:
 
 def test_every_profile_that_is_delivered_can_be_read_and_rendered(tmp_path: Path) -> None:
     found = sorted((ROOT / "configs" / "cluster").glob("*.yaml"))
-    assert {"devcluster", "gpu-qos", "preemptible", "workstation"} <= {path.stem for path in found}
+    assert {"devcluster", "gpu", "preemptible", "workstation"} <= {path.stem for path in found}
     for path in found:
         chosen = profile.load(path)
         for stage in profile.STAGE_KEYS[1:]:
@@ -120,7 +120,7 @@ def test_gpus_are_asked_for_in_the_sites_way(tmp_path: Path) -> None:
 
 
 def test_what_the_profile_leaves_open_comes_from_the_partition(tmp_path: Path) -> None:
-    facts = slurm.Partition(cpus=12, memory_mb=1, gpus=4, max_minutes=90)
+    facts = slurm.Partition(nodes=3, cpus=12, memory_mb=1, gpus=4, max_minutes=90)
     text = script(tmp_path, shape=shape_of("1", "ranks", 1, 4), facts=facts)
     assert "#SBATCH --cpus-per-task=3" in text and "#SBATCH --time=90" in text
 
@@ -151,10 +151,10 @@ def test_partition_facts_are_the_least_of_its_nodes(tmp_path: Path, monkeypatch:
     fake(
         tmp_path,
         "sinfo",
-        "gpu*|32+|128000|gpu:a100:4(S:0-1)|1-00:00:00\ngpu*|16|64000|gpu:2|1-00:00:00\ncpu|8|1|(null)|10",
+        "gpu*|4|32+|128000|gpu:a100:4(S:0-1)|1-00:00:00\ngpu*|1|16|64000|gpu:2|1-00:00:00\ncpu|9|8|1|(null)|10",
     )
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert slurm.partition(None) == slurm.Partition(cpus=16, memory_mb=64000, gpus=2, max_minutes=1440)
+    assert slurm.partition(None) == slurm.Partition(nodes=5, cpus=16, memory_mb=64000, gpus=2, max_minutes=1440)
 
 
 def test_a_controller_that_does_not_answer_is_told_from_no_slurm_at_all(

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from tests.films import make_shards, network, picture, write_dicom, write_model
 
 import pneumo_dist
 from pneumo_dist.data.cases import read_cases
@@ -15,6 +14,7 @@ from pneumo_dist.prediction.filmsize import film_probability, mean_film_probabil
 from pneumo_dist.prediction.forward import Predictor, predict, predict_records
 from pneumo_dist.runtime.stopping import StopSignal
 from pneumo_dist.scoring.records import Records, Triplet, apply_triplet, film_record
+from tests.films import make_shards, network, picture, write_dicom, write_model
 
 SHARDS = ["phantom.films=7", "phantom.size=96", "stages=1", "stage1.size=32", "data.shards=2", "data.folds=2"]
 THRESHOLDS = (0.3, 0.5, 0.7)

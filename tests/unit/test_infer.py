@@ -9,7 +9,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from tests.films import PATIENT, SECRET, picture, task, write_dicom, write_model
 
 from pneumo_dist.config import ConfigError
 from pneumo_dist.data.rle import decode_rle
@@ -19,6 +18,7 @@ from pneumo_dist.prediction.forward import predict
 from pneumo_dist.prediction.plan import file_name, read_plan
 from pneumo_dist.prediction.submission import read_rows, validate_submission
 from pneumo_dist.runtime.stopping import Stopped
+from tests.films import PATIENT, SECRET, picture, task, write_dicom, write_model
 
 EVERYTHING = "infer.outputs=csv,masks,overlays,probs,dicomseg"
 RULE = {"top_score": 0.85, "min_area": 200, "mask_threshold": 0.5}
@@ -214,7 +214,9 @@ def test_ids_are_stems_and_paths_where_stems_repeat_and_files_get_safe_names(ref
     assert [film.id for film in plan.films] == sorted(READABLE | DAMAGED)
     names = {film.id: film.name for film in plan.films}
     assert names["a"] == "a" and names["sub/twin.dcm"].startswith("sub_twin.dcm-")
-    assert file_name("a b") != file_name("a_b") and "/" not in file_name("../x") and not file_name("../x").startswith(".")
+    assert (
+        file_name("a b") != file_name("a_b") and "/" not in file_name("../x") and not file_name("../x").startswith(".")
+    )
     assert len(file_name("x" * 300)) <= 120
 
 

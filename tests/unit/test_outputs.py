@@ -6,7 +6,6 @@ import hashlib
 import cv2
 import numpy as np
 import pytest
-from tests.films import picture, write_dicom
 
 from pneumo_dist.config import ConfigError
 from pneumo_dist.data.rle import encode_rle
@@ -16,6 +15,7 @@ from pneumo_dist.prediction.plan import PlannedFilm
 from pneumo_dist.prediction.reading import ReadFilm, fit
 from pneumo_dist.prediction.submission import score_submission, validate_submission, write_submission
 from pneumo_dist.scoring.metrics import Triplet
+from tests.films import picture, write_dicom
 
 GOOD = "3 2 5 1"
 
@@ -107,7 +107,15 @@ def test_scores_of_a_submission_are_those_of_its_masks(tmp_path):
     assert result["dice"] == pytest.approx(np.mean([film_dice(name) for name in masks]), abs=1e-12)
     assert result["films"] == 6 and result["positive"] == 3 and result["truth_without_answer"] == 1
     assert result["intervals_by"] == "film" and "masks" in result["auc_from"]
-    assert {"dice_positive", "iou", "sensitivity", "specificity", "auc", "dice_all_empty", "by_mask_size"} <= result.keys()
+    assert {
+        "dice_positive",
+        "iou",
+        "sensitivity",
+        "specificity",
+        "auc",
+        "dice_all_empty",
+        "by_mask_size",
+    } <= result.keys()
     with pytest.raises(ConfigError, match="no film in common"):
         score_submission(tmp_path / "submission.csv", submission(tmp_path / "none.csv", [("z", "-1")]))
 
@@ -139,7 +147,9 @@ def test_a_film_writer_hashes_what_it_wrote(tmp_path):
     prob[10:50, 20:40] = 0.9
     row = FilmWriter(tmp_path, ("csv", "masks", "overlays", "probs"), Triplet(0.5, 0, 0.5)).write(film, read, prob)
     assert row["decision"] == "positive" and row["area_px"] == 800 and row["share"] == 800 / 7680
-    assert set(row["files"]) == {f"{f}/x_name.{e}" for f, e in [("thumbs", "jpg"), ("masks", "png"), ("overlays", "png"), ("probs", "png")]}
+    assert set(row["files"]) == {
+        f"{f}/x_name.{e}" for f, e in [("thumbs", "jpg"), ("masks", "png"), ("overlays", "png"), ("probs", "png")]
+    }
     for name, (size, digest) in row["files"].items():
         data = (tmp_path / name).read_bytes()
         assert len(data) == size and hashlib.sha256(data).hexdigest() == digest
@@ -156,7 +166,7 @@ def test_an_overlay_shows_film_contour_and_caption(shape):
     drawn = pictures.overlay(grey, mask, ["PNEUMOTHORAX  score 0.97", "film"])
     bar = drawn.shape[0] - shape[0]
     assert drawn.shape[1:] == (shape[1], 3) and bar > 0
-    orange = (np.abs(drawn.astype(int) - pictures.FOUND).max(2) < 40)
+    orange = np.abs(drawn.astype(int) - pictures.FOUND).max(2) < 40
     assert orange[bar:].any()  # the contour
     inside = drawn[bar + int(shape[0] * 0.37), int(shape[1] * 0.37)]
     assert inside.tolist() == [90, 90, 90]  # the film itself is not covered
@@ -170,7 +180,8 @@ def test_small_findings_stay_visible_and_pictures_keep_their_shape():
     assert pictures.fit_mask(mask, 128, 128).any()
     assert fit(picture(1, 1000, 500), 256).shape == (256, 128)
     assert fit(picture(1, 96, 80), 256).shape == (96, 80)
-    assert pictures.restore(np.zeros((64, 64), np.uint8), 1000, 500).shape == (64, 32)
+    assert pictures.restore(np.zeros((512, 512), np.uint8), 1000, 500).shape == (512, 256)
+    assert pictures.restore(np.zeros((64, 64), np.uint8), 500, 1000).shape == (192, 384)
 
 
 def test_the_agreed_functions_are_here():

@@ -1,0 +1,133 @@
+"""A chain handed to SLURM, with stand-ins for SLURM's commands: dependencies, refusals, what is under way already."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from launch.jobs import Job
+from launch.ledger import Ledger
+from launch.submit import main
+from tests.unit.test_submit import finished, make
+
+SMALL = ["phantom.films=9", "model.pretrained=none"]
+TOOLS = {
+    "scontrol": "echo 'Slurmctld(primary) at head is UP'",
+    "sinfo": "echo 'batch*|3|8|32000|(null)|2:00:00'",
+    "squeue": "cat {here}/queue 2>/dev/null; true",
+    "scancel": 'echo "$@" >> {here}/cancelled',
+    # Counts up; refuses from the job on whose number stands in `refuse`.
+    "sbatch": """
+n=$(($(cat {here}/count 2>/dev/null || echo 0) + 1)); echo $n > {here}/count
+if [ $n -ge $(cat {here}/refuse 2>/dev/null || echo 999) ]; then
+    echo 'sbatch: error: Batch job submission failed: Invalid qos specification' >&2; exit 1
+fi
+echo "Submitted batch job $n"
+""",
+}
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """SLURM's commands, first on the PATH."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    for name, text in TOOLS.items():
+        (folder / name).write_text("#!/bin/sh\n" + text.format(here=folder) + "\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    return folder
+
+
+def submit(root: Path, *words: str) -> int:
+    return main([*words, "--run", "a", f"run_root={root}", *SMALL])
+
+
+def script(run_dir: Path, job: int) -> str:
+    return (run_dir / "jobs" / f"{job}_submission.sh").read_text()
+
+
+def test_every_job_waits_for_the_one_it_reads_from(
+    tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert submit(tmp_path, "--stage", "all", "--nodes", "2", "--folds", "0,1") == 0
+    shown = capfd.readouterr().out
+    run_dir = tmp_path / "a"
+    order = [entry.key for entry in Ledger(run_dir).entries()]
+    assert order == [
+        "phantom", "preprocess", "finalize", "stage1-fold0", "stage1-fold1", "stage2-fold0", "stage2-fold1",
+        "swa-fold0", "swa-fold1", "evaluate-fold0", "evaluate-fold1", "pool", "infer", "merge",
+    ]  # fmt: skip
+    waits = {key: script(run_dir, i + 1) for i, key in enumerate(order)}
+    assert "--dependency" not in waits["phantom"]
+    assert "--dependency=afterok:3\n" in waits["stage1-fold1"] and "--dependency=afterok:5\n" in waits["stage2-fold1"]
+    assert "--dependency=afterok:10:11\n" in waits["pool"] and "--dependency=afterok:10:11\n" in waits["infer"]
+    assert "--array=0-1%2" in waits["preprocess"] and "--nodes=2" in waits["swa-fold0"]
+    assert "stage1-fold0         job 4" in shown and "runs.py status" in shown
+    assert {entry.code for entry in Ledger(run_dir).entries()} == {path.name for path in (run_dir / "code").iterdir()}
+
+
+def test_the_pickles_are_jobs_of_the_run(tools: Path, tmp_path: Path) -> None:
+    assert submit(tmp_path, "--stage", "preprocess", "--nodes", "2") == 0
+    jobs = [
+        pickle.loads((tmp_path / "a" / "jobs" / f"2_{element}_submitted.pkl").read_bytes()).function
+        for element in (0, 1)
+    ]
+    assert jobs == [Job("preprocess", None, (element, 2), str(tmp_path / "a")) for element in (0, 1)]
+
+
+def test_a_refused_job_takes_the_earlier_ones_back(
+    tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tools / "refuse").write_text("3")
+    assert submit(tmp_path, "--stage", "all", "--nodes", "2") == 2
+    said = capfd.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "finalize" in said[0] and "Invalid qos" in said[0] and "cancelled" in said[0]
+    assert (tools / "cancelled").read_text() == "1 2\n"
+
+
+def test_a_refused_redo_leaves_the_old_result_where_it_was(tools: Path, tmp_path: Path) -> None:
+    made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL)
+    for stage, fold in (("finalize", None), ("1", 0)):
+        finished(made, stage, fold)
+    (tools / "refuse").write_text("1")
+    assert submit(tmp_path, "--stage", "1", "--redo") == 2
+    assert (tmp_path / "a" / "fold0" / "stage1" / "DONE.json").exists()
+    assert [path.name for path in (tmp_path / "a" / "fold0").iterdir()] == ["stage1"]
+
+
+def test_a_stage_waits_for_a_live_one_of_its_run(
+    tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    finished(make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL), "finalize")
+    assert submit(tmp_path, "--stage", "2") == 2 and "stage 2 needs stage 1" in capfd.readouterr().err
+    assert submit(tmp_path, "--stage", "1") == 0
+    (tools / "queue").write_text("1|stage1-fold0.a|RUNNING|None|n1|0:10\n")
+    assert submit(tmp_path, "--stage", "2") == 0
+    assert "--dependency=afterok:1\n" in script(tmp_path / "a", 2)
+    assert submit(tmp_path, "--stage", "1") == 2 and "SLURM job 1 is on stage 1" in capfd.readouterr().err
+
+
+def test_after_stands_for_what_is_missing(tools: Path, tmp_path: Path) -> None:
+    assert submit(tmp_path, "--stage", "2", "--after", "70,71") == 0
+    assert "--dependency=afterok:70:71\n" in script(tmp_path / "a", 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "profile", "said"),
+    [
+        (["--nodes", "4"], "", "--nodes 4: partition (default) has 3 nodes"),
+        ([], "time_min: 999", "allows 120"),
+        ([], "cpus_per_task: 9", "9 CPUs"),
+    ],
+)
+def test_what_would_wait_for_ever_is_refused(
+    tools: Path, tmp_path: Path, words: list[str], profile: str, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.yaml").write_text(profile or "{}")
+    assert submit(tmp_path, "--stage", "all", "--profile", str(tmp_path / "p.yaml"), *words) == 2
+    assert said in capfd.readouterr().err and not (tools / "count").exists()
