@@ -82,7 +82,7 @@ def _result(request: Request, made: Plan, submitted: dict[str, str]) -> int:
     config, run_dir = made.recipe.config, made.recipe.run_dir
     deadline = time.monotonic() + SETTLE_S
     while True:
-        undone = [node for node in made.todo if done.read_done(config, run_dir, closing(node.stage), node.fold) is None]
+        undone = [node for node in made.todo if done.differences(config, run_dir, closing(node.stage), node.fold) != []]
         if not undone:
             tell(made, request.stage)
             return 0

@@ -23,10 +23,8 @@ def run_here(request: Request, made: Plan, site: Site) -> int:
     """Run the plan's jobs in order and return the exit status: 0, 1 failed, 130 Ctrl-C, 143 SIGTERM.
 
     Raises:
-        ConfigError: something upstream is missing, or another process is on one of the stages.
+        ConfigError: another process is on one of the stages.
     """
-    for node, job in made.missing:
-        raise ConfigError(plan.missing_line(made, node, job))
     run_dir = made.recipe.run_dir
     ledger = Ledger(run_dir)
     locks: list[Lock] = []
@@ -93,6 +91,9 @@ class _Chain:
             print(f"{mark} took {time.monotonic() - began:.0f} s", flush=True)
         elif self.foreground.received:
             print(f"stopped during {title}; the same command continues", file=sys.stderr)
+            if outcome.failed:
+                log = group[outcome.failed[0]].log
+                print(f"but its last state may not be saved: {last_error(log) or f'see {log}'}", file=sys.stderr)
         else:
             worker, status = outcome.failed or (0, 1)
             log = group[worker].log

@@ -84,7 +84,7 @@ def workers(
             "RANK": str(i if ranks else 0),
             "WORLD_SIZE": str(count if ranks else 1),
             "LOCAL_RANK": str(i if ranks else 0),
-            "LOCAL_WORLD_SIZE": str(count if ranks else 1),
+            "LOCAL_WORLD_SIZE": str(count),  # elements of an array share the cores as well
             "PNEUMO_STORE": str(store),
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
@@ -132,6 +132,10 @@ class Foreground:
             signal.signal(signum, handler)  # type: ignore[arg-type]
 
     def _note(self, signum: int, _frame: FrameType | None) -> None:
+        if signum == signal.SIGHUP:  # the terminal has gone: writing to it would raise before the workers have saved
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
         self._again = bool(self.received)
         self.received = self.received or signum
 
@@ -241,7 +245,7 @@ def _to_terminal(new: bytes) -> None:
     try:
         sys.stdout.buffer.write(new)
         sys.stdout.flush()
-    except (BrokenPipeError, ValueError):
+    except (OSError, ValueError):
         pass  # the reader has gone; the work goes on, the log file has it all
 
 

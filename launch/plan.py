@@ -85,6 +85,8 @@ def _absolute(config: Config, root: Path) -> Config:
 
     data = ("dicom_dir", "rle_csv", "patient_map", "shard_dir", "holdout_ids")
     paths: dict[str, Any] = {name: full(getattr(config.data, name)) for name in data}
+    if not (config.data.stage_dir or "$").startswith("$"):  # a variable is each node's own
+        paths["stage_dir"] = full(config.data.stage_dir)
     return dataclasses.replace(
         config,
         run_root=str(root),
@@ -141,6 +143,12 @@ def _folds(request: Request, recipe: Recipe) -> list[int]:
         found = [k for k in range(count) if done.read_done(recipe.config, recipe.run_dir, "evaluate", k) is not None]
         return found or [0]
     return [0]
+
+
+# Cheap to make again from what they read, so they follow it without being asked to.
+DERIVED = ("pool", "infer", "merge")
+# Preprocessing gives the same bytes again; these may not (GPUs), or read more folds than before.
+_NOT_REPEATABLE = ("1", "2", "swa", "evaluate", "pool", "infer")
 
 
 def _settings_differ(recipe: Recipe, stage: str, fold: int | None) -> list[str] | None:
@@ -204,7 +212,12 @@ def make(request: Request) -> Plan:
             else:
                 notes.append(_taken_as_it_is(where, keys))
                 continue
-        if keys != [] or redo:
+        again = [job for job in node.after if job in {(n.stage, n.fold) for n in todo} and job[0] in _NOT_REPEATABLE]
+        if keys == [] and not redo and again and node.stage not in DERIVED:
+            name = title(*again[0], len(folds))
+            where = stage_dir(config, run_dir, node.stage, node.fold)
+            differing.append(f"{where} is done from an earlier {name}, which is to run again: --redo runs both again")
+        if keys != [] or redo or again:
             todo.append(node)
     if not request.redo and not any(node.stage in ("preprocess", "finalize") for node in todo):
         todo = [node for node in todo if node.stage != "phantom"]  # only preprocessing reads it

@@ -81,6 +81,8 @@ def prepare(request: Request, made: Plan) -> Prepared:
     if not (recipe.run_dir / "config.yaml").exists():
         write_text(recipe.run_dir / "config.yaml", text)
     for node in made.todo:
+        if node.stage in plan.DERIVED:  # made anew from what it reads; an old mark would be in the way
+            (stage_dir(recipe.config, recipe.run_dir, node.stage, node.fold) / "DONE.json").unlink(missing_ok=True)
         write_text(recipe.run_dir / "jobs" / f"{node.key}.yaml", text)
     return Prepared(codecopy.copy(plan.ROOT, recipe.run_dir), aside)
 

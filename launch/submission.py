@@ -42,6 +42,8 @@ def run(request: Request) -> int:
         return submit_chain(request, made, chosen)
     from launch.here import run_here
 
+    for node, job in made.missing:
+        raise ConfigError(plan.missing_line(made, node, job))
     checks.refuse(made, request.nodes, chosen)
     return run_here(request, made, chosen)
 

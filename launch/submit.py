@@ -17,6 +17,8 @@ from launch import bootstrap
 
 def main(words: list[str] | None = None) -> int:
     """Do what the command line asks and return the exit status: 0, 1 failed, 2 to be corrected, 130 or 143 stopped."""
+    if sys.version_info < bootstrap.OLDEST:  # before anything that such a Python cannot read
+        bootstrap.ensure()
     from launch.arguments import UsageError, parse
 
     try:
@@ -34,6 +36,9 @@ def main(words: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a vanished file system: the words say what and where
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -93,6 +93,8 @@ def submit_chain(request: Request, made: Plan, site: Site) -> int:
     ledger = Ledger(run_dir)
     made, ids = _under_way(request, made, ledger)
     checks.refuse(made, request.nodes, site)
+    for remark in checks.remarks(made, site.profile):
+        print(f"note: {remark}", flush=True)
     try:
         guard = lock(run_dir / "jobs" / ".submit.lock", wait_s=30)
     except Locked as error:
@@ -156,21 +158,21 @@ def _submit_all(parts: _Parts, ledger: Ledger, ids: Ids) -> dict[str, str]:
         jobs = [Job(node.stage, node.fold, (i, shape.elements), str(run_dir)) for i in range(shape.elements)]
         try:
             job_id = submit(run_dir / "jobs", parts.site.profile, node.stage, shape, jobs, **words)
-        except BaseException as error:
+            ids[(node.stage, node.fold)] = submitted[node.key] = job_id
+            more = {
+                "job_id": job_id,
+                "name": parts.name(node),
+                "log": f"{job_id}_%r_log.out" if shape.elements == 1 else f"{job_id}_%a_%r_log.out",
+                "processes": shape.nodes * shape.tasks_per_node,
+                "elements": shape.elements,
+                "after": [str(words["after"])] if words["after"] else [],
+            }
+            ledger.append(entry(parts.request, made, parts.site, node, parts.code, **more))
+        except BaseException as error:  # all of the chain or nothing, and nothing that the ledger does not know
             slurm.cancel(submitted.values())
             if isinstance(error, slurm.SlurmError):
                 undone = f"; the {len(submitted)} jobs before it are cancelled again" if submitted else ""
                 title = plan.title(node.stage, node.fold, len(made.folds))
                 raise ConfigError(f"SLURM refused the job of {title}: {error}{undone}") from None
             raise
-        ids[(node.stage, node.fold)] = submitted[node.key] = job_id
-        more = {
-            "job_id": job_id,
-            "name": parts.name(node),
-            "log": f"{job_id}_%r_log.out" if shape.elements == 1 else f"{job_id}_%a_%r_log.out",
-            "processes": shape.nodes * shape.tasks_per_node,
-            "elements": shape.elements,
-            "after": [str(words["after"])] if words["after"] else [],
-        }
-        ledger.append(entry(parts.request, made, parts.site, node, parts.code, **more))
     return submitted

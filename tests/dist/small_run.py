@@ -60,7 +60,7 @@ def fingerprint(run_dir: Path, stage: str = "1") -> dict[str, object]:
     rows = history.read(out / "metrics.jsonl")
     kept = ("epoch", "step", "lr", "train_loss", "best_dice", "dice", "loss", "dice_positive")
     return {name: weights(out / f"{name}.pt") for name in ("best", "last", "swa")} | {
-        "epochs": [{key: row[key] for key in kept} for row in rows]
+        "epochs": [{key: row.get(key) for key in kept} for row in rows]
     }
 
 

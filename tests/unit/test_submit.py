@@ -168,6 +168,24 @@ def test_what_is_done_is_left_alone_and_other_settings_are_refused(tmp_path: Pat
     assert any("stage1.lr" in note for note in later.notes)
 
 
+def test_what_is_derived_follows_what_it_reads(tmp_path: Path) -> None:
+    words = ("--stage", "all", "--config", "configs/quickstart.yaml", f"run_root={tmp_path}")
+    made = make(*words)
+    films = made.recipe.run_dir / "phantom" / "dicom-images-train"
+    films.mkdir(parents=True)
+    for path in (films / "a.png", films.parent / "train-rle.csv", films.parent / "patients.csv"):
+        path.write_text("x")
+    for stage in ("phantom", "finalize", "merge"):
+        finished(made, stage)
+    for stage in ("1", "2", "swa", "evaluate"):
+        finished(made, stage, 0)
+    again = [node.key for node in make(*words, "--folds", "0,1").todo]
+    assert again == ["stage1-fold1", "stage2-fold1", "swa-fold1", "evaluate-fold1", "pool", "infer", "merge"]
+    (made.recipe.run_dir / "fold0" / "stage1" / "DONE.json").unlink()
+    stale = make(*words)
+    assert any("stage 1" in line and "--redo" in line for line in stale.differing)
+
+
 def test_redo_puts_the_old_result_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", "phantom.films=9")
     finished(made, "1", 0)

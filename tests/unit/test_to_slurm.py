@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
 
 import pytest
 
+from launch import follow
 from launch.jobs import Job
 from launch.ledger import Ledger
 from launch.submit import main
@@ -25,6 +27,7 @@ n=$(($(cat {here}/count 2>/dev/null || echo 0) + 1)); echo $n > {here}/count
 if [ $n -ge $(cat {here}/refuse 2>/dev/null || echo 999) ]; then
     echo 'sbatch: error: Batch job submission failed: Invalid qos specification' >&2; exit 1
 fi
+if [ -f {here}/then ]; then . {here}/then; fi
 echo "Submitted batch job $n"
 """,
 }
@@ -131,3 +134,40 @@ def test_what_would_wait_for_ever_is_refused(
     (tmp_path / "p.yaml").write_text(profile or "{}")
     assert submit(tmp_path, "--stage", "all", "--profile", str(tmp_path / "p.yaml"), *words) == 2
     assert said in capfd.readouterr().err and not (tools / "count").exists()
+
+
+def test_a_time_limit_below_what_was_measured_is_remarked(
+    tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is no mistake: the job saves, is requeued and goes on."""
+    finished(make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL), "finalize")
+    row = {"epoch": 1, "epochs": 100, "step": 0, "steps": 6000, "images_per_s": 64.0}
+    (tmp_path / "a" / "fold0" / "stage1").mkdir(parents=True)
+    (tmp_path / "a" / "fold0" / "stage1" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "p.yaml").write_text("time_min: 30")
+    assert submit(tmp_path, "--stage", "1", "--profile", str(tmp_path / "p.yaml")) == 0
+    said = capfd.readouterr().out
+    assert "about 100 more minutes" in said and "requeued about 3 times" in said
+
+
+def test_wait_ends_with_the_jobs_result(
+    tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(follow, "POLL_S", (0.01, 0.01))
+    monkeypatch.setattr(follow, "SETTLE_S", 0.0)
+    made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL)
+    finished(made, "finalize")
+    (tmp_path / "a" / "jobs").mkdir(parents=True)
+    (tmp_path / "a" / "jobs" / "1_0_log.out").write_text("ValueError: broken on purpose\n")
+    (tools / "queue").write_text("1|stage1-fold0.a|FAILED|NonZeroExitCode|n1|0:10\n")
+    assert submit(tmp_path, "--stage", "1", "--wait") == 1
+    said = capfd.readouterr().err
+    assert "stage1-fold0 (job 1): FAILED NonZeroExitCode: ValueError: broken on purpose" in said
+    assert "1_0_log.out" in said and "the same command continues" in said
+    finished(made, "1", 0)
+    record = tmp_path / "a" / "fold0" / "stage1" / "DONE.json"
+    record.rename(tools / "DONE.json")
+    (tools / "then").write_text(f"cp {tools}/DONE.json {record}\n")  # the job does its work
+    (tools / "queue").write_text("2|stage1-fold0.a|COMPLETED|None|n1|0:10\n")
+    assert submit(tmp_path, "--stage", "1", "--wait") == 0
+    assert "done: " in capfd.readouterr().out
