@@ -100,11 +100,13 @@ def _absolute(config: Config, root: Path) -> Config:
     )
 
 
-def _run_root(config: Config, request: Request) -> Path:
-    """Return where runs lie: as typed, else runs/ beside launch/, so that any directory finds the same runs."""
-    if config.run_root == "runs" and not request.names("run_root="):
+def _run_root(request: Request, recipes: str = "runs") -> Path:
+    """Return where runs lie: as typed, as in the recipe, else beside launch/, so that any directory finds them."""
+    words = [word.partition("=") for word in request.overrides]
+    typed = [value.strip() for key, _, value in words if key.strip() == "run_root"]
+    if not typed and recipes == "runs":
         return ROOT / "runs"
-    return Path(config.run_root).expanduser().absolute()
+    return Path(typed[-1] if typed else recipes).expanduser().absolute()
 
 
 def resolve(request: Request) -> Recipe:
@@ -119,11 +121,11 @@ def resolve(request: Request) -> Recipe:
         source = Path(request.config).expanduser()
         run = request.run or source.stem
         config = configuration.load(source, words)
-        root = _run_root(config, request)
+        root = _run_root(request, config.run_root)
     else:
         source = EMBEDDED if embedded else DEFAULT_RECIPE
         run = request.run or source.stem
-        root = _run_root(configuration.load(None, [w for w in words if w.strip().startswith("run_root=")]), request)
+        root = _run_root(request)
         own = root / run / "config.yaml"
         config = configuration.load(own if own.is_file() else source, words)
     notes = []

@@ -31,7 +31,7 @@ from pneumo_dist.data.source import FilmJob
 from pneumo_dist.runtime import stopping
 
 HASH_SIZE = 256  # films with equal images of this size are looked at again for being duplicates
-FILM_TIMEOUT_S = 300.0
+FILM_TIMEOUT_S = 120.0  # a cut JPEG-LS stream can take 10 s until its decoder gives up
 CHUNK = 4  # films handed to a process at once: fewer messages
 AHEAD = 2  # chunks in flight per process
 
@@ -165,7 +165,7 @@ class Decoder:
             try:
                 if future is None:
                     raise BrokenProcessPool
-                results = future.result(FILM_TIMEOUT_S * len(chunk))
+                results = future.result(FILM_TIMEOUT_S)
             except (BrokenProcessPool, FutureTimeout):
                 # One film of those in flight did it: each is tried again by itself.
                 for films, at, _ in [(chunk, slot, None), *waiting]:

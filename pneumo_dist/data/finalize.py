@@ -6,6 +6,7 @@ It rewrites no shard; another number of folds needs this job only.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,7 @@ def finalize(task: Task) -> dict[str, Path]:
         write_json(out / "audit.json", audit)
         write_text(out / "audit.txt", readable(audit))
         outputs["audit"] = out / "audit.json"
-        every = write_manifests(out, found, listings, parts, config)
-        outputs |= every
+        outputs |= write_manifests(out, found, listings, parts, config)
         write_contact_sheet(out, config, cases)
         remove_leftovers(out)
     log.info("%s", readable(audit))
@@ -117,7 +117,7 @@ def _check_ids(out: Path, found: Source, films: list[dict[str, Any]], bad: list[
     have = [film["id"] for film in (*films, *bad)]
     want = {job.id: job for shard in found.jobs for job in shard}
     for problem, names in (
-        ("twice", {name for name in have if have.count(name) > 1} if len(set(have)) != len(have) else set()),
+        ("twice", {name for name, count in Counter(have).items() if count > 1}),
         ("foreign", set(have) - want.keys()),
         ("missing", want.keys() - set(have)),
     ):

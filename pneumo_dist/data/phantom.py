@@ -23,6 +23,7 @@ NOTICE = "SYNTHETIC PHANTOM FILM - NOT A PATIENT - FOR SOFTWARE TESTS ONLY"
 UID_ROOT = "1.2.826.0.1.3680043.8.498."  # pydicom's, for generated UIDs
 POSITIVE_SHARE = 0.4
 QUALITY = 90
+DRAWN = 320  # pixels
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,25 @@ def _lung(grid: _Grid, side: int, lean: float, scale: float) -> np.ndarray:
 
 
 def draw_film(size: int, seed: int, number: int, positive: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one film; return (uint8 pixels (size, size), bool mask (size, size))."""
+    """Draw one film; return (uint8 pixels (size, size), bool mask (size, size)).
+
+    Large films are drawn at DRAWN px and enlarged; their grain is as fine as their pixels.
+    """
+    import cv2
+
     random = np.random.default_rng([seed, number])
+    film, mask = _draw(random, min(size, DRAWN), positive)
+    if size > DRAWN:
+        film = cv2.resize(film, (size, size), interpolation=cv2.INTER_CUBIC)
+        mask = cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_LINEAR) > 0.5
+    film += np.float32(random.uniform(0.012, 0.03)) * random.standard_normal((size, size), dtype=np.float32)
+    exposure, gain, base = random.uniform(0.8, 1.25), random.uniform(0.85, 1.1), random.uniform(-0.03, 0.05)
+    film = np.clip(film, 0, 1.2) ** np.float32(exposure) * np.float32(gain) + np.float32(base)
+    return (np.clip(film, 0, 1) * 255).astype(np.uint8), mask
+
+
+def _draw(random: np.random.Generator, size: int, positive: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the chest without grain; return (brightness about 0 to 1, float32 (size, size); bool mask (size, size))."""
     grid = _grid(size)
     tilt, dx, dy = random.uniform(-0.05, 0.05), random.uniform(-0.05, 0.05), random.uniform(-0.04, 0.06)
     grid = _Grid(grid.x + tilt * grid.y + np.float32(dx), grid.y - tilt * grid.x + np.float32(dy))
@@ -76,10 +94,8 @@ def draw_film(size: int, seed: int, number: int, positive: bool) -> tuple[np.nda
     fine = _clouds(random, size, max(8, size // 12))
     # Vessels: bright ridges of noise, denser near the hilum, gone where air is outside the lung.
     hilum = np.exp(-(((np.abs(grid.x) - 0.16) / 0.30) ** 2) - ((grid.y + 0.02) / 0.45) ** 2)
-    ridges = np.exp(-((_clouds(random, size, 20) / 0.35) ** 2)) + 0.7 * np.exp(
-        -((_clouds(random, size, 40) / 0.3) ** 2)
-    )
-    vessels = (0.05 + 0.13 * hilum) * ridges + 0.025 * fine + 0.05 + 0.03 * _clouds(random, size, 10)
+    wide, narrow = (np.exp(-((_clouds(random, size, cells) / width) ** 2)) for cells, width in ((20, 0.35), (40, 0.3)))
+    vessels = (0.05 + 0.13 * hilum) * (wide + 0.7 * narrow) + 0.025 * fine + 0.05 + 0.03 * _clouds(random, size, 10)
     mask = np.zeros((size, size), dtype=bool)
     if positive:
         mask, line, outside = _collapse(random, grid, levels)
@@ -90,9 +106,7 @@ def draw_film(size: int, seed: int, number: int, positive: bool) -> tuple[np.nda
     film += _ribs(random, grid) * (0.04 + 0.07 * air)
     film += 0.20 * np.exp(-((grid.x / 0.11) ** 2)) * body * (1 + 0.06 * np.cos(grid.y * 42))  # spine
     film += 0.34 * heart * np.maximum(air, 0.15)
-    film += random.uniform(0.012, 0.03) * random.standard_normal((size, size), dtype=np.float32)
-    film = np.clip(film, 0, 1.2) ** random.uniform(0.8, 1.25) * random.uniform(0.85, 1.1) + random.uniform(-0.03, 0.05)
-    return (np.clip(film, 0, 1) * 255).astype(np.uint8), mask
+    return film.astype(np.float32), mask
 
 
 def _collapse(

@@ -14,12 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pneumo_dist.config import ConfigError
+from pneumo_dist.config import Config, ConfigError, flatten
 from pneumo_dist.model.unet import ResNet34UNet
 from pneumo_dist.runtime.files import atomic_path
 
 FORMAT = "pneumo_dist.model/1"
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and AveragedModel; torch.compile
+
+
+# Where a machine keeps things and how many processes it uses: not part of what a model is.
+_OF_THE_MACHINE = (
+    "run_root", "data.dicom_dir", "data.rle_csv", "data.patient_map", "data.shard_dir", "data.holdout_ids",
+    "data.stage_dir", "data.workers", "model.weights", "stage1.init_from", "stage2.init_from", "infer.",
+    "train.workers", "train.threads", "train.save_every_s", "train.keep", "train.log_every", "train.first_timeout_s",
+    "train.timeout_s",
+)  # fmt: skip
+
+
+def portable(config: Config) -> dict[str, Any]:
+    """Return the settings that a model file carries: the same bytes wherever it was trained, and no path of a site."""
+    return {key: value for key, value in flatten(config).items() if not key.startswith(_OF_THE_MACHINE)}
 
 
 def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

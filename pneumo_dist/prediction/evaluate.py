@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pneumo_dist.config import ConfigError, flatten
+from pneumo_dist.config import ConfigError
 from pneumo_dist.data.cases import HOLDOUT, Case, read_cases
 from pneumo_dist.data.decoding import cores
 from pneumo_dist.data.loaders import fold_cases
-from pneumo_dist.model.modelfile import load_model, save_model
+from pneumo_dist.model.modelfile import load_model, portable, save_model
 from pneumo_dist.prediction import scorecard
 from pneumo_dist.prediction.forward import Predictor, predict_records
 from pneumo_dist.prediction.notes import FilmNotes
@@ -149,7 +149,7 @@ def _write_fold(
     learned = {
         "triplet": asdict(tuned.triplet),
         "tta": settings.tta,
-        "config": flatten(config),
+        "config": portable(config),
         "provenance": provenance,
     }
     save_model(outputs["model"], model.state_dict(), {**meta, **learned})

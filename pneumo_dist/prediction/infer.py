@@ -24,7 +24,7 @@ from pneumo_dist.prediction.plan import (
     read_plan,
     signature,
 )
-from pneumo_dist.runtime.files import read_json, write_bytes, write_json, write_text
+from pneumo_dist.runtime.files import read_json, sha256_file, write_bytes, write_json, write_text
 from pneumo_dist.runtime.task import Task
 
 __all__ = ["check_source", "make_plan", "merge", "plan", "run_part"]
@@ -97,8 +97,12 @@ def merge(task: Task) -> dict[str, Path]:
     made = read_plan(out)
     if made is None:
         raise ConfigError(f"{out} has no plan.json: run --stage infer")
-    rows, settings, signed = _joined(out, made)
-    if signed != signature(made, task.model_paths, settings):
+    if task.inputs.get("films", made.listing_hash) != made.listing_hash:
+        raise ConfigError(
+            f"the films in {task.infer_source} have changed since they were planned: run --stage infer again"
+        )
+    rows, settings = _joined(out, made)
+    if settings["models"] != [sha256_file(path) for path in task.model_paths]:
         raise ConfigError(f"{out / 'parts'}: made with other models than the ones there now: run --stage infer again")
     from pneumo_dist.prediction.outputs import FOLDERS, write_predictions
     from pneumo_dist.prediction.submission import problems_of, read_rows, write_submission
@@ -115,6 +119,9 @@ def merge(task: Task) -> dict[str, Path]:
             + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
         )
     write_predictions(out / "predictions.csv", rows, settings)
+    kept = {part_folder(out, j) for j in range(made.parts)}
+    for stale in set((out / "parts").iterdir()) - kept:  # of a longer plan, or left by a killed task
+        shutil.rmtree(stale, ignore_errors=True)
     _gather_files(out, made, rows, ["thumbs", *FOLDERS.values()])
     listed = sorted((name, digest) for row in rows for name, (_, digest) in row["files"].items())
     write_text(out / "files.sha256", "".join(f"{digest}  {name}\n" for name, digest in listed))
@@ -136,8 +143,8 @@ def merge(task: Task) -> dict[str, Path]:
     return {name: out / file for name, file in names.items()}
 
 
-def _joined(out: Path, made: Plan) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
-    """Return the rows of all parts in the plan's order, after checking that each film has exactly one."""
+def _joined(out: Path, made: Plan) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the rows of all parts in the plan's order, and their settings; each film has exactly one row."""
     parts = [read_part(part_folder(out, j)) for j in range(made.parts)]
     missing = [j for j, part in enumerate(parts) if part is None]
     if missing:
@@ -147,7 +154,8 @@ def _joined(out: Path, made: Plan) -> tuple[list[dict[str, Any]], dict[str, Any]
             "run --stage infer again, it does only these"
         )
     whole = [part for part in parts if part is not None]
-    if len({part["signature"] for part in whole}) != 1:
+    settings = whole[0]["settings"]
+    if any(part["settings"] != settings for part in whole):
         raise ConfigError(
             f"{out / 'parts'}: parts of different settings or models lie side by side: run --stage infer again"
         )
@@ -158,7 +166,9 @@ def _joined(out: Path, made: Plan) -> tuple[list[dict[str, Any]], dict[str, Any]
             f"{out / 'parts'}: {_mismatch([row['film'] for row in rows], wanted)}: "
             "remove parts/ and run --stage infer again"
         )
-    return rows, whole[0]["settings"], whole[0]["signature"]
+    if any(part["signature"] != signature(made, j, settings) for j, part in enumerate(whole)):
+        raise ConfigError(f"{out / 'parts'}: made for an earlier plan: run --stage infer again")
+    return rows, settings
 
 
 def _mismatch(found: list[str], wanted: list[str]) -> str:

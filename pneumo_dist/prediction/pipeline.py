@@ -44,6 +44,7 @@ class OpenPart:
     films: int
     working: Path
     writer: FilmWriter
+    signature: str
     rows: list[Row] = field(default_factory=list)
 
 
@@ -68,11 +69,10 @@ def run_parts(task: Task, made: Plan, indices: Sequence[int]) -> None:
         ensemble = load_ensemble(paths, device, config.infer.tta, config.train.amp, pooled_thresholds(paths))
         predictor = ensemble.predictor
         settings = ensemble.settings | {"outputs": sorted({"csv", *config.infer.outputs})}
-        signed = signature(made, paths, settings)
-        todo = [j for j in indices if read_part(part_folder(task.out, j), signed) is None]
+        todo = [j for j in indices if read_part(part_folder(task.out, j), signature(made, j, settings)) is None]
         films = sum(len(made.part(j)) for j in todo)
         log.info("%d of %d parts are done already, %d films to do", len(indices) - len(todo), len(indices), films)
-        _stream(task, made, todo, helpers, ensemble, {"signature": signed, "settings": settings})
+        _stream(task, made, todo, helpers, ensemble, settings)
     finally:
         if predictor is not None:
             predictor.close()
@@ -93,12 +93,12 @@ def _helpers(asked: int, device: torch.device) -> int:
 
 
 def _stream(
-    task: Task, made: Plan, todo: Sequence[int], helpers: Helpers, ensemble: Ensemble, head: dict[str, Any]
+    task: Task, made: Plan, todo: Sequence[int], helpers: Helpers, ensemble: Ensemble, settings: dict[str, Any]
 ) -> None:
     config, predictor = task.config, ensemble.predictor
     source = task.infer_source
     assert source is not None
-    segment = _segmenter(helpers, source, made, head["settings"]) if "dicomseg" in config.infer.outputs else None
+    segment = _segmenter(helpers, source, made, settings) if "dicomseg" in config.infer.outputs else None
     picture_px = PICTURE_PX if "overlays" in config.infer.outputs else THUMB_PX
 
     def batches() -> Iterator[FilmBatch]:
@@ -106,7 +106,7 @@ def _stream(
             films = made.part(j)
             working = begin_part(task.out, j)
             writer = FilmWriter(working, tuple(config.infer.outputs), ensemble.triplet, segment)
-            part = OpenPart(j, len(films), working, writer)
+            part = OpenPart(j, len(films), working, writer, signature(made, j, settings))
             for start in range(0, len(films), config.infer.batch_size):
                 yield FilmBatch(part, films[start : start + config.infer.batch_size])
 
@@ -133,7 +133,7 @@ def _stream(
             ]
 
         done = overlap(batches(), read, compute, write, ahead=max(2, -(-2 * helpers.count // config.infer.batch_size)))
-        for _ in progress(_finished(task, done, head), sum(len(made.part(j)) for j in todo), f"infer {made.label}"):
+        for _ in progress(_finished(task, done, settings), sum(len(made.part(j)) for j in todo), f"infer {made.label}"):
             pass
 
 
@@ -155,14 +155,15 @@ def _segmenter(helpers: Helpers, source: Path, made: Plan, settings: dict[str, A
     return segment
 
 
-def _finished(task: Task, done: Iterator[tuple[FilmBatch, list[Row]]], head: dict[str, Any]) -> Iterator[Row]:
+def _finished(task: Task, done: Iterator[tuple[FilmBatch, list[Row]]], settings: dict[str, Any]) -> Iterator[Row]:
     """Collect rows, and make each part visible when its last film is written."""
     for batch, rows in done:
         part = batch.part
         part.rows += rows
         yield from rows
         if len(part.rows) == part.films:
-            finish_part(task.out, part.index, part.working, {**head, "rows": part.rows})
+            content = {"signature": part.signature, "settings": settings, "rows": part.rows}
+            finish_part(task.out, part.index, part.working, content)
         task.stop.check()  # what is under way is dropped: there is little time
 
 

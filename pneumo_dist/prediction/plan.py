@@ -17,7 +17,7 @@ from typing import Any
 
 from pneumo_dist.config import Config, ConfigError
 from pneumo_dist.data.cases import find_films
-from pneumo_dist.runtime.files import read_json, sha256_file, sha256_text, write_bytes
+from pneumo_dist.runtime.files import read_json, sha256_text, write_bytes
 from pneumo_dist.runtime.task import infer_dir, infer_source, model_paths
 
 FORMAT = "pneumo_dist.plan/1"
@@ -51,6 +51,11 @@ class Plan:
     def part(self, index: int) -> tuple[PlannedFilm, ...]:
         """The films of one part."""
         return self.films[index * self.part_size : (index + 1) * self.part_size]
+
+    @property
+    def listing_hash(self) -> str:
+        """The hash of the films' ids, paths and sizes, as DONE.json records it."""
+        return sha256_text("".join(f"{film.id}\t{film.path}\t{film.bytes}\n" for film in self.films))
 
     @cached_property
     def hash(self) -> str:
@@ -166,10 +171,13 @@ def _encode(made: Plan) -> bytes:
     return f'{json.dumps(head)[:-1]}, "films": [\n{rows}\n]}}\n'.encode()
 
 
-def signature(made: Plan, models: list[Path], settings: dict[str, Any]) -> str:
-    """Return the hash of everything that determines a part: plan, model bytes, triplet, flips, outputs, precision."""
-    hashes = [sha256_file(path) for path in models]
-    return sha256_text(json.dumps([made.hash, hashes, settings], sort_keys=True))
+def signature(made: Plan, index: int, settings: dict[str, Any]) -> str:
+    """Return the hash of what determines a part: label, its films, and the settings with the models' hashes in them.
+
+    Not the whole plan: where a few films have come to an archive, parts without them are kept.
+    """
+    films = [_row(film) for film in made.part(index)]
+    return sha256_text(json.dumps([made.label, films, settings], sort_keys=True))
 
 
 def check_source(config: Config, run_dir: Path) -> str:

@@ -100,6 +100,7 @@ def write_report(out: Path, evaluation: Evaluation, config: Config) -> dict[str,
         "<p>Scores are at film size against the union of the annotations. The headline is the fixed threshold and, for "
         "tuned triplets, values tuned on other patients or folds; what was tuned on these same films is marked "
         "optimistic.</p>",
+        *(f"<p>{escape(note)}</p>" for note in scorecard.grouping_note(result)),
         page.tiles(
             [
                 ("films", result["films"], ""),

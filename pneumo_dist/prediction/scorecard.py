@@ -136,6 +136,13 @@ def _label(name: str, entry: Mapping[str, Any]) -> str:
     return f"fixed threshold {entry['mask_threshold']:g}"
 
 
+def grouping_note(result: Mapping[str, Any]) -> list[str]:
+    """Return a warning where every film is a patient of its own, as happens without a patient map."""
+    if result["patients"] < result["films"] or result["films"] < 2:
+        return []
+    return ["every film counts as a patient of its own: without data.patient_map folds and intervals are by image"]
+
+
 def summary_text(result: Mapping[str, Any], title: str) -> str:
     """Return the one-screen table of a scores.json."""
 
@@ -147,6 +154,7 @@ def summary_text(result: Mapping[str, Any], title: str) -> str:
     lines = [
         title,
         f"{result['films']} films of {result['patients']} patients, {result['positive']} with pneumothorax",
+        *grouping_note(result),
         "",
         f"{'decision':34}" + "".join(f"{head:>14}" for head in heads),
     ]

@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pneumo_dist import config as configuration
 from pneumo_dist.config import ConfigError
 from pneumo_dist.data.cases import read_cases
 from pneumo_dist.data.loaders import FilmDataset, deal, epoch_order, fixed_batches, fold_cases, make_loader
-from pneumo_dist.model.modelfile import load_model, save_model
+from pneumo_dist.model.modelfile import load_model, portable, save_model
 from pneumo_dist.model.precision import amp_dtype, autocast
 from pneumo_dist.model.unet import IMAGENET_MEAN, IMAGENET_STD, normalise
 from pneumo_dist.runtime.ranks import Ranks
@@ -143,7 +142,7 @@ def run(task: Task) -> dict[str, Path]:
             "threshold": config.evaluate.threshold,
             "tta": config.evaluate.tta,
             "normalisation": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
-            "config": configuration.flatten(config),
+            "config": portable(config),
             "provenance": meta["provenance"]
             | {"averaged_from": name, "bn_batches": count, "inputs": task.inputs, "result_hash": task.result_hash},
         }

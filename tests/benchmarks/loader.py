@@ -2,10 +2,10 @@
 
     python tests/benchmarks/loader.py [--films DIR --csv FILE] [--size 256] [--rounds 5] [--json FILE]
 
-Contestants give the same uint8 image and mask through the same augmentation into batches of the same size, one worker
-process each, in turns; images by second of the worker's processor time count: (ours) memory-mapped shards; DICOM decoded on the fly; one PNG per film and mask;
+Contestants give the same uint8 image and mask through the same augmentation in batches of the same size, one worker
+process each, in turns: (ours) memory-mapped shards; DICOM decoded on the fly; one PNG per film and mask;
 mosaicml-streaming and webdataset with raw arrays, where they are installed (requirements.txt beside this file).
-The anonymous memory of our worker before and after an epoch comes with it.
+Images by second of the worker's processor time count. Our worker's anonymous memory over an epoch comes with it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any

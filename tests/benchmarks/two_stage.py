@@ -1,6 +1,6 @@
 """Two stages against one at equal compute on phantom films: the claim of 2ST-UNet (arXiv 2009.02805), put to a test.
 
-    python tests/benchmarks/two_stage.py --plot two_stage.png [--films 160 --small 64 --large 128 ...]
+    python tests/benchmarks/two_stage.py --plot two_stage.png [--films 96 --small 64 --large 128 ...]
 
 Compute is counted in pixels that went forward and backward: an epoch at half the size costs a quarter. Both arms see
 the same films and fold, the same seeds, a cosine to zero per stage, random starts. What counts is the last epoch's
@@ -131,10 +131,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", type=Path, help="where to write the picture (and beside it the numbers as .json)")
     parser.add_argument("--work", type=Path, help="folder of the runs; default: a temporary one")
-    parser.add_argument("--films", type=int, default=160)
+    parser.add_argument("--films", type=int, default=96)
     parser.add_argument("--small", type=int, default=64, help="size of stage 1, pixels")
     parser.add_argument("--large", type=int, default=128, help="size of stage 2, pixels")
-    parser.add_argument("--epochs-small", type=int, default=16)
+    parser.add_argument("--epochs-small", type=int, default=8)
     parser.add_argument("--epochs-large", type=int, default=6)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)

@@ -61,20 +61,15 @@ def test_second_cluster_without_accounting_counts_gpus_beside_the_first(cluster:
 
 
 def test_cluster_goes_with_its_owner_even_after_kill_9(cluster: PrivateCluster, folder: Path) -> None:
-    command = [sys.executable, str(DEVCLUSTER), "with", "--no-accounting", "--nodes", "1", "--", "sleep", "600"]
-    owner = subprocess.Popen(command)
-    before = {str(cluster.folder)}
-    place = Path(until(lambda: next(iter(set(devcluster("list").stdout.split()) - before), ""), 20, "a second cluster"))
-    sleeper = until(lambda: _children(owner.pid, "sleep"), 20, "the command in the second cluster")
-    owner.send_signal(signal.SIGKILL)
+    words = ("with", "--no-accounting", "--nodes", "1", "--", "bash", "-c", "echo $$ $SLURM_CONF; exec sleep 600")
+    owner = subprocess.Popen([sys.executable, str(DEVCLUSTER), *words], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    pid, conf = owner.stdout.readline().split()
+    owner.kill()
     owner.wait()
-    os.kill(sleeper[0], signal.SIGKILL)
+    os.kill(int(pid), signal.SIGKILL)
+    place = Path(conf).parent
     until(lambda: not traces(place) and not place.exists(), 15, f"nothing left of {place}")
-
-
-def _children(pid: int, name: str) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children if Path(f"/proc/{child}/comm").read_text().strip() == name]
 
 
 def test_with_passes_the_exit_status_on_and_cleans_up(cluster: PrivateCluster) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -20,12 +19,6 @@ def sbatch(cluster: PrivateCluster, logs: Path, after: str, *words: object) -> s
     waits = (f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes") if after else ()
     small = ("--cpus-per-task=1", "--mem=1G", f"--output={logs}/%x-%j-%a.log")
     return cluster.command("sbatch", "--parsable", *waits, *small, *words).stdout.strip()
-
-
-def outputs(folder: Path) -> dict[str, str]:
-    """Return the hash of each output that a DONE.json lists."""
-    done = json.loads((folder / "DONE.json").read_text())
-    return {name: entry["sha256"] for name, entry in done["outputs"].items()}
 
 
 def test_scripts_alone_reach_the_same_bits_as_submit(
@@ -58,7 +51,6 @@ def test_scripts_alone_reach_the_same_bits_as_submit(
 
     same_weights(chain.run / "fold0/model.pt", run / "fold0/model.pt")
     assert (run / "infer/films/submission.csv").read_bytes() == (chain.run / "infer/films/submission.csv").read_bytes()
-    assert outputs(run / "fold0/swa") == outputs(chain.run / "fold0/swa")
 
 
 def test_script_forbidden_to_requeue_fails_at_its_time_limit_so_that_dependants_do_not_start(

@@ -106,13 +106,11 @@ def hostile(random: np.random.Generator) -> bytes:
 
 def reference(data: bytes) -> tuple[np.ndarray, bool, bool]:
     """Another reader's stored values, whether the film is inverted, and whether it is to be taken as it is."""
-    if data[128:132] != b"DICM" and not data.startswith((b"\x89PNG", b"\xff\xd8")):
-        film = pydicom.dcmread(io.BytesIO(data), force=True)
-    elif data[128:132] == b"DICM":
-        film = pydicom.dcmread(io.BytesIO(data), force=True)
-    else:
-        pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))[..., 0]
-        return pixels, False, True
+    if data[128:132] != b"DICM" and data.startswith((b"\x89PNG", b"\xff\xd8")):
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))[..., 0], False, True
+    film = pydicom.dcmread(io.BytesIO(data), force=True)
+    if film.get("HighBit", film.BitsStored - 1) != film.BitsStored - 1:
+        raise NotImplementedError("pydicom does not shift pixels down to bit 0, as older films need it")
     tags = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "VOILUTSequence", "ModalityLUTSequence")
     plain = film.BitsStored == 8 and not film.PixelRepresentation and not any(tag in film for tag in tags)
     return film.pixel_array, film.PhotometricInterpretation == "MONOCHROME1", plain
@@ -150,7 +148,7 @@ def fuzzed(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "_start_worker", confined)
-        patch.setattr(decoding, "FILM_TIMEOUT_S", 20.0)
+        patch.setattr(decoding, "FILM_TIMEOUT_S", 60.0)
         preprocess.run_part(task)
         preprocess.finalize(task)
     audit = json.loads((folder / "shards" / "audit.json").read_text())

@@ -302,6 +302,24 @@ def test_a_plan_in_place_is_kept_with_its_date_and_a_grown_folder_makes_a_new_on
         infer.run_part(task(tmp_path, "infer", [*words, "infer.part_size=3"]))
 
 
+def test_films_that_came_later_redo_only_the_parts_they_are_in(films, model, tmp_path):
+    folder = tmp_path / "grown"
+    shutil.copytree(films, folder)
+    out = run(tmp_path, folder, model)
+    first = out / "parts" / "part-00000" / "part.json"
+    before, count = first.stat().st_mtime_ns, len(rows_of(out))
+    write_dicom(folder / "zz.dcm", picture(3))
+    words = [f"infer.dir={folder}", f"infer.models={model}", "infer.label=it", "infer.part_size=4"]
+    late = task(tmp_path, "merge", words, inputs={"films": "the listing has another hash now"})
+    with pytest.raises(ConfigError, match="have changed since they were planned"):
+        infer.merge(late)
+    assert len(rows_of(run(tmp_path, folder, model))) == count + 1
+    assert first.stat().st_mtime_ns == before
+    (folder / "zz.dcm").unlink()
+    assert len(rows_of(run(tmp_path, folder, model))) == count
+    assert len(list((out / "parts").iterdir())) == 3
+
+
 def test_check_source_says_what_is_missing(films, model, tmp_path):
     def check(*words):
         return infer.check_source(task(tmp_path, "infer", list(words)).config, tmp_path)

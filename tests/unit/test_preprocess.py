@@ -288,6 +288,34 @@ def test_finalize_names_the_missing_shards(films, tmp_path):
         preprocess.finalize(task(tmp_path, films[1]))
 
 
+@pytest.mark.parametrize("problem", ["twice", "foreign", "missing"])
+def test_finalize_refuses_shards_with_other_films_than_the_source(films, done, tmp_path, problem):
+    out = Path(shutil.copytree(done[0], tmp_path / "shards"))
+    path = out / "films-00001-of-00003.json"
+    listing = json.loads(path.read_text())
+    if problem == "twice":
+        listing["films"][1] = listing["films"][0]
+    elif problem == "foreign":
+        listing["films"][0]["id"] = "somebody else's"
+    else:
+        del listing["films"][0]
+    path.write_text(json.dumps(listing))
+    with pytest.raises(ConfigError, match=rf"films are {problem} in the shards"):
+        preprocess.finalize(task(tmp_path, films[1]))
+
+
+def test_finalize_refuses_a_cut_shard_and_shards_of_another_division(films, done, tmp_path):
+    out = Path(shutil.copytree(done[0], tmp_path / "shards"))
+    stray = out / "images-64-00000-of-00007.npy"
+    stray.write_bytes(b"")
+    with pytest.raises(ConfigError, match="belongs to another division into shards"):
+        preprocess.finalize(task(tmp_path, films[1]))
+    stray.unlink()
+    os.truncate(out / "images-64-00002-of-00003.npy", 1000)
+    with pytest.raises(ConfigError, match="missing or cut short"):
+        preprocess.finalize(task(tmp_path, films[1]))
+
+
 def test_verify_finds_a_flipped_bit_a_missing_and_a_foreign_file(done, tmp_path):
     out = Path(shutil.copytree(done[0], tmp_path / "shards"))
     assert preprocess.verify(out) == []
