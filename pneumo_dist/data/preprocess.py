@@ -15,10 +15,10 @@ from pneumo_dist.config import Config
 from pneumo_dist.data import shards as files
 from pneumo_dist.data.decoding import Decoded, Decoder, cores
 from pneumo_dist.data.finalize import check_bad, finalize
-from pneumo_dist.data.manifest import FORMAT, changed, clear, remove_leftovers, verify, writing
+from pneumo_dist.data.manifest import FORMAT, changed, clear, remove_leftovers, verify, write_listing, writing
 from pneumo_dist.data.shards import ShardWriter
 from pneumo_dist.data.source import FilmJob, Source, check_source, read_source
-from pneumo_dist.runtime.files import read_json, write_json
+from pneumo_dist.runtime.files import read_json
 from pneumo_dist.runtime.runlog import progress
 from pneumo_dist.runtime.task import Task
 
@@ -86,9 +86,9 @@ def _write_shard(
             if path.exists() and _without_decoder(read_json(path)) != _without_decoder(listing):
                 raise changed(out, f"films of shard {shard} have changed")
         if not path.exists():
-            write_json(path, listing)
+            write_listing(path, listing)
         for size in sizes:
-            write_json(out / files.size_name(size, shard, count), parts[size])
+            write_listing(out / files.size_name(size, shard, count), parts[size])
     return bad
 
 

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def _joined(out: Path, made: Plan) -> tuple[list[dict[str, Any]], dict[str, Any]
 
 def _mismatch(found: list[str], wanted: list[str]) -> str:
     gaps, foreign = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-    twice = sorted({name for name in found if found.count(name) > 1}) if len(found) != len(set(found)) else []
+    twice = sorted(name for name, count in Counter(found).items() if count > 1)
     for names, what in ((gaps, "without an answer"), (foreign, "not in the plan"), (twice, "answered twice")):
         if names:
             return f"{len(names)} films {what}, the first is {names[0]}"

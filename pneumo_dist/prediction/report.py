@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_dist.config import Config, flatten
+from pneumo_dist.config import Config, Evaluate, flatten
 from pneumo_dist.data.cases import Case
 from pneumo_dist.data.rle import decode_rle
 from pneumo_dist.data.shards import ShardReader
@@ -25,6 +25,7 @@ from pneumo_dist.scoring.metrics import Records, decide, dice
 
 SHOWN = 12  # films of each kind
 NAMES = ("dice", "dice_positive", "iou_positive", "sensitivity", "specificity", "auc")
+SUBGROUP_HEADS = ("", "films", "positive", "Dice", "Dice on positives", "sensitivity", "specificity")
 HEADS = ("", "Dice", "Dice on positives", "IoU on positives", "sensitivity", "specificity", "AUC")
 
 
@@ -83,96 +84,96 @@ def draw(evaluation: Evaluation, indices: Sequence[int], threshold: float) -> di
 
 def write_report(out: Path, evaluation: Evaluation, config: Config) -> dict[str, NDArray[np.uint8]]:
     """Write report.html and overlays/ into `out`; return the overlays of the worst films for TensorBoard."""
-    settings, records, result = config.evaluate, evaluation.records, evaluation.result
-    chosen = pick(records, settings.threshold)
-    drawn = draw(evaluation, sorted({i for indices in chosen.values() for i in indices}), settings.threshold)
+    records, threshold = evaluation.records, config.evaluate.threshold
+    chosen = pick(records, threshold)
+    drawn = draw(evaluation, sorted({i for indices in chosen.values() for i in indices}), threshold)
     names = {film: f"{i:03d}.png" for i, film in enumerate(sorted(drawn))}
     for film, name in names.items():
         write_bytes(out / "overlays" / name, pictures.png(drawn[film]))
     for stale in set((out / "overlays").glob("*.png")) - {out / "overlays" / name for name in names.values()}:
         stale.unlink()
-    positive = records.truth_px > 0
-    film_dice = dice(records, scorecard.fixed(settings.threshold))
-    triplet, empty = evaluation.tuned.triplet, result["dice_all_empty"]
-    honest = result["headline"].get("cross_fitted")
+    film_dice = dice(records, scorecard.fixed(threshold))
     body = [
-        f"<h1>{escape(evaluation.title)}</h1>",
-        "<p>Scores are at film size against the union of the annotations. The headline is the fixed threshold and, for "
-        "tuned triplets, values tuned on other patients or folds; what was tuned on these same films is marked "
-        "optimistic.</p>",
-        *(f"<p>{escape(note)}</p>" for note in scorecard.grouping_note(result)),
-        page.tiles(
-            [
-                ("films", result["films"], ""),
-                ("patients", result["patients"], ""),
-                ("with pneumothorax", result["positive"], ""),
-                (f"Dice at {settings.threshold:g}", _digits(result["headline"]["fixed"]["dice"]), "found"),
-                ("Dice on positives", _digits(result["headline"]["fixed"]["dice_positive"]), ""),
-                ("Dice, all called empty", _digits(empty), ""),
-                ("AUC by film", _digits(result["headline"]["fixed"]["auc"]), ""),
-            ]
-        ),
-        "<h2>Scores</h2>",
-        page.table(HEADS, _score_rows(result)),
-    ]
-    if result.get("weights_side_by_side"):
-        rows = [("", [name, *(entry[key] for key in NAMES)]) for name, entry in result["weights_side_by_side"].items()]
-        body += [f"<h2>Weights side by side, at {settings.threshold:g}</h2>", page.table(HEADS, rows)]
-    if result.get("holdout"):
-        held = result["holdout"]
-        rows = [
-            (kind, cells)
-            for label, name in (
-                ("fixed threshold", "fixed"),
-                ("triplet tuned on validation", "triplet_tuned_on_validation"),
-            )
-            for kind, cells in _with_interval(label, held[name])
-        ]
-        body += [f"<h2>Holdout, {held['films']} films that nothing was tuned on</h2>", page.table(HEADS, rows)]
-    sizes = {f"fixed {settings.threshold:g}": result["headline"]["fixed"]["by_mask_size"]}
-    if honest:
-        sizes["cross-fitted triplet"] = honest["by_mask_size"]
-    body += [
-        "<h2>Curves</h2>",
-        '<div class="plots">',
-        page.figure(plots.learning_curves(evaluation.curves), "Learning"),
-        page.figure(plots.ranking_curves(records.top, positive), "Ranking of the films by their highest probability"),
-        page.figure(
-            plots.reliability(records.top, positive, evaluation.pixels),
-            "Calibration: on the diagonal a probability means what it says",
-        ),
-        page.figure(
-            plots.threshold_surface(
-                evaluation.tuned.surface,
-                settings.top_scores,
-                settings.min_areas,
-                settings.mask_thresholds,
-                (triplet.top_score, triplet.min_area, triplet.mask_threshold),
-            ),
-            "Threshold search on these films (in-sample: optimistic)",
-        ),  # fmt: skip
-        page.figure(plots.dice_by_size(sizes), "Dice by mask size"),
-        page.figure(plots.dice_histogram(film_dice[positive]), "Dice by film"),
-        "</div>",
+        _heading(evaluation.title, evaluation.result, threshold),
+        _tables(evaluation.result, threshold),
+        _curves(evaluation, config.evaluate, film_dice),
         "<h2>Subgroups, at the fixed threshold</h2>",
-        page.table(
-            ("", "films", "positive", "Dice", "Dice on positives", "sensitivity", "specificity"), _subgroup_rows(result)
-        ),
+        page.table(SUBGROUP_HEADS, _subgroup_rows(evaluation.result)),
+        *(_gallery(heading, indices, records, film_dice, names) for heading, indices in chosen.items() if indices),
+        "<h2>Settings</h2>",
+        page.settings_table(flatten(config)),
     ]
-    colours = (
-        '<span style="color:var(--found)">orange: prediction</span>, '
-        '<span style="color:var(--truth)">blue: annotation</span>'
-    )
-    for heading, indices in chosen.items():
-        cards = "".join(_card(str(records.ids[i]), names, f"Dice {film_dice[i]:.2f}") for i in indices)
-        body.append(f'<h2>{heading}</h2><p>{colours}</p><div class="films">{cards}</div>' if cards else "")
-    body += ["<h2>Settings</h2>", page.settings_table(flatten(config))]
     write_text(out / "report.html", page.page(evaluation.title, "\n".join(body)))
     return {str(records.ids[i]): drawn[str(records.ids[i])] for i in chosen["Worst films with pneumothorax"][:4]}
 
 
-def _digits(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+def _heading(title: str, result: Mapping[str, Any], threshold: float) -> str:
+    fixed = result["headline"]["fixed"]
+    notes = [
+        "Scores are at film size against the union of the annotations. The headline is the fixed threshold and, for "
+        "tuned triplets, values tuned on other patients or folds; what was tuned on these same films is marked "
+        "optimistic.",
+        *scorecard.grouping_note(result),
+    ]
+    counts = [("films", "films"), ("patients", "patients"), ("with pneumothorax", "positive")]
+    values = [
+        (f"Dice at {threshold:g}", fixed["dice"], "found"),
+        ("Dice on positives", fixed["dice_positive"], ""),
+        ("Dice, all called empty", result["dice_all_empty"], ""),
+        ("AUC by film", fixed["auc"], ""),
+    ]
+    tiles = [(label, result[key], "") for label, key in counts]
+    tiles += [(label, "–" if value is None else f"{value:.4f}", kind) for label, value, kind in values]
+    text = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    return f"<h1>{escape(title)}</h1>{text}{page.tiles(tiles)}"
+
+
+def _tables(result: Mapping[str, Any], threshold: float) -> str:
+    found = "<h2>Scores</h2>" + page.table(HEADS, _score_rows(result))
+    if result.get("weights_side_by_side"):
+        rows = [("", [name, *(entry[key] for key in NAMES)]) for name, entry in result["weights_side_by_side"].items()]
+        found += f"<h2>Weights side by side, at {threshold:g}</h2>" + page.table(HEADS, rows)
+    if result.get("holdout"):
+        held = result["holdout"]
+        rows = _with_interval("fixed threshold", held["fixed"])
+        rows += _with_interval("triplet tuned on validation", held["triplet_tuned_on_validation"])
+        found += f"<h2>Holdout, {held['films']} films that nothing was tuned on</h2>" + page.table(HEADS, rows)
+    return found
+
+
+def _curves(evaluation: Evaluation, settings: Evaluate, film_dice: NDArray[np.float64]) -> str:
+    records, tuned, headline = evaluation.records, evaluation.tuned, evaluation.result["headline"]
+    positive, best = records.truth_px > 0, tuned.triplet
+    sizes = {f"fixed {settings.threshold:g}": headline["fixed"]["by_mask_size"]}
+    if "cross_fitted" in headline:
+        sizes["cross-fitted triplet"] = headline["cross_fitted"]["by_mask_size"]
+    surface = plots.threshold_surface(
+        tuned.surface, settings.top_scores, settings.min_areas, settings.mask_thresholds,
+        (best.top_score, best.min_area, best.mask_threshold),
+    )  # fmt: skip
+    figures = [
+        (plots.learning_curves(evaluation.curves), "Learning"),
+        (plots.ranking_curves(records.top, positive), "Ranking of the films by their highest probability"),
+        (
+            plots.reliability(records.top, positive, evaluation.pixels),
+            "Calibration: on the diagonal it means what it says",
+        ),
+        (surface, "Threshold search on these films (in-sample: optimistic)"),
+        (plots.dice_by_size(sizes), "Dice by mask size"),
+        (plots.dice_histogram(film_dice[positive]), "Dice by film"),
+    ]
+    return f'<h2>Curves</h2><div class="plots">{"".join(page.figure(*pair) for pair in figures)}</div>'
+
+
+def _gallery(
+    heading: str, indices: Sequence[int], records: Records, film_dice: NDArray[np.float64], names: Mapping[str, str]
+) -> str:
+    colours = (
+        '<span style="color:var(--found)">orange: prediction</span>, '
+        '<span style="color:var(--truth)">blue: annotation</span>'
+    )
+    cards = "".join(_card(str(records.ids[i]), names, f"Dice {film_dice[i]:.2f}") for i in indices)
+    return f'<h2>{escape(heading)}</h2><p>{colours}</p><div class="films">{cards}</div>'
 
 
 def _with_interval(label: str, entry: Mapping[str, Any], kind: str = "") -> list[tuple[str, list[Any]]]:

@@ -17,6 +17,7 @@ from pneumo_dist.prediction import infer, reading
 from pneumo_dist.prediction.forward import predict
 from pneumo_dist.prediction.plan import file_name, read_plan
 from pneumo_dist.prediction.submission import read_rows, validate_submission
+from pneumo_dist.runtime.files import sha256_file
 from pneumo_dist.runtime.stopping import Stopped
 from tests.films import PATIENT, SECRET, picture, task, write_dicom, write_model
 
@@ -97,6 +98,14 @@ def test_every_readable_film_is_answered_and_every_damaged_one_has_a_reason(refe
     assert validate_submission(reference / "submission.csv", films) == []
     assert {row["decision"] for row in rows.values()} == {"positive", "negative", ""}  # the test sees both
     assert json.loads((reference / "inference.json").read_text())["ignored_files"] == 1
+
+
+def test_every_file_is_listed_with_its_hash(reference):
+    listed = dict(reversed(line.split("  ", 1)) for line in (reference / "files.sha256").read_text().splitlines())
+    folders = ("masks", "overlays", "probs", "seg", "thumbs")
+    there = {p.relative_to(reference).as_posix() for name in folders for p in (reference / name).iterdir()}
+    assert listed.keys() == there
+    assert all(sha256_file(reference / name) == digest for name, digest in listed.items())
 
 
 def test_masks_areas_and_probabilities_are_at_film_size_by_the_stored_rule(reference, films, model):
