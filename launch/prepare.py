@@ -20,8 +20,9 @@ from launch.plan import Plan
 from pneumo_dist import config as configuration
 from pneumo_dist.chain import Node
 from pneumo_dist.config import ConfigError
+from pneumo_dist.prediction.plan import plan as plan_films
 from pneumo_dist.runtime.files import write_text
-from pneumo_dist.runtime.task import shard_dir, stage_dir
+from pneumo_dist.runtime.task import infer_source, shard_dir, stage_dir
 
 
 def lock_path(run_dir: Path, key: str) -> Path:
@@ -84,6 +85,9 @@ def prepare(request: Request, made: Plan) -> Prepared:
         if node.stage in plan.DERIVED:  # made anew from what it reads; an old mark would be in the way
             (stage_dir(recipe.config, recipe.run_dir, node.stage, node.fold) / "DONE.json").unlink(missing_ok=True)
         write_text(recipe.run_dir / "jobs" / f"{node.key}.yaml", text)
+    films = infer_source(recipe.config, recipe.run_dir) if any(node.stage == "infer" for node in made.todo) else None
+    if films and films.is_dir():  # synthetic films may not be there yet: then the first task decides
+        plan_films(recipe.config, recipe.run_dir)
     return Prepared(codecopy.copy(plan.ROOT, recipe.run_dir), aside)
 
 
