@@ -54,21 +54,21 @@ def write_dicom(path: Path, pixels: np.ndarray, **attributes: Any) -> Path:
     return path
 
 
-def network(seed: int = 0) -> ResNet34UNet:
-    """A random network whose probabilities spread over 0 to 1 and differ between films and pixels."""
+def network(seed: int = 0, images: list[np.ndarray] | None = None) -> ResNet34UNet:
+    """A random network whose probabilities on `images` spread over 0 to 1 and differ between films and pixels."""
     model = ResNet34UNet(seed).eval()
-    images = torch.from_numpy(np.stack([picture(100 + i, 32, 32) for i in range(4)]))[:, None]
+    batch = torch.from_numpy(np.stack(images or [picture(100 + i, 32, 32) for i in range(4)]))[:, None]
     with torch.no_grad():
-        logits = model(normalise(images))
+        logits = model(normalise(batch))
         scale = 1.5 / float(logits.std())
         model.head.weight.mul_(scale)
         model.head.bias.fill_(-float(logits.mean()) * scale - 1.0)
     return model
 
 
-def write_model(path: Path, seed: int = 0, size: int = 32, **meta: Any) -> Path:
+def write_model(path: Path, seed: int = 0, size: int = 32, images: list[np.ndarray] | None = None, **meta: Any) -> Path:
     """Write a model file with a random network."""
-    save_model(path, network(seed).state_dict(), {"size": size, "threshold": 0.5, "tta": "hflip", **meta})
+    save_model(path, network(seed, images).state_dict(), {"size": size, "threshold": 0.5, "tta": "hflip", **meta})
     return path
 
 

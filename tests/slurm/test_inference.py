@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from pneumo_dist.data.cases import find_films
+from pneumo_dist.data.dicom import read_film
 from pneumo_dist.data.phantom import make_phantom
+from pneumo_dist.data.shards import to_size
 from pneumo_dist.prediction import infer
 from pneumo_dist.prediction.forward import predict
 from pneumo_dist.prediction.submission import read_rows, validate_submission
@@ -69,10 +71,12 @@ def test_killed_task_and_dead_node_leave_the_same_bytes(films, free_cluster: Pri
     cluster = free_cluster
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")  # the only date in any output: that of the DICOM SEG
     monkeypatch.setitem(cluster.env, "SOURCE_DATE_EPOCH", "1700000000")
-    model = write_model(tmp_path / "model.pt", size=256)
     some = [path for path in sorted(films.iterdir()) if not path.name.startswith("damaged")][:5]
+    seen = [to_size(read_film(path).pixels, 256) for path in some]
+    model = write_model(tmp_path / "model.pt", size=256, images=seen)
     middle = sorted(answer.top_score for answer in predict(model, some))[2]  # so that both decisions occur
-    write_model(model, size=256, triplet={"top_score": middle, "min_area": 200, "mask_threshold": 0.3})
+    rule = {"top_score": middle, "min_area": 200, "mask_threshold": 0.3}
+    write_model(model, size=256, images=seen, triplet=rule)
     patience_s = 240 + 6 * len(list(films.iterdir()))
     what = [f"infer.dir={films}", f"infer.models={model}", "infer.label=it", "infer.part_size=5"]
     what += ["infer.outputs=csv,masks,overlays,dicomseg", "data.workers=1", "train.threads=1"]
