@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import conv2d, interpolate
 
 from pneumo_dist.model.resnet34 import ResNet34Encoder
 
@@ -30,9 +30,13 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
         x = interpolate(x, scale_factor=2.0, mode="nearest")
-        if skip is not None:
-            x = torch.cat([x, skip], dim=1)
-        x = self.relu(self.bn1(self.conv1(x)))
+        if skip is None:
+            x = self.conv1(x)
+        else:
+            # The convolution of both maps joined, without writing the joined map (and its gradient) out.
+            grown, kept = self.conv1.weight.split([x.shape[1], skip.shape[1]], dim=1)
+            x = conv2d(x, grown, padding=1) + conv2d(skip, kept, padding=1)
+        x = self.relu(self.bn1(x))
         return self.relu(self.bn2(self.conv2(x)))
 
 
