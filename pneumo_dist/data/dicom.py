@@ -199,7 +199,7 @@ def _text(dataset: Any, name: str) -> str:
 def _read_dicom(data: bytes, max_pixels: int, digest: str) -> Film:
     dataset, has_pixels = _parse(data)
     if "Rows" not in dataset and not has_pixels:
-        raise FilmError("not a DICOM image (no pixel matrix)")
+        raise FilmError("no pixel matrix in its header: cut short, or not an image")
     rows, columns = _number(dataset, "Rows"), _number(dataset, "Columns")
     codecs.check_size(rows, columns, max_pixels)
     frames = _number(dataset, "NumberOfFrames", 1)
