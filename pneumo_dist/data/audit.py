@@ -121,6 +121,7 @@ def readable(audit: dict[str, Any]) -> str:
         f"Annotations  {notes['file']}: {notes['images']} images, {notes['rows']} rows, {notes['positive']} positive; "
         f"{notes['several_rows']} images with several rows, {notes['overlapping_rows']} with overlapping rows, "
         f"{notes['mask_and_empty_row']} with a mask and an empty row",
+        f"Rows         {_line(notes['rows_per_image'])} (rows per image: images)",
     ]
     for title, items in (
         ("Unusable rows", notes["problems"]),
