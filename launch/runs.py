@@ -242,7 +242,7 @@ def _score(found: argparse.Namespace) -> int:
     patients = Path(found.patients) if found.patients else None
     result = score_submission(Path(found.submission), Path(found.truth), patients)
     print(f"{result['films']} films, {result['positive']} with pneumothorax, {result['called_positive']} called so")
-    names = ("dice", "dice_all_empty", "dice_positive", "iou", "sensitivity", "specificity", "auc")
+    names = ("dice", "dice_all_empty", "dice_positive", "iou", "iou_positive", "sensitivity", "specificity", "auc")
     for name in names:
         span = result["intervals"].get(name)
         value = "-" if result[name] is None else f"{result[name]:.4f}"
@@ -250,6 +250,10 @@ def _score(found: argparse.Namespace) -> int:
             f"{name:16}{value:>8}"
             + (f"   95 % by {result['intervals_by']} {span[0]:.4f} to {span[1]:.4f}" if span else "")
         )
+    for row in result["by_mask_size"]:
+        if row["films"]:
+            size = f"{row['from_px']:,} px" + (f" to {row['below_px']:,}" if row["below_px"] else " and more")
+            print(f"dice {row['dice']:.4f} on {row['films']} films with a mask of {size} (of 1024x1024)")
     for name in ("films_without_truth", "truth_without_answer"):
         if result[name]:
             print(f"{result[name]} {name.replace('_', ' ')}: not scored")

@@ -44,7 +44,10 @@ _SHARDS = (
 )
 _SCORES = ("evaluate.",)
 
-_INFER = ("infer.tta", "infer.outputs", "infer.batch_size", "infer.part_size", "train.amp", "data.max_pixels")
+_INFER = (
+    "infer.tta", "infer.triplet", "infer.outputs", "infer.batch_size", "infer.part_size", "train.amp",
+    "data.max_pixels",
+)  # fmt: skip
 
 
 def _rows() -> Iterator[Stage]:

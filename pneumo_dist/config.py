@@ -229,6 +229,7 @@ class Infer:
     models: List[str] = field(default_factory=list)  # default: every fold<k>/model.pt of the run
     label: Optional[str] = None  # default: the folder's name
     tta: Optional[str] = None  # default: the one stored in the model
+    triplet: List[float] = field(default_factory=list)  # top score, minimum area (px of 1024x1024), mask threshold; empty: the model's  # fmt: skip
     outputs: List[str] = field(default_factory=lambda: ["csv"])
     batch_size: int = 8
     part_size: int = 256  # films of one part: the unit that is restarted
@@ -238,6 +239,9 @@ class Infer:
             _one_of("infer.outputs", name, ("csv", "masks", "overlays", "dicomseg", "probs"))
         if self.tta is not None:
             _one_of("infer.tta", self.tta, ("hflip", "none"))
+        if self.triplet:
+            good = len(self.triplet) == 3 and all(0 <= share <= 1 for share in self.triplet[::2])
+            _check(good and self.triplet[1] >= 0 and self.triplet[1].is_integer(), f"infer.triplet={self.triplet} must be top score, minimum area and mask threshold, for example 0.75,1500,0.3")  # fmt: skip
         if self.label is not None:
             _check(self.label not in ("", ".", "..") and all(c.isalnum() or c in "._-" for c in self.label), f"infer.label={self.label!r} must be a plain folder name of letters, digits, '.', '_' and '-'")  # fmt: skip
         _at_least(1, "infer", self, "batch_size", "part_size")
@@ -269,14 +273,10 @@ class Config:
         _check(bool(self.train_stages) and order == sorted(set(order)), f"stages={','.join(self.stages)} must list 1, 2 and swa in this order, each once, with at least one of 1 and 2")  # fmt: skip
         for name in self.train_stages:
             self.train_stage(name).check(f"stage{name}")
-        if "2" in self.stages and "1" not in self.stages and not self.stage2.init_from:
-            raise ConfigError(
-                "this recipe has no stage 1: give its starting weights, stage2.init_from=PATH (a checkpoint or a run)"
-            )
-        if "swa" in self.stages and not self.averages(self.last_stage):
-            raise ConfigError(
-                f"stages lists swa, but swa.stages does not average stage {self.last_stage}: set swa.stages=last"
-            )
+        starts = "1" in self.stages or "2" not in self.stages or bool(self.stage2.init_from)
+        _check(starts, "this recipe has no stage 1: give its starting weights, stage2.init_from=PATH (a checkpoint or a run)")  # fmt: skip
+        averaged = "swa" not in self.stages or self.averages(self.last_stage)
+        _check(averaged, f"stages lists swa, but swa.stages does not average stage {self.last_stage}: set swa.stages=last")  # fmt: skip
         if self.phantom.films and self.data.dicom_dir:
             raise ConfigError("phantom.films and data.dicom_dir are both set: set phantom.films=0 for real films")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pneumo_dist.config import Config
 from pneumo_dist.data.cases import HOLDOUT, Annotations, Case
-from pneumo_dist.data.rle import overlap_px, runs
+from pneumo_dist.data.rle import area_px, runs
 from pneumo_dist.data.source import Source
 
 SHOWN = 10  # ids and lines of one kind in the text; the JSON has all
@@ -25,10 +25,10 @@ def describe(annotations: Annotations) -> dict[str, Any]:
         rows_per_image[len(rows)] += 1
         if film_id in annotations.broken:
             continue
-        filled = [text for _, text in rows if len(runs(text)[0])]
+        filled = [pair for pair in (runs(text) for _, text in rows) if len(pair[0])]
         positive += bool(filled)
         contradicting += bool(filled) and len(filled) < len(rows)
-        overlapping += len(filled) > 1 and overlap_px(filled) > 0
+        overlapping += len(filled) > 1 and area_px(filled)[1] > 0
     return {
         "images": len(annotations.rows),
         "rows": sum(len(rows) for rows in annotations.rows.values()),
@@ -121,6 +121,7 @@ def readable(audit: dict[str, Any]) -> str:
         f"Annotations  {notes['file']}: {notes['images']} images, {notes['rows']} rows, {notes['positive']} positive; "
         f"{notes['several_rows']} images with several rows, {notes['overlapping_rows']} with overlapping rows, "
         f"{notes['mask_and_empty_row']} with a mask and an empty row",
+        f"Rows         {_line(notes['rows_per_image'])} (rows per image: images)",
     ]
     for title, items in (
         ("Unusable rows", notes["problems"]),

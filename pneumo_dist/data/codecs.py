@@ -1,7 +1,8 @@
 """Compressed pixel data to arrays of stored values: which package decodes which transfer syntax.
 
 Sizes are read from the compressed stream itself and checked before any decoder runs: a crafted header must not
-make one allocate. All packages have permissive licences (MIT, BSD, HPND); the GPL's pylibjpeg-libjpeg is not used.
+make one allocate. All packages in requirements.txt have permissive licences (MIT, BSD, HPND). 12-bit JPEG is decoded
+by the GPL's pylibjpeg-libjpeg alone, so that is left to whoever has such films.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PLUGINS = {
     "1.2.840.10008.1.2.4.91": ("pillow", "pillow"),
     **{f"1.2.840.10008.1.2.4.{end}": ("pylibjpeg", "pylibjpeg-openjpeg") for end in (201, 202, 203)},  # needs pylibjpeg
     "1.2.840.10008.1.2.5": ("pydicom", "pydicom"),
-    "1.2.840.10008.1.2.4.51": ("gdcm", "python-gdcm"),  # 12 bit
+    "1.2.840.10008.1.2.4.51": ("pylibjpeg", "pylibjpeg-libjpeg"),  # 12 bit: pydicom lets gdcm decode 8 bit only
     "1.2.840.10008.1.2.4.57": ("gdcm", "python-gdcm"),
     "1.2.840.10008.1.2.4.70": ("gdcm", "python-gdcm"),
 }
@@ -157,7 +158,8 @@ def decode_dataset(dataset: Dataset, uid: str) -> tuple[np.ndarray, str, bool]:
     except NotImplementedError:
         name = _name(uid) if re.fullmatch(r"[0-9.]{1,64}", uid) else "of the header"
         raise FilmError(f"transfer syntax {name} is not supported: convert the film") from None
-    if not decoder.is_available:
+    # Of JPEG Extended only 12 bits come here, and Pillow, which pydicom would ask, has 8.
+    if not decoder.is_available or uid == JPEG_8BIT[1] and first not in decoder.available_plugins:
         raise FilmError(f"no decoder for {_name(uid)}: install {package or 'one that pydicom knows'}")
     plugin = first if first in decoder.available_plugins else ""
     try:

@@ -25,20 +25,20 @@ from typing import Any
 import numpy as np
 
 from pneumo_dist.data.dicom import FilmError, load, parse_film
-from pneumo_dist.data.rle import EMPTY, RleError, decode_union, encode_rle, past_the_end, runs
+from pneumo_dist.data.rle import EMPTY, RleError, area_px, encode_rle, paint, past_the_end, runs
 from pneumo_dist.data.shards import masks_to_sizes, to_size, to_sizes
 from pneumo_dist.data.source import FilmJob
 from pneumo_dist.runtime import stopping
 
 HASH_SIZE = 256  # films with equal images of this size are looked at again for being duplicates
 FILM_TIMEOUT_S = 120.0  # a cut JPEG-LS stream can take 10 s until its decoder gives up
-CHUNK = 4  # films handed to a process at once: fewer messages
+CHUNK = 8  # films handed to a process at once: fewer messages
 AHEAD = 2  # chunks in flight per process
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What came of one film: facts (see `_facts`) with images and packed masks, or a reason and nothing else."""
+    """What came of one film: facts (see `decode_film`) with images and packed masks, or a reason and nothing else."""
 
     facts: dict[str, Any]
     images: dict[int, np.ndarray] = field(default_factory=dict)  # uint8 (size, size), valid until the next film
@@ -85,13 +85,18 @@ def _start_worker(parent: int) -> None:
     cv2.setNumThreads(0)
 
 
-def _facts(job: FilmJob, folder: Path, sizes: tuple[int, ...], max_pixels: int) -> tuple[dict[str, Any], Any, Any]:
-    """Decode one film; return (facts, {size: image}, {size: packed mask} or None). Raises FilmError."""
-    path = folder / job.path
-    data = load(path, max_pixels)
-    film = parse_film(data, max_pixels, path.suffix.lower() in (".dcm", ".dicom"))
+def decode_film(
+    job: FilmJob, folder: Path, max_pixels: int, images: dict[int, np.ndarray]
+) -> tuple[dict[str, Any], dict[int, bytes] | None]:
+    """Decode one film into `images` (uint8 (size, size) by size); return its facts and packed masks, None when empty.
+
+    Raises:
+        FilmError: the reason why it cannot be used.
+    """
+    data = load(os.path.join(folder, job.path), max_pixels)  # pathlib costs more than opening the file
+    film = parse_film(data, max_pixels, job.path)
     rows, columns = film.pixels.shape
-    images = to_sizes(film.pixels, sizes)
+    to_sizes(film.pixels, images, images)
     small = images[HASH_SIZE] if HASH_SIZE in images else to_size(film.pixels, HASH_SIZE)
     facts: dict[str, Any] = {
         "id": job.id,
@@ -110,25 +115,26 @@ def _facts(job: FilmJob, folder: Path, sizes: tuple[int, ...], max_pixels: int) 
         "annotation": job.digest,
         "annotation_rows": len(job.texts),
     }
-    facts["rle"], facts["area"], masks = _mask(job, rows, columns, sizes)
-    return facts | {"label": int(masks is not None)}, images, masks
+    facts["rle"], facts["area"], masks = _mask(job, rows, columns, tuple(images))
+    return facts | {"label": int(masks is not None)}, masks
 
 
 def _mask(job: FilmJob, rows: int, columns: int, sizes: tuple[int, ...]) -> tuple[str, int, dict[int, bytes] | None]:
     """Return (union of the annotation rows, its area in film pixels, {size: packed mask} or None when empty)."""
+    pairs = []
     for text, where in zip(job.texts, job.where, strict=True):
         try:
-            _, ends = runs(text)
-            if len(ends) and ends[-1] > rows * columns:
-                raise past_the_end(int(ends[-1]), rows, columns)
+            pairs.append(runs(text))
+            if len(pairs[-1][1]) and pairs[-1][1][-1] > rows * columns:
+                raise past_the_end(int(pairs[-1][1][-1]), rows, columns)
         except RleError as error:
             raise FilmError(f"annotation at {where}: {error}") from None
     if all(text.strip() == EMPTY for text in job.texts):
         return EMPTY, 0, None
-    mask = decode_union(job.texts, rows, columns, np.uint8(255))
+    mask = paint(pairs, rows, columns, np.uint8(255))
     text = " ".join(job.texts[0].split()) if len(job.texts) == 1 else encode_rle(mask)
     packed = {size: np.packbits(small).tobytes() for size, small in masks_to_sizes(mask, sizes).items()}
-    return text, int(np.count_nonzero(mask)), packed
+    return text, area_px(pairs)[0], packed
 
 
 class Decoder:
@@ -228,10 +234,7 @@ class Decoder:
         reason = f"annotation at {job.broken}" if job.broken else ""
         try:
             if not reason:
-                facts, images, masks = _facts(job, self._folder, self._sizes, self._max_pixels)
-                for size, view in self._views(slot, place).items():
-                    view[:] = images[size]
-                return facts, masks, ""
+                return *decode_film(job, self._folder, self._max_pixels, self._views(slot, place)), ""
         except FilmError as error:
             reason = str(error)
         except MemoryError:

@@ -76,30 +76,30 @@ def read_film(path: Path | str, max_pixels: int = 64_000_000) -> Film:
     Raises:
         FilmError: the reason why this file is no usable film.
     """
-    path = Path(path)
-    return parse_film(load(path, max_pixels), max_pixels, path.suffix.lower() in (".dcm", ".dicom"))
+    return parse_film(load(path, max_pixels), max_pixels, str(path))
 
 
-def load(path: Path, max_pixels: int) -> bytes:
+def load(path: Path | str, max_pixels: int) -> bytes:
     """Return a film file's bytes; FilmError where it cannot be read or is larger than any film within the limit."""
     try:
-        size = path.stat().st_size
-        if size > 2 * max_pixels + HEADER_BYTES:
-            raise FilmError(f"file of {size} bytes: more than a film of data.max_pixels={max_pixels} can have")
-        return path.read_bytes()
+        with open(path, "rb", buffering=0) as handle:
+            size = os.fstat(handle.fileno()).st_size
+            if size > 2 * max_pixels + HEADER_BYTES:
+                raise FilmError(f"file of {size} bytes: more than a film of data.max_pixels={max_pixels} can have")
+            return handle.read()
     except OSError as error:
         raise FilmError(f"cannot be read ({error.strerror})") from None
 
 
-def parse_film(data: bytes, max_pixels: int, named_dicom: bool = False) -> Film:
-    """Decode the bytes of one film file; `named_dicom` accepts DICOM without preamble. Raises FilmError."""
+def parse_film(data: bytes, max_pixels: int, name: str = "") -> Film:
+    """Decode the bytes of one film file; DICOM without preamble is known by the file's name. Raises FilmError."""
     digest = hashlib.sha256(data).hexdigest()
     if data[128:132] == b"DICM":
         return _read_plain(data, max_pixels, digest) or _read_dicom(data, max_pixels, digest)
     if data[:8] == b"\x89PNG\r\n\x1a\n" or data[:3] == b"\xff\xd8\xff":
         pixels, decoder = codecs.decode_picture(data, max_pixels)
         return Film(_stretch(pixels), "", "", "", digest, decoder)
-    if named_dicom and data:
+    if data and name.lower().endswith((".dcm", ".dicom")):
         return _read_dicom(data, max_pixels, digest)
     raise FilmError("neither DICOM, PNG nor JPEG" if data else "empty file")
 
@@ -199,7 +199,7 @@ def _text(dataset: Any, name: str) -> str:
 def _read_dicom(data: bytes, max_pixels: int, digest: str) -> Film:
     dataset, has_pixels = _parse(data)
     if "Rows" not in dataset and not has_pixels:
-        raise FilmError("not a DICOM image (no pixel matrix)")
+        raise FilmError("no pixel matrix in its header: cut short, or not an image")
     rows, columns = _number(dataset, "Rows"), _number(dataset, "Columns")
     codecs.check_size(rows, columns, max_pixels)
     frames = _number(dataset, "NumberOfFrames", 1)

@@ -6,10 +6,11 @@ Numpy only, no files: it must stay importable by submit.py and by the scoring to
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+Runs = tuple[np.ndarray, np.ndarray]  # starts and ends of runs, see `runs`
 EMPTY = "-1"
 PAIRS = re.compile(r"\s*\d{1,10}\s+\d{1,10}(?:\s+\d{1,10}\s+\d{1,10})*\s*", re.ASCII)
 
@@ -18,7 +19,7 @@ class RleError(ValueError):
     """A run-length text that describes no mask; the message says what is wrong, without file or id."""
 
 
-def runs(text: str) -> tuple[np.ndarray, np.ndarray]:
+def runs(text: str) -> Runs:
     """Return the (start, end) pixel positions of the runs of one annotation row, end exclusive.
 
     Tokens are pairs (offset, length); an offset counts from the end of the previous run (the first from 0),
@@ -56,16 +57,25 @@ def past_the_end(end: int, rows: int, columns: int) -> RleError:
     return RleError(f"the runs end at pixel {end}, past the {rows} x {columns} film ({rows * columns} pixels)")
 
 
-def decode_union(texts: Iterable[str], rows: int, columns: int, inside: np.generic = np.True_) -> np.ndarray:
-    """Return the union of several annotation rows as a mask of shape (rows, columns), in column-major memory.
-
-    `inside` is the value of pixels inside, and gives the type: boolean by default; outside is its zero.
+def decode_union(texts: Iterable[str], rows: int, columns: int) -> np.ndarray:
+    """Return the union of several annotation rows as a boolean mask of shape (rows, columns), in column-major memory.
 
     Raises:
         RleError: as `runs`, or a run that ends past rows * columns.
     """
+    return paint(map(runs, texts), rows, columns)
+
+
+def paint(pairs: Iterable[Runs], rows: int, columns: int, inside: np.generic = np.True_) -> np.ndarray:
+    """Return the union of several results of `runs` as a mask of shape (rows, columns), in column-major memory.
+
+    `inside` is the value of pixels inside, and gives the type: boolean by default; outside is its zero.
+
+    Raises:
+        RleError: a run ends past rows * columns.
+    """
     flat: np.ndarray | None = None
-    for starts, ends in map(runs, texts):
+    for starts, ends in pairs:
         if not len(starts):
             continue
         if ends[-1] > rows * columns:
@@ -85,15 +95,15 @@ def decode_union(texts: Iterable[str], rows: int, columns: int, inside: np.gener
     return flat.reshape(columns, rows).T
 
 
-def overlap_px(texts: Iterable[str]) -> int:
-    """Return how many pixels more the annotation rows cover together than their union does. Raises as `runs`."""
-    pairs = [runs(text) for text in texts]
-    starts, ends = (np.concatenate([pair[i] for pair in pairs]) if pairs else np.zeros(0, np.int64) for i in (0, 1))
+def area_px(pairs: Sequence[Runs]) -> tuple[int, int]:
+    """Return (pixels of the union of several results of `runs`, how many pixels more they cover one by one)."""
+    starts, ends = (np.concatenate([np.zeros(0, np.int64), *(pair[i] for pair in pairs)]) for i in (0, 1))
     order = np.argsort(starts, kind="stable")
     starts, ends = starts[order], ends[order]
-    covered = np.maximum.accumulate(ends) if len(ends) else ends
+    covered = np.maximum.accumulate(ends)
     before = np.concatenate([[0], covered[:-1]]) if len(ends) else ends
-    return int((ends - starts).sum() - np.maximum(covered - np.maximum(before, starts), 0).sum())
+    union = int(np.maximum(covered - np.maximum(before, starts), 0).sum())
+    return union, int((ends - starts).sum()) - union
 
 
 def decode_rle(text: str, rows: int, columns: int) -> np.ndarray:

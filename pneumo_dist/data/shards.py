@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +22,7 @@ from pneumo_dist.config import ConfigError
 from pneumo_dist.runtime.files import atomic_path, read_json, sha256_file
 
 HEADER_BYTES = 128  # of every .npy file in here
+FLUSH_BYTES = 16 << 20  # are sent to the disk beside the decoding: the fsync at the end would wait for a whole shard
 # What a killed writer leaves behind (runtime/files.py).
 TEMPORARY = re.compile(r"^\.(?P<stem>.+)\.[0-9a-f]{8}\.tmp(\.\w+)?$")
 OURS = re.compile(r"^(images|masks|size)-(\d+)-(\d{5})-of-(\d{5})\.(npy|json)$|^films-(\d{5})-of-(\d{5})\.json$")
@@ -45,24 +48,33 @@ def films_name(shard: int, count: int) -> str:
     return f"films-{shard:05d}-of-{count:05d}.json"
 
 
-def to_sizes(pixels: np.ndarray, sizes: Iterable[int]) -> dict[int, np.ndarray]:
+def to_sizes(
+    pixels: np.ndarray, sizes: Iterable[int], into: Mapping[int, np.ndarray] | None = None
+) -> dict[int, np.ndarray]:
     """Return {size: uint8 (size, size)} of a uint8 (rows, columns) film; the aspect ratio is not kept.
 
     Halved by 2 x 2 means as long as both sides are even and at least twice the target, the rest by area (linear
     where a side grows). The levels of a larger size are those of a smaller one, so each is computed once; against
     one direct area mean a pixel differs by at most one grey level per halving beyond the first.
+
+    Args:
+        into: arrays to write the results to, by size, which saves a copy where they are to lie in a certain place.
     """
     import cv2  # here: submit.py reads file names without loading OpenCV
 
     level, found = pixels, {}
     for size in sorted(set(sizes), reverse=True):
+        place = into[size] if into else np.empty((size, size), np.uint8)
         while min(level.shape) >= 2 * size and level.shape[0] % 2 == level.shape[1] % 2 == 0:
-            level = cv2.resize(level, (level.shape[1] // 2, level.shape[0] // 2), interpolation=cv2.INTER_AREA)
+            half = level.shape[1] // 2, level.shape[0] // 2
+            level = cv2.resize(level, half, place if half == (size, size) else None, interpolation=cv2.INTER_AREA)
         if level.shape == (size, size):
-            found[size] = level
+            if level is not place:
+                place[:] = level
         else:
-            shrinks = min(level.shape) >= size
-            found[size] = cv2.resize(level, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+            way = cv2.INTER_AREA if min(level.shape) >= size else cv2.INTER_LINEAR
+            cv2.resize(level, (size, size), place, interpolation=way)
+        found[size] = place
     return found
 
 
@@ -76,11 +88,13 @@ def masks_to_sizes(mask: np.ndarray, sizes: Iterable[int]) -> dict[int, np.ndarr
 
     The mask is bool, or uint8 with 255 inside, which saves a pass.
     """
+    import cv2
+
     # By columns, as decoded masks lie in memory: transposing the small results is cheaper.
     grey = np.ascontiguousarray(mask.T)
     if grey.dtype == bool:
         grey = grey.view(np.uint8) * np.uint8(255)
-    return {size: np.ascontiguousarray(level.T) >= 128 for size, level in to_sizes(grey, sizes).items()}
+    return {size: cv2.transpose(level) >= 128 for size, level in to_sizes(grey, sizes).items()}
 
 
 class _NpyStream:
@@ -90,6 +104,9 @@ class _NpyStream:
         self._path, self._announced, self._shape, self.rows = path, rows, shape, 0
         self._file: BinaryIO = open(path, "wb")
         self._hash = hashlib.sha256()
+        self._flusher = ThreadPoolExecutor(1, "flush")
+        self._flush: Future[None] | None = None
+        self._unflushed = 0
         self._put(self._header(rows))
 
     def _header(self, rows: int) -> bytes:
@@ -102,10 +119,19 @@ class _NpyStream:
     def _put(self, data: Any) -> None:
         self._file.write(data)
         self._hash.update(data)
+        self._unflushed += len(data)
+        if self._unflushed >= FLUSH_BYTES and (self._flush is None or self._flush.done()):
+            self._wait()
+            self._flush, self._unflushed = self._flusher.submit(os.fdatasync, self._file.fileno()), 0
+
+    def _wait(self) -> None:
+        """Wait for what is being flushed; a disk's error counts as one of writing."""
+        if self._flush is not None:
+            self._flush.result()
 
     def add(self, row: np.ndarray) -> None:
         """Append one uint8 array of the row's shape."""
-        self._put(np.ascontiguousarray(row).data)
+        self._put(np.ascontiguousarray(row).data.cast("B"))
         self.rows += 1
 
     def close(self) -> str:
@@ -114,11 +140,13 @@ class _NpyStream:
             # numpy pads headers for growing first axes: the length stays, the rows need not move.
             self._file.seek(0)
             self._file.write(self._header(self.rows))
-        self._file.close()
+        self._wait()
+        self.abort()
         return self._hash.hexdigest() if self.rows == self._announced else sha256_file(self._path)
 
     def abort(self) -> None:
-        """Close the file without finishing it."""
+        """Close the file as it is."""
+        self._flusher.shutdown()
         self._file.close()
 
 

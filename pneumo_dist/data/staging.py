@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from pneumo_dist.config import ConfigError
-from pneumo_dist.data.shards import image_name, mask_name, size_name
+from pneumo_dist.data.shards import TEMPORARY, image_name, mask_name, size_name
 from pneumo_dist.runtime.files import atomic_path, read_json, sha256_file, write_text
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,9 @@ def _files(shard_dir: Path, sizes: list[int], count: int) -> dict[str, str]:
 
 
 def _copy(shard_dir: Path, copy: Path, wanted: dict[str, str]) -> None:
+    for path in copy.iterdir():
+        if TEMPORARY.match(path.name):  # of a killed one: the lock is ours
+            path.unlink()
     missing = [name for name in wanted if not (copy / name).exists()]
     need = sum((shard_dir / name).stat().st_size for name in missing)
     free = shutil.disk_usage(copy).free

@@ -55,11 +55,12 @@ def load_ensemble(
     tta: str | None = None,
     amp: str = "auto",
     pooled: Path | None = None,
+    triplet: Triplet | None = None,
 ) -> Ensemble:
     """Load model files that answer together.
 
-    The triplet is the model's own; of several models the pooled one (`pooled`, a thresholds.json of their run) where
-    it is there, else the median of each of the three numbers. Flips are those stored in the models.
+    The triplet is the one given, else the model's own; of several models the pooled one (`pooled`, a thresholds.json
+    of their run) where it is there, else the median of each of the three numbers. Flips are those stored in the models.
 
     Raises:
         ConfigError: a file is no model, or the models were stored with different flips and `tta` is not given.
@@ -77,7 +78,11 @@ def load_ensemble(
             "infer.tta=%s is not what the models' thresholds were tuned with (%s)", tta, ", ".join(sorted(stored))
         )
     rules = [stored_triplet(meta) for _, meta in loaded]
-    if pooled is not None:
+    if triplet is not None:
+        rule, origin = triplet, "infer.triplet"
+        if {triplet} != set(rules):
+            log.warning("infer.triplet replaces what the models store: %s", ", ".join(map(str, dict.fromkeys(rules))))
+    elif pooled is not None:
         rule, origin = stored_triplet({"triplet": read_json(pooled)["triplet"]}), "pooled out-of-fold evaluation"
     elif len(set(rules)) == 1:
         rule, origin = rules[0], "model file" if len(rules) == 1 else "model files, all alike"

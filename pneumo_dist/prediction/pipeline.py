@@ -32,6 +32,7 @@ from pneumo_dist.runtime import ranks
 from pneumo_dist.runtime.files import sha256_text
 from pneumo_dist.runtime.runlog import progress
 from pneumo_dist.runtime.task import Task, pooled_thresholds
+from pneumo_dist.scoring.records import Triplet
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,9 @@ def run_parts(task: Task, made: Plan, indices: Sequence[int]) -> None:
         if device.type == "cpu":
             torch.set_num_threads(cores(config.train.threads))
         paths = task.model_paths
-        ensemble = load_ensemble(paths, device, config.infer.tta, config.train.amp, pooled_thresholds(paths))
+        pooled, rule = pooled_thresholds(paths), config.infer.triplet
+        given = Triplet(rule[0], int(rule[1]), rule[2]) if rule else None
+        ensemble = load_ensemble(paths, device, config.infer.tta, config.train.amp, pooled, given)
         predictor = ensemble.predictor
         settings = ensemble.settings | {"outputs": sorted({"csv", *config.infer.outputs})}
         todo = [j for j in indices if read_part(part_folder(task.out, j), signature(made, j, settings)) is None]

@@ -32,8 +32,8 @@ def write_submission(path: Path, rows: Iterable[tuple[str, str]]) -> None:
     write_text(path, text.getvalue())
 
 
-def read_rows(path: Path) -> list[list[str]]:
-    """Read a csv file's rows, header included, without stripping anything.
+def read_rows(path: Path, what: str = "submission") -> list[list[str]]:
+    """Read a csv file's rows, header included, without stripping anything; `what` names it in an error.
 
     Raises:
         ConfigError: no such file, not UTF-8, not csv.
@@ -43,7 +43,7 @@ def read_rows(path: Path) -> list[list[str]]:
         with open(path, newline="", encoding="utf-8") as handle:
             return list(csv.reader(handle))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path}: cannot read the submission ({getattr(error, 'strerror', None) or error})") from None
+        raise ConfigError(f"{path}: cannot read the {what} ({getattr(error, 'strerror', None) or error})") from None
 
 
 def problems_of(rows: list[list[str]], expected: Iterable[str], size_of: Any) -> list[str]:
@@ -108,11 +108,12 @@ def validate_submission(path: Path, against: Path) -> list[str]:
         if not films:
             raise ConfigError(f"{against} holds no films")
         return problems_of(rows, films, lambda name: film_size(against / films[name]))
-    names = [cell.strip().lstrip("\ufeff") for cell in (read_rows(against) or [[]])[0]]
+    head, *answers = read_rows(against, "folder of films or list of ids") or [[]]
+    names = [cell.strip().lstrip("\ufeff") for cell in head]
     if "ImageId" not in names:
         raise ConfigError(f"{against}: neither a folder of films nor a csv with an ImageId column")
     column = names.index("ImageId")
-    wanted = [row[column].strip() for row in read_rows(against)[1:] if len(row) > column]
+    wanted = [row[column].strip() for row in answers if len(row) > column]
     return problems_of(rows, wanted, lambda _: COMPETITION_SIZE)
 
 

@@ -256,6 +256,10 @@ def test_a_missing_decoder_names_the_package():
     data = data.replace(b"1.2.840.10008.1.2.4.70", b"1.2.840.10008.1.2.4.99")
     with pytest.raises(FilmError, match="not supported|no decoder"):
         parse_film(data, LIMIT)
+    baseline, twelve = b"\xff\xc0\x00\x0b\x08", b"\xff\xc1\x00\x0b\x0c"  # frame headers: process and precision
+    data = data.replace(b"1.2.840.10008.1.2.4.99", b"1.2.840.10008.1.2.4.51").replace(baseline, twelve)
+    with pytest.raises(FilmError, match="no decoder for JPEG Extended.* install pylibjpeg-libjpeg"):
+        parse_film(data, LIMIT)
 
 
 def test_a_deflated_file_is_refused_before_it_can_grow():

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import asdict
 from pathlib import Path
 
 import cv2
@@ -19,6 +20,7 @@ from pneumo_dist.prediction.plan import file_name, read_plan
 from pneumo_dist.prediction.submission import read_rows, validate_submission
 from pneumo_dist.runtime.files import sha256_file
 from pneumo_dist.runtime.stopping import Stopped
+from pneumo_dist.scoring.records import Triplet, apply_triplet
 from tests.films import PATIENT, SECRET, picture, task, write_dicom, write_model
 
 EVERYTHING = "infer.outputs=csv,masks,overlays,probs,dicomseg"
@@ -255,6 +257,20 @@ def test_a_runs_folds_use_the_pooled_triplet(films, tmp_path):
 def test_another_tta_than_the_stored_one_warns(films, model, tmp_path, caplog):
     run(tmp_path, films, model, "infer.tta=none")
     assert "infer.tta=none is not what the models' thresholds were tuned with (hflip)" in caplog.text
+
+
+def test_a_given_triplet_decides_in_place_of_the_stored_one_and_warns(films, model, tmp_path, caplog):
+    out = run(tmp_path, films, model, "infer.triplet=0.0,0,0.05", "infer.outputs=csv,masks")
+    assert "infer.triplet replaces what the models store" in caplog.text
+    rule = Triplet(0.0, 0, 0.05)
+    wide = predict(model, films / "d.dcm")[0].probability
+    mask = cv2.imread(str(out / "masks" / "d.png"), cv2.IMREAD_UNCHANGED) > 0
+    assert np.array_equal(mask, apply_triplet(wide, rule)) and mask.any()
+    settings = json.loads((out / "inference.json").read_text())
+    assert settings["triplet"] == asdict(rule) and settings["triplet_from"] == "infer.triplet"
+    for wrong in ("0.5,100", "2,0,0.5", "0.5,1.5,0.5", "0.5,-1,0.5"):
+        with pytest.raises(ConfigError, match="infer.triplet"):
+            task(tmp_path, "infer", [f"infer.triplet={wrong}"])
 
 
 @pytest.mark.parametrize("damage", ["gap", "twice", "foreign", "missing part", "other model"])

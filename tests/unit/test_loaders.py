@@ -256,7 +256,10 @@ def test_a_half_made_copy_is_completed_and_a_damaged_source_refused(shards, tmp_
     victim = copy / "images-32-00001-of-00003.npy"
     victim.write_bytes(b"half")
     (copy / "masks-32-00000-of-00003.npy").unlink()
+    leftover = copy / ".images-32-00002-of-00003.0123abcd.tmp.npy"
+    leftover.write_bytes(b"of a killed copy")
     assert stage_shards(shards, tmp_path / "a", 32) == copy
+    assert not leftover.exists()
     assert victim.read_bytes() == (shards / victim.name).read_bytes()
     import shutil
 

@@ -81,6 +81,8 @@ def test_against_a_sample_submission_films_are_1024(tmp_path):
     assert "1024 x 1024" in validate_submission(bad, sample)[0]
     with pytest.raises(ConfigError, match="ImageId"):
         validate_submission(good, submission(tmp_path / "other.csv", [], head="a,b"))
+    with pytest.raises(ConfigError, match="gone: cannot read the folder of films or list of ids"):
+        validate_submission(good, tmp_path / "gone")
 
 
 def test_scores_of_a_submission_are_those_of_its_masks(tmp_path):

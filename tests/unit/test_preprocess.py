@@ -201,7 +201,7 @@ def test_every_defect_is_in_the_audit_and_stops_nothing_within_max_bad(dirty, tm
     cases = {case.id: case for case in read_cases(tmp_path / "shards")}
     assert cases["twin"].group == cases[twin].group and cases["twin"].fold == cases[twin].fold
     text = (tmp_path / "shards" / "audit.txt").read_text()
-    for part in ("masks DIFFER", "Rows without a film: 1", "Unusable films: 4", "patient-level"):
+    for part in ("rows per image", "masks DIFFER", "Rows without a film: 1", "Unusable films: 4", "patient-level"):
         assert part in text
     assert not preprocess.verify(tmp_path / "shards")
 

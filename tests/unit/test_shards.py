@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import pickle
@@ -35,6 +36,9 @@ def test_one_pass_for_all_sizes_equals_each_size_alone(shape):
     for size in (32, 64, 128):
         assert together[size].shape == (size, size) and together[size].dtype == np.uint8
         assert np.array_equal(together[size], to_size(film, size))
+    places = {size: np.full((size, size), 7, np.uint8) for size in (32, 64, 128)}
+    to_sizes(film, places, places)
+    assert all(np.array_equal(places[size], together[size]) for size in places)
 
 
 def test_halving_stays_within_a_grey_level_of_the_direct_area_mean():
@@ -146,3 +150,14 @@ def test_a_short_shard_is_an_error_and_no_bus_error(tmp_path, name):
 def test_an_unfinished_directory_or_a_missing_size_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match="no finished shards of 64 px"):
         ShardReader(tmp_path, 64)
+
+
+def test_a_disk_that_fails_beside_the_writing_leaves_no_shard(tmp_path, monkeypatch):
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("pneumo_dist.data.shards.FLUSH_BYTES", 1)
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        shard(tmp_path, 3)
+    assert list(tmp_path.iterdir()) == []
