@@ -68,7 +68,7 @@ def test_every_job_waits_for_the_one_it_reads_from(
     waits = {key: script(run_dir, i + 1) for i, key in enumerate(order)}
     assert "--dependency" not in waits["phantom"]
     assert "--dependency=afterok:3\n" in waits["stage1-fold1"] and "--dependency=afterok:5\n" in waits["stage2-fold1"]
-    assert "--dependency=afterok:10:11\n" in waits["pool"] and "--dependency=afterok:10:11\n" in waits["infer"]
+    assert "--dependency=afterok:10:11\n" in waits["pool"] and "--dependency=afterok:12\n" in waits["infer"]
     assert "--array=0-1%2" in waits["preprocess"] and "--nodes=2" in waits["swa-fold0"]
     assert "stage1-fold0         job 4" in shown and "runs.py status" in shown
     assert {entry.code for entry in Ledger(run_dir).entries()} == {path.name for path in (run_dir / "code").iterdir()}
