@@ -150,6 +150,21 @@ def test_a_time_limit_below_what_was_measured_is_remarked(
     assert "about 100 more minutes" in said and "requeued about 3 times" in said
 
 
+def test_missing_imagenet_weights_are_remarked_before_the_queue(
+    tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    words = ["--stage", "all", "--run", "a", f"run_root={tmp_path}", "phantom.films=9"]
+    assert main(words) == 0
+    assert "run `python -m pneumo_dist.model.pretrained` here first" in capfd.readouterr().out
+    cached = tmp_path / "torch" / "hub" / "checkpoints" / "resnet34-b627a593.pth"
+    cached.parent.mkdir(parents=True)
+    cached.touch()
+    words[3] = "b"
+    assert main(words) == 0
+    assert "ImageNet" not in capfd.readouterr().out
+
+
 def test_wait_ends_with_the_jobs_result(
     tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
