@@ -158,7 +158,7 @@ class TrainStage:
 class Swa:
     """Stochastic weight averaging; the paper gives neither start nor interval: these are this project's choice."""
 
-    stages: List[str] = field(default_factory=lambda: ["last"])  # "last", or stage names such as 1
+    stages: List[str] = field(default_factory=lambda: ["last"])  # "last" (for the stage swa), or names such as 1
     start: float = 0.75  # share of the stage's optimizer steps after which averaging begins
     interval: int = 0  # optimizer steps between two averaged models; 0: one epoch
     lr: Optional[float] = None  # constant learning rate while averaging; none: the schedule goes on
@@ -302,8 +302,8 @@ class Config:
         return {"1": self.stage1, "2": self.stage2}[name]
 
     def averages(self, name: str) -> bool:
-        """Tell whether training stage `name` keeps a running SWA average."""
-        return name in self.swa.stages or ("last" in self.swa.stages and name == self.last_stage)
+        """Tell whether training stage `name` keeps a running SWA average: it is named, or the `swa` stage reads it."""
+        return name in self.swa.stages or ("last" in self.swa.stages and self.stages[-2:] == [name, "swa"])
 
 
 def _nearest(word: str, choices: list[str]) -> str:

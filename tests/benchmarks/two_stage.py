@@ -58,7 +58,6 @@ def recipe(options: argparse.Namespace, arm: str, seed: int, work: Path) -> conf
             "data.shards=2",
             "data.folds=4",
             "model.pretrained=none",
-            "swa.stages=last",
             f"train.seed={seed}",
             f"train.threads={options.threads}",
             "train.workers=0",

@@ -65,6 +65,15 @@ def test_exp4_is_256_for_60_epochs_then_512_for_29() -> None:
     assert config.model.pretrained == "imagenet"
 
 
+@pytest.mark.parametrize(
+    ("name", "averaged"), [("exp1", []), ("exp2", []), ("exp3", []), ("exp4", []), ("paper", ["2"]), ("kaggle", ["2"])]
+)
+def test_weights_are_averaged_in_the_final_training_only(name: str, averaged: list[str]) -> None:
+    config = load(CONFIGS / f"{name}.yaml", ["stage2.init_from=runs/exp2"] if name == "exp3" else [])
+    assert [stage for stage in config.train_stages if config.averages(stage)] == averaged
+    assert ("swa" in config.stages) == bool(averaged)
+
+
 def test_kaggle_goes_beyond_the_paper() -> None:
     config = load(CONFIGS / "kaggle.yaml")
     assert config.data.folds == 5
