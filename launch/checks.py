@@ -16,7 +16,7 @@ from launch.place import Site
 from launch.plan import Plan, title
 from launch.profile import CPU_ONLY, Profile
 from pneumo_dist.chain import STAGES
-from pneumo_dist.config import TRAIN_STAGES, ConfigError
+from pneumo_dist.config import TRAIN_STAGES, Config, ConfigError
 from pneumo_dist.runtime.task import shard_dir
 from pneumo_dist.training import history
 
@@ -88,7 +88,8 @@ def _paths(plan: Plan) -> Iterator[str]:
     config = plan.recipe.config
     stages = {node.stage for node in plan.todo}
     if "1" in stages and config.model.weights and not Path(config.model.weights).is_file():
-        yield f"model.weights={config.model.weights}: no such file"
+        fetch = "`python -m pneumo_dist.model.pretrained` fetches them and prints their place"
+        yield f"model.weights={config.model.weights}: no such file: give torchvision's resnet34 weights; {fetch}"
     for stage in stages & set(TRAIN_STAGES):
         start = config.train_stage(stage).init_from
         if start:
@@ -182,9 +183,26 @@ def refuse(made: Plan, nodes: int, place: Site) -> None:
         raise ConfigError(line)
 
 
+def _download(config: Config) -> Iterator[str]:
+    """Warn where training would have to fetch the ImageNet weights: compute nodes seldom have internet."""
+    first = config.train_stage(config.train_stages[0])
+    if config.model.pretrained != "imagenet" or config.model.weights or first.init_from:
+        return
+    # Where torch.hub keeps them; asking torch itself would take seconds.
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch"
+    folder = Path(os.environ.get("TORCH_HOME", cache)).expanduser() / "hub" / "checkpoints"
+    if not any(folder.glob("resnet34-*.pth")):
+        yield (
+            f"the ImageNet weights are not in {folder}: the job will fetch them; if its nodes have no internet, run "
+            "`python -m pneumo_dist.model.pretrained` here first"
+        )
+
+
 def remarks(made: Plan, profile: Profile) -> Iterator[str]:
     """Yield what is no mistake but worth knowing before jobs wait in a queue: time and memory, as measured."""
     config, run_dir = made.recipe.config, made.recipe.run_dir
+    if any(node.stage == config.train_stages[0] for node in made.todo):
+        yield from _download(config)
     for node in made.todo:
         if node.stage not in TRAIN_STAGES:
             continue

@@ -254,6 +254,8 @@ def missing_line(plan: Plan, node: Node, job: Job) -> str:
     name = command_stage(job[0])
     fold = f" --folds {job[1]}" if job[1] not in (None, 0) else ""
     needs = title(command_stage(job[0]), job[1], len(plan.folds))
+    if job[0] == "pool":
+        fold, needs = f" --folds {','.join(map(str, plan.folds))}", "the folds' pooled evaluation"
     return (
         f"{title(node.stage, node.fold, len(plan.folds))} needs {needs}, which is not done: "
         f"run --stage {name}{fold} {plan.recipe.words} first"

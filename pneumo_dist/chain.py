@@ -100,7 +100,10 @@ def upstream(config: Config, stage: str, fold: int | None, folds: Iterable[int] 
     if stage == "pool":
         return [("evaluate", k) for k in folds]
     if stage == "infer":
-        return [] if config.infer.models else [("evaluate", k) for k in folds]
+        folds = list(folds)
+        # Several folds answer together by the pooled triplet; without the wait some elements would not find it yet.
+        pooled = [("pool", None)] if len(folds) > 1 else []
+        return [] if config.infer.models else [*(("evaluate", k) for k in folds), *pooled]
     if stage == "merge":
         return [("infer", None)]
     return []

@@ -101,7 +101,9 @@ class Model:
 
     pretrained: str = "imagenet"
     weights: Optional[str] = None  # a file with torchvision's resnet34 weights, for nodes without internet
-    sync_bn: str = "auto"  # auto: on CUDA below 4 samples a rank
+    # Without it batch norm sees each rank's share by itself: the one thing by which other numbers of ranks train other
+    # weights (micro-batches of stageN.accumulate are always seen by themselves). auto: on CUDA below 4 samples a rank.
+    sync_bn: str = "auto"
 
     def __post_init__(self) -> None:
         _one_of("model.pretrained", self.pretrained, ("imagenet", "none"))
@@ -156,7 +158,7 @@ class TrainStage:
 class Swa:
     """Stochastic weight averaging; the paper gives neither start nor interval: these are this project's choice."""
 
-    stages: List[str] = field(default_factory=lambda: ["last"])  # "last", or stage names such as 1
+    stages: List[str] = field(default_factory=lambda: ["last"])  # "last" (for the stage swa), or names such as 1
     start: float = 0.75  # share of the stage's optimizer steps after which averaging begins
     interval: int = 0  # optimizer steps between two averaged models; 0: one epoch
     lr: Optional[float] = None  # constant learning rate while averaging; none: the schedule goes on
@@ -300,8 +302,8 @@ class Config:
         return {"1": self.stage1, "2": self.stage2}[name]
 
     def averages(self, name: str) -> bool:
-        """Tell whether training stage `name` keeps a running SWA average."""
-        return name in self.swa.stages or ("last" in self.swa.stages and name == self.last_stage)
+        """Tell whether training stage `name` keeps a running SWA average: it is named, or the `swa` stage reads it."""
+        return name in self.swa.stages or ("last" in self.swa.stages and self.stages[-2:] == [name, "swa"])
 
 
 def _nearest(word: str, choices: list[str]) -> str:

@@ -176,7 +176,8 @@ def pool(task: Task) -> dict[str, Path]:
     notes.join(FilmNotes.load(path.parent) for path in found)
     tuned = scorecard.tune(records, settings, by="fold")
     folds = sorted(int(fold) for fold in np.unique(records.folds))
-    result = {"folds": folds, "tta": settings.tta, **scorecard.scores(records, tuned, settings)}
+    weights = "swa" if "swa" in task.config.stages else "best"
+    result = {"folds": folds, "weights": weights, "tta": settings.tta, **scorecard.scores(records, tuned, settings)}
     evaluation = Evaluation(
         f"Out-of-fold predictions of folds {', '.join(map(str, folds))}",
         result, records, tuned, notes.masks, notes.total, {case.id: case for case in read_cases(task.shard_dir)},

@@ -113,7 +113,7 @@ def _heading(title: str, result: Mapping[str, Any], threshold: float) -> str:
         "Scores are at film size against the union of the annotations. The headline is the fixed threshold and, for "
         "tuned triplets, values tuned on other patients or folds; what was tuned on these same films is marked "
         "optimistic.",
-        *scorecard.grouping_note(result),
+        *scorecard.caveats(result),
     ]
     counts = [("films", "films"), ("patients", "patients"), ("with pneumothorax", "positive")]
     values = [

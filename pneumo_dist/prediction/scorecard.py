@@ -136,11 +136,16 @@ def _label(name: str, entry: Mapping[str, Any]) -> str:
     return f"fixed threshold {entry['mask_threshold']:g}"
 
 
-def grouping_note(result: Mapping[str, Any]) -> list[str]:
-    """Return a warning where every film is a patient of its own, as happens without a patient map."""
-    if result["patients"] < result["films"] or result["films"] < 2:
-        return []
-    return ["every film counts as a patient of its own: without data.patient_map folds and intervals are by image"]
+def caveats(result: Mapping[str, Any]) -> list[str]:
+    """Return what makes the scores look better than they are: folds by image, weights chosen by looking."""
+    found = []
+    if result["patients"] == result["films"] > 1:
+        found.append(
+            "every film counts as a patient of its own: without data.patient_map folds and intervals are by image"
+        )
+    if result.get("weights") == "best":
+        found.append("best weights: the epoch was chosen by its Dice on these same films, which is a little optimistic")
+    return found
 
 
 def summary_text(result: Mapping[str, Any], title: str) -> str:
@@ -154,7 +159,7 @@ def summary_text(result: Mapping[str, Any], title: str) -> str:
     lines = [
         title,
         f"{result['films']} films of {result['patients']} patients, {result['positive']} with pneumothorax",
-        *grouping_note(result),
+        *caveats(result),
         "",
         f"{'decision':34}" + "".join(f"{head:>14}" for head in heads),
     ]

@@ -4,8 +4,8 @@
 
 Compute is counted in pixels that went forward and backward: an epoch at half the size costs a quarter. Both arms see
 the same films and fold, the same seeds, a cosine to zero per stage, random starts. What counts is the last epoch's
-validation score: no epoch is chosen by looking. Prints a table and JSON; finished stages are not repeated when the
-same --work is given again.
+validation score, and the second stage starts from the first one's last weights: no epoch is chosen by looking. Prints
+a table and JSON; finished stages are not repeated when the same --work is given again.
 """
 
 from __future__ import annotations
@@ -27,11 +27,21 @@ from pneumo_dist.stages import run_stage  # noqa: E402
 Curve = list[dict[str, float]]  # one point an epoch: megapixels so far, validation scores
 
 
+def run_dir(arm: str, seed: int, work: Path) -> Path:
+    """Return the run directory of one arm and seed."""
+    return work / f"{arm}-seed{seed}"
+
+
 def recipe(options: argparse.Namespace, arm: str, seed: int, work: Path) -> configuration.Config:
     """Return the configuration of one arm: "two" trains small, then large; "one" large only, for as many pixels."""
     equal = round(options.epochs_large + options.epochs_small * (options.small / options.large) ** 2)
     stages = {
-        "two": [f"stage1.size={options.small}", f"stage1.epochs={options.epochs_small}", "stages=1,2"],
+        "two": [
+            f"stage1.size={options.small}",
+            f"stage1.epochs={options.epochs_small}",
+            "stages=1,2",
+            f"stage2.init_from={run_dir(arm, seed, work) / 'fold0' / 'stage1' / 'last.pt'}",
+        ],
         "one": [f"stage1.size={options.large}", f"stage1.epochs={equal}", "stages=1"],
     }[arm]
     return configuration.load(
@@ -48,7 +58,6 @@ def recipe(options: argparse.Namespace, arm: str, seed: int, work: Path) -> conf
             "data.shards=2",
             "data.folds=4",
             "model.pretrained=none",
-            "swa.stages=last",
             f"train.seed={seed}",
             f"train.threads={options.threads}",
             "train.workers=0",
@@ -60,14 +69,14 @@ def recipe(options: argparse.Namespace, arm: str, seed: int, work: Path) -> conf
 def run_arm(options: argparse.Namespace, arm: str, seed: int, work: Path) -> Curve:
     """Train one arm with one seed through the ordinary stage functions and return its validation curve."""
     config = recipe(options, arm, seed, work)
-    run_dir = work / f"{arm}-seed{seed}"
-    write_text(run_dir / "config.yaml", configuration.to_yaml(config))
+    folder = run_dir(arm, seed, work)
+    write_text(folder / "config.yaml", configuration.to_yaml(config))
     curve: Curve = []
     pixels = 0.0
     for stage in config.train_stages:
-        run_stage(stage, run_dir, fold=0)
+        run_stage(stage, folder, fold=0)
         settings = config.train_stage(stage)
-        for line in (run_dir / "fold0" / f"stage{stage}" / "metrics.jsonl").read_text().splitlines():
+        for line in (folder / "fold0" / f"stage{stage}" / "metrics.jsonl").read_text().splitlines():
             row = json.loads(line)
             films = row["steps"] // row["epochs"] * settings.batch_size
             pixels += films * settings.size**2 / 1e6
@@ -77,10 +86,10 @@ def run_arm(options: argparse.Namespace, arm: str, seed: int, work: Path) -> Cur
 
 def prepare(options: argparse.Namespace, work: Path) -> None:
     """Make the phantom films and the shards of both sizes, which all arms share."""
-    run_dir = work / "data"
-    write_text(run_dir / "config.yaml", configuration.to_yaml(recipe(options, "two", 0, work)))
+    folder = work / "data"
+    write_text(folder / "config.yaml", configuration.to_yaml(recipe(options, "two", 0, work)))
     for stage in ("phantom", "preprocess", "finalize"):
-        run_stage(stage, run_dir)
+        run_stage(stage, folder)
 
 
 def plot(path: Path, curves: dict[str, list[Curve]], options: argparse.Namespace) -> None:

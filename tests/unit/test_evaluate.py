@@ -133,6 +133,7 @@ def test_the_pool_is_the_folds_together_cross_fitted_by_fold(run_dir):
     parts = [Records.load(run_dir / f"fold{k}" / "evaluate" / "records.npz") for k in (0, 1)]
     joined = Records.concatenate(parts)
     assert scores["films"] == len(joined) == sum(map(len, parts)) and scores["folds"] == [0, 1]
+    assert scores["weights"] == "swa"
     assert scores["headline"]["fixed"]["dice"] == summary(joined, scorecard.fixed(0.55))["dice"]
     assert scores["headline"]["cross_fitted"]["tuned_on"] == "other folds"
     assert (run_dir / "evaluate" / "report.html").exists()
@@ -152,6 +153,19 @@ def test_the_summary_fits_one_screen_and_labels_what_is_optimistic(run_dir):
         "holdout",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, []),
+        ({"weights": "best"}, ["chosen by its Dice on these same films"]),
+        ({"patients": 9}, ["folds and intervals are by image"]),
+    ],
+)
+def test_what_flatters_the_scores_is_said(changes, said):
+    found = scorecard.caveats({"films": 9, "patients": 5, "weights": "swa", **changes})
+    assert len(found) == len(said) and all(part in line for part, line in zip(said, found, strict=True))
 
 
 def test_evaluating_again_in_other_batches_gives_the_same_bytes(run_dir):

@@ -207,7 +207,12 @@ def test_infer_takes_every_fold_that_has_a_model(tmp_path: Path) -> None:
     for fold in (0, 3):
         finished(made, "evaluate", fold)
     again = make("--stage", "infer", "--run", "a", f"run_root={tmp_path}", "infer.dir=/films")
-    assert again.folds == (0, 3) and not again.missing
+    assert again.folds == (0, 3)
+    (missing,) = again.missing
+    assert "infer needs the folds' pooled evaluation" in plan.missing_line(again, *missing)
+    assert "run --stage evaluate --folds 0,3" in plan.missing_line(again, *missing)
+    finished(made, "pool")
+    assert not make("--stage", "infer", "--run", "a", f"run_root={tmp_path}", "infer.dir=/films").missing
 
 
 # ---- one writer

@@ -68,7 +68,7 @@ def test_every_job_waits_for_the_one_it_reads_from(
     waits = {key: script(run_dir, i + 1) for i, key in enumerate(order)}
     assert "--dependency" not in waits["phantom"]
     assert "--dependency=afterok:3\n" in waits["stage1-fold1"] and "--dependency=afterok:5\n" in waits["stage2-fold1"]
-    assert "--dependency=afterok:10:11\n" in waits["pool"] and "--dependency=afterok:10:11\n" in waits["infer"]
+    assert "--dependency=afterok:10:11\n" in waits["pool"] and "--dependency=afterok:12\n" in waits["infer"]
     assert "--array=0-1%2" in waits["preprocess"] and "--nodes=2" in waits["swa-fold0"]
     assert "stage1-fold0         job 4" in shown and "runs.py status" in shown
     assert {entry.code for entry in Ledger(run_dir).entries()} == {path.name for path in (run_dir / "code").iterdir()}
@@ -148,6 +148,21 @@ def test_a_time_limit_below_what_was_measured_is_remarked(
     assert submit(tmp_path, "--stage", "1", "--profile", str(tmp_path / "p.yaml")) == 0
     said = capfd.readouterr().out
     assert "about 100 more minutes" in said and "requeued about 3 times" in said
+
+
+def test_missing_imagenet_weights_are_remarked_before_the_queue(
+    tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    words = ["--stage", "all", "--run", "a", f"run_root={tmp_path}", "phantom.films=9"]
+    assert main(words) == 0
+    assert "run `python -m pneumo_dist.model.pretrained` here first" in capfd.readouterr().out
+    cached = tmp_path / "torch" / "hub" / "checkpoints" / "resnet34-b627a593.pth"
+    cached.parent.mkdir(parents=True)
+    cached.touch()
+    words[3] = "b"
+    assert main(words) == 0
+    assert "ImageNet" not in capfd.readouterr().out
 
 
 def test_wait_ends_with_the_jobs_result(
