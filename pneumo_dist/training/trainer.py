@@ -114,7 +114,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Load the newest checkpoint: rank 0 chooses, since file systems may show the others an older state."""
-        state = self.ranks.broadcast(self.store.newest() if self.ranks.first else None)
+        state = self.ranks.broadcast(self.ranks.on_first(self.store.newest))
         if state is None:
             return
         if state["result_hash"] != self.task.result_hash:
@@ -157,6 +157,7 @@ class Trainer:
             "machine": self.machine,
             "result_hash": self.task.result_hash,
         }
+        self.log.flush()  # what a resume from here will not write again
         self.store.save(f"{self._batches_done:010d}", state)
 
     def _weights_file(self, name: str, weights: dict[str, torch.Tensor]) -> Path:
