@@ -53,7 +53,7 @@ class Job:
             sys.exit(1)
         except Exception as error:
             line = told(error)
-            said = line or f"{type(error).__name__}, its traceback is below"
+            said = line or " ".join(f"{type(error).__name__}: {error}".split())[:300]
             where = f"rank {rank} of {os.environ.get('SLURM_NTASKS', '1')} on {socket.gethostname()}"
             print(f"error: {where}: {said}", file=sys.stderr, flush=True)
             if line is None:
