@@ -124,7 +124,8 @@ def run(task: Task) -> dict[str, Path]:
     source = task.dir_of(name) / "swa.pt"
     model, meta = load_model(source, device=ranks.device)
     keys, dataset = _batches(task, stage.size, stage.batch_size)
-    loader = make_loader(dataset, keys, config.train.workers, config.train.seed, ranks.device.type == "cuda")
+    cuda = ranks.device.type == "cuda"
+    loader = make_loader(dataset, keys, config.train.workers, config.train.seed, cuda, config.train.first_timeout_s)
 
     def watched() -> Iterator[Tensor]:
         for images, _, _ in loader:

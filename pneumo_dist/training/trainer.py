@@ -251,7 +251,12 @@ class Trainer:
         )
         return iter(
             make_loader(
-                dataset, sampler, self.config.train.workers, self.config.train.seed, self.stepper.device.type == "cuda"
+                dataset,
+                sampler,
+                self.config.train.workers,
+                self.config.train.seed,
+                self.stepper.device.type == "cuda",
+                self.config.train.first_timeout_s,
             )
         )
 
@@ -264,12 +269,8 @@ class Trainer:
         self.stepper.set_rates(rates)
 
     def train(self) -> None:
-        """Run the epochs that are left; stacks are dumped when no step ends for half a time-out."""
-        faulthandler.dump_traceback_later(self.config.train.first_timeout_s / 2)
-        try:
-            self._epochs()
-        finally:
-            faulthandler.cancel_dump_traceback_later()
+        """Run the epochs that are left."""
+        self._epochs()
         self.boundary.settle()
         self.log.close()
 
@@ -387,7 +388,11 @@ class Trainer:
 
 
 def run(task: Task) -> dict[str, Path]:
-    """Train one stage of one fold; every rank calls it."""
-    trainer = Trainer(task)
-    trainer.train()
-    return trainer.finish()
+    """Train one stage of one fold; every rank calls it. Stacks are dumped when nothing moves for half a time-out."""
+    faulthandler.dump_traceback_later(task.config.train.first_timeout_s / 2)
+    try:
+        trainer = Trainer(task)
+        trainer.train()
+        return trainer.finish()
+    finally:
+        faulthandler.cancel_dump_traceback_later()

@@ -1,4 +1,4 @@
-"""Seven things that happen to jobs on a cluster, each to one short training with one dependant.
+"""Eight things that happen to jobs on a cluster, each to one short training with one dependant.
 
 One undisturbed training is the reference: whatever was done to the others, their final weights are the same bits.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.outcome import last_error
 from tests.slurm.private import PROFILE, TINY, PrivateCluster, same_weights, until
 
 FEW_BATCHES = 3  # from here on a training counts as under way: its checkpoint is worth losing
@@ -176,6 +178,8 @@ def test_d_killed_rank_fails_the_job_and_the_repeated_command_continues(disturbe
     os.kill(ranks_of(job)[1], signal.SIGKILL)
     assert disturbed.cluster.wait_for(job, within_s=90) == "FAILED"
     assert disturbed.cluster.wait_for(child, within_s=60) == "CANCELLED"
+    said = [last_error(path) or "" for path in sorted((disturbed.run / "jobs").glob(f"{job}_0_log.*"))]
+    assert any(re.search(r"node\d: task 1: Killed", line) for line in said), said  # which rank, and where
     reached = disturbed.batches()
     again, child = disturbed.submit()
     assert again != job
@@ -220,6 +224,18 @@ def test_g_killed_controller_comes_back_and_the_training_never_notices(disturbed
     disturbed.check(child, reference)
     assert disturbed.cluster.job(job)["Restarts"] == "0"
     assert "resuming at" not in disturbed.log(job)
+
+
+def test_h_site_without_requeueing_goes_on_with_the_repeated_command(disturbed: Training, reference: Path) -> None:
+    disturbed.profile.write_text(f"{disturbed.profile.read_text()}requeue: false\n")
+    job, child = disturbed.begin()
+    disturbed.cluster.command("scancel", "--signal=USR2", job)
+    assert disturbed.cluster.wait_for(job, within_s=90) == "FAILED"
+    assert disturbed.cluster.wait_for(child, within_s=60) == "CANCELLED"
+    assert "state is saved, but SLURM refused to requeue" in disturbed.log(job)
+    again, child = disturbed.submit()
+    disturbed.check(child, reference)
+    assert "resuming at" in disturbed.log(again)
 
 
 def test_warning_in_a_jobs_first_moment_is_not_lost(free_cluster: PrivateCluster, tmp_path: Path) -> None:
