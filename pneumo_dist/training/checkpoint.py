@@ -95,6 +95,7 @@ class CheckpointStore:
             if self.attempt:
                 self.attempt.check()
             path = self.folder / f"{name}.pt"
+            before = self._listed()
             self._damaged.discard(path.name)
             with atomic_path(path) as temporary:
                 with open(temporary, "wb") as file:  # torch, given a path, would not say that the disk is full
@@ -103,7 +104,7 @@ class CheckpointStore:
                 if self.attempt:
                     self.attempt.check()
             gone = self._damaged | {path.name}
-            kept = [e for e in self._listed() if e["file"] not in gone and (self.folder / e["file"]).exists()]
+            kept = [e for e in before if e["file"] not in gone and (self.folder / e["file"]).exists()]
             kept.append({"file": path.name, "sha256": digest})
             write_json(self.folder / "LAST", {"checkpoints": kept[-self.keep :]})
             listed = {entry["file"] for entry in kept[-self.keep :]}

@@ -16,13 +16,12 @@ import pytest
 from pneumo_dist import stages
 from pneumo_dist.training import history, trainer
 from pneumo_dist.training.checkpoint import CheckpointStore
-from pneumo_dist.training.step import Stepper
 from tests.dist import small_run
 from tests.dist.spawn import exits
 
 # Where in the training the disk is spoilt: (owner, function, at which call of it).
 MOMENTS: dict[str, tuple[Any, str, int]] = {
-    "a checkpoint": (Stepper, "step", 5),
+    "a checkpoint": (CheckpointStore, "save", 2),
     "best.pt": (trainer.Trainer, "_note_epoch", 1),
     "metrics.jsonl": (history, "append", 2),
     "last.pt": (trainer.Trainer, "_last_files", 1),
@@ -80,7 +79,8 @@ def train(disk: str, moment: str | None = None, how: str = "") -> int:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run.prepare(tmp_path_factory.mktemp("prepared"), "train.save_every_s=0")
+    words = ("train.save_every_s=0", "stage1.epochs=2", "stage1.batch_size=2")  # five steps an epoch, a save at each
+    return small_run.prepare(tmp_path_factory.mktemp("prepared"), *words)
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,9 @@ def _told(codes: list[int], printed: list[str], *words: str) -> None:
             assert word in lines[0], text
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    ("moment", "ranks"), [*((moment, 2) for moment in MOMENTS), ("a checkpoint", 1), ("best.pt", 1)]
+)
 def test_a_disk_full_under(moment: str, ranks: int, disk: Path, undisturbed: dict[int, dict[str, object]]) -> None:
     codes, printed = exits(train, ranks, str(disk), moment, "full")
     _told(codes, printed, "No space left on device", f"{disk}/run/fold0/stage1/{FILES.get(moment, moment)}")

@@ -31,6 +31,11 @@ def test_the_newest_two_are_kept_and_the_newest_is_read(tmp_path):
     assert CheckpointStore(tmp_path).newest()["step"] == 11
 
 
+def test_a_first_write_has_nothing_to_warn_about(tmp_path, caplog):
+    _save(CheckpointStore(tmp_path / "new"), 1, 2, 3)
+    assert caplog.text == ""
+
+
 def test_a_fresh_folder_has_no_checkpoint(tmp_path):
     assert CheckpointStore(tmp_path / "none").newest() is None
 
