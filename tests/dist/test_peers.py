@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pneumo_dist import config as configuration
 from pneumo_dist import stages
 from pneumo_dist.runtime.attempt import Attempt
 from pneumo_dist.training.checkpoint import CheckpointStore
@@ -65,6 +67,10 @@ def hang_at_5(_run_dir: Path) -> None:
 def die_at_5(_run_dir: Path) -> None:
     if os.environ["RANK"] == "1":
         _before_step(5, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def die_alone_at_7(_run_dir: Path) -> None:
+    _before_step(7, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def lose_a_worker_at_3(_run_dir: Path) -> None:
@@ -159,6 +165,24 @@ def test_a_dead_rank_or_worker_ends_the_job_which_then_continues(run_dir: Path, 
     codes, printed = exits(train, 2, str(run_dir), note_films)
     assert codes == [0, 0], printed
     assert small_run.fingerprint(run_dir) == small_run.fingerprint(undisturbed)
+
+
+def _points(run_dir: Path) -> list[int]:
+    """The steps of which TensorBoard shows a learning rate."""
+    events = EventAccumulator(str(run_dir / "fold0/stage1/tensorboard")).Reload()
+    return [event.step for event in events.Scalars("train/lr")]
+
+
+def test_tensorboard_has_each_step_once_after_a_kill(run_dir: Path) -> None:
+    config = configuration.load(run_dir / "config.yaml", ["train.save_every_s=0", "train.log_every=1"])
+    (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
+    codes, printed = exits(train, 1, str(run_dir), die_alone_at_7)
+    assert codes == [-signal.SIGKILL], printed
+    saved = int(sorted((run_dir / "fold0/stage1/checkpoints").glob("0*.pt"))[-1].stem)
+    assert _points(run_dir)[:saved] == list(range(1, saved + 1)), "nothing is missing up to the checkpoint"
+    codes, printed = exits(train, 1, str(run_dir), note_films)
+    assert codes == [0] and "resuming at" in printed[0], printed
+    assert _points(run_dir) == list(range(1, 9))
 
 
 def test_signals_while_saving_change_nothing(run_dir: Path) -> None:
