@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,10 +38,11 @@ class Job:
         _forget_stale_result()
         _say_once()
         from pneumo_dist.config import ConfigError
-        from pneumo_dist.runtime.attempt import Stale
+        from pneumo_dist.runtime.failure import told
         from pneumo_dist.stages import run_stage
 
-        first = os.environ.get("SLURM_PROCID", "0") == "0"
+        rank = os.environ.get("SLURM_PROCID", "0")
+        first = rank == "0"
         try:
             run_stage(self.stage, Path(self.run_dir), self.fold, self.part, stop=stop)
         except stopping.Stopped as stopped:
@@ -49,8 +51,13 @@ class Job:
             if first:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
-        except Stale as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        except Exception as error:
+            line = told(error)
+            said = line or " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            where = f"rank {rank} of {os.environ.get('SLURM_NTASKS', '1')} on {socket.gethostname()}"
+            print(f"error: {where}: {said}", file=sys.stderr, flush=True)
+            if line is None:
+                raise  # submitit writes the traceback into the log and into its result
             sys.exit(1)
 
     def checkpoint(self) -> Any:
@@ -69,8 +76,18 @@ def leave(stopped: stopping.Stopped, requeue: Handler | None, first: bool) -> No
         sys.exit(stopped.status)
     if not first:
         sys.exit(0)
+    from submitit.core.utils import UncompletedJobError
+
     try:
         requeue(stopped.signum, None)
+    except UncompletedJobError:
+        print(
+            "error: the state is saved, but the job has met its time limit as often as the profile's max_timeouts "
+            "allows: repeat the same submit command to continue",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(1)
     except subprocess.CalledProcessError as error:
         if error.returncode < 0:
             # SLURM had requeued the job already and killed scontrol together with it: nothing went wrong.

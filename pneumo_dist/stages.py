@@ -23,7 +23,8 @@ from pneumo_dist.chain import STAGES, Node
 from pneumo_dist.config import Config, ConfigError
 from pneumo_dist.runtime import ranks as ranks_module
 from pneumo_dist.runtime import stopping
-from pneumo_dist.runtime.attempt import Attempt, Stale
+from pneumo_dist.runtime.attempt import Attempt
+from pneumo_dist.runtime.failure import told
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.runtime.runlog import setup as setup_log
 from pneumo_dist.runtime.task import Task, stage_dir
@@ -67,7 +68,7 @@ def run_stage(
     setup_log(ranks.rank)
     started = time.monotonic()
     # Rank 0 looks and decides for all: file systems may show the others an older state.
-    decided = ranks.broadcast(_decide(config, run_dir, stage, fold) if ranks.first else None)
+    decided = ranks.broadcast(ranks.on_first(lambda: _decide(config, run_dir, stage, fold)))
     if isinstance(decided, str):
         raise ConfigError(decided)
     if decided is None:
@@ -78,7 +79,7 @@ def run_stage(
     attempt = None
     if row.shape != "array":
         token = run_dir / "jobs" / f"{node.key}.attempt"
-        attempt = ranks.broadcast(Attempt.begin(token) if ranks.first else None)
+        attempt = ranks.broadcast(ranks.on_first(lambda: Attempt.begin(token)))
     task = Task(
         config=config, run_dir=run_dir, stage=stage, fold=fold, part=part, ranks=ranks, stop=stop, attempt=attempt,
         result_hash=done.result_hash(settings, inputs), settings=settings, inputs=inputs,
@@ -91,8 +92,8 @@ def run_stage(
         ranks.barrier()  # all stop together; one that left early would tear a peer's last exchange
         ranks_module.close(ranks)
         raise
-    if row.shape != "array" and ranks.first:
-        done.write_done(task, outputs)
+    if row.shape != "array":
+        ranks.on_first(lambda: done.write_done(task, outputs))
         log.info("%s is done after %.0f s: %s", node.key, time.monotonic() - started, task.out)
     ranks.barrier()
     ranks_module.close(ranks)
@@ -149,9 +150,6 @@ def guarded(work: Callable[[], None]) -> int:
         if me.first:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except Stale as error:
-        print(f"rank {me.rank} on {ranks_module.host()}: {error}", file=sys.stderr)
-        return 1
     except stopping.Stopped as stopped:
         if stopping.under_slurm() and stopped.signum == signal.SIGUSR2:
             if me.first and not stopping.requeue():
@@ -160,8 +158,12 @@ def guarded(work: Callable[[], None]) -> int:
             return 0  # a rank that failed here would take the requeue down with it
         print(f"rank {me.rank}: {stopped}; the same command continues", file=sys.stderr)
         return stopped.status
-    except Exception:
-        log.exception("rank %d of %d on %s failed", me.rank, me.world_size, ranks_module.host())
+    except Exception as error:
+        line = told(error)
+        if line is None:
+            log.exception("rank %d of %d on %s failed", me.rank, me.world_size, ranks_module.host())
+        else:
+            print(f"error: rank {me.rank} of {me.world_size} on {ranks_module.host()}: {line}", file=sys.stderr)
         return 1
 
 

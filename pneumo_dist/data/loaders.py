@@ -211,18 +211,25 @@ class _StartWorker:
 
 
 def make_loader(
-    dataset: FilmDataset, batches: TrainBatches | Sequence[Sequence[Any]], workers: int, seed: int, pin: bool = False
+    dataset: FilmDataset,
+    batches: TrainBatches | Sequence[Sequence[Any]],
+    workers: int,
+    seed: int,
+    pin: bool = False,
+    timeout_s: float = 0.0,
 ) -> DataLoader[Batch]:
     """Return a loader over lists of keys (a sampler, or a list of lists); it never draws from the global generator.
 
     Args:
         workers: processes; 0 reads in this one, with the same result.
         pin: put the batches into pinned memory, for copies to a GPU beside its work.
+        timeout_s: how long a worker may take for a batch before that is an error; 0: for ever.
     """
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
+        timeout=timeout_s if workers else 0,
         collate_fn=_as_is,  # type: ignore[arg-type]
         pin_memory=pin,
         worker_init_fn=_StartWorker() if workers else None,

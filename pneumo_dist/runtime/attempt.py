@@ -7,10 +7,11 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from pneumo_dist.runtime.failure import Failure
 from pneumo_dist.runtime.files import write_text
 
 
-class Stale(RuntimeError):
+class Stale(Failure):
     """A newer attempt has taken over this stage: leave without writing."""
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pneumo_dist.runtime.failure import Failure
+
 if TYPE_CHECKING:
     import torch
 
@@ -83,7 +85,7 @@ class Ranks:
         """Do rank 0's file work there; its error reaches every rank, so that none waits for it.
 
         Raises:
-            RuntimeError: on the other ranks, when rank 0 failed; rank 0 raises its own error.
+            Failure: on the other ranks, when rank 0 failed; rank 0 raises its own error.
         """
         result, failure = None, None
         if self.first:
@@ -95,7 +97,7 @@ class Ranks:
         if failure:
             raise failure
         if problem:
-            raise RuntimeError(problem)
+            raise Failure(problem)
         return result
 
     def agree(self, problem: str) -> str:

@@ -40,6 +40,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.leave: int = 0  # number of the signal that asks to save and leave, 0 for none
         self.save: bool = False  # SIGTERM under SLURM: save once, go on
+        self.saved: bool = False  # that has been done
 
     def note(self, signum: int, _frame: Any = None) -> None:
         """Signal handler: remember what is asked."""
@@ -52,6 +53,11 @@ class StopSignal:
     def requested(self) -> bool:
         """Whether this process was asked to save and leave."""
         return bool(self.leave)
+
+    @property
+    def save_due(self) -> bool:
+        """Whether a save is asked for that has not been made."""
+        return self.save and not self.saved
 
     def check(self) -> None:
         """Raise Stopped when asked to leave. For work without collectives, between units of work."""

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import logging
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pneumo_dist.runtime.attempt import Attempt, Stale
+from pneumo_dist.runtime.failure import Failure
 from pneumo_dist.runtime.files import atomic_path, read_json, sha256_file, write_json
 
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; the ones before it are untouched."""
+class CheckpointError(Failure):
+    """A checkpoint could not be written, and those before it are untouched; or none of them can be read."""
 
 
 def snapshot(value: Any) -> Any:
@@ -32,6 +34,14 @@ def snapshot(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [snapshot(item) for item in value]
     return value
+
+
+def _whole(path: Path, sha256: str) -> bool:
+    """Tell whether a file is as it was written: by its hash, or where that is lost by the zip's own checksums."""
+    if sha256:
+        return sha256_file(path) == sha256
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip() is None
 
 
 class CheckpointStore:
@@ -47,25 +57,33 @@ class CheckpointStore:
         self._damaged: set[str] = set()
 
     def save(self, name: str, state: dict[str, Any]) -> None:
-        """Copy `state` now and write it as `<name>.pt` in a thread; waits for the write before this one.
+        """Copy `state` now and write it as `<name>.pt` in a thread, after the write before this one has ended.
 
-        Raises:
-            CheckpointError: the write before this one failed.
-            Stale: another attempt has taken over.
+        Raises nothing, since rank 0 alone comes here: once a write has `failed`, nothing more is written, and
+        all ranks give up together.
         """
-        self.wait()
+        self._join()
+        if self.failed:
+            return
         copied = snapshot(state)
         self._thread = threading.Thread(target=self._write, args=(name, copied), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until nothing is being written; raise what the write raised."""
+        """Wait until nothing is being written.
+
+        Raises:
+            CheckpointError: a write failed.
+            Stale: another attempt has taken over.
+        """
+        self._join()
+        if self._error is not None:
+            raise self._error
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
 
     @property
     def failed(self) -> bool:
@@ -77,14 +95,16 @@ class CheckpointStore:
             if self.attempt:
                 self.attempt.check()
             path = self.folder / f"{name}.pt"
+            before = self._listed()
             self._damaged.discard(path.name)
             with atomic_path(path) as temporary:
-                torch.save(state, temporary)
+                with open(temporary, "wb") as file:  # torch, given a path, would not say that the disk is full
+                    torch.save(state, file)
                 digest = sha256_file(temporary)
                 if self.attempt:
                     self.attempt.check()
             gone = self._damaged | {path.name}
-            kept = [e for e in self._listed() if e["file"] not in gone and (self.folder / e["file"]).exists()]
+            kept = [e for e in before if e["file"] not in gone and (self.folder / e["file"]).exists()]
             kept.append({"file": path.name, "sha256": digest})
             write_json(self.folder / "LAST", {"checkpoints": kept[-self.keep :]})
             listed = {entry["file"] for entry in kept[-self.keep :]}
@@ -94,16 +114,22 @@ class CheckpointStore:
         except Stale as error:
             self._error = error
         except Exception as error:  # reaches every rank at the next step boundary
-            self._error = CheckpointError(f"cannot write {self.folder / name}.pt: {error} (the one before it is whole)")
+            reason = error.strerror if isinstance(error, OSError) else error
+            self._error = CheckpointError(
+                f"cannot write {self.folder / name}.pt: {reason}; the checkpoints before it are whole: "
+                "once the cause is mended, the same command continues"
+            )
 
     def _listed(self) -> list[dict[str, str]]:
         try:
-            return list(read_json(self.folder / "LAST")["checkpoints"])
-        except FileNotFoundError:
-            return []
+            rows = read_json(self.folder / "LAST")["checkpoints"]
+            return [{"file": str(row["file"]), "sha256": str(row["sha256"])} for row in rows]
         except (OSError, ValueError, KeyError, TypeError):
-            log.warning("%s is damaged; looking at the files themselves", self.folder / "LAST")
-            return [{"file": path.name, "sha256": ""} for path in sorted(self.folder.glob("*.pt"))]
+            # Damaged, or the process was killed between its first checkpoint and LAST: look at the files themselves.
+            found = sorted(self.folder.glob("*.pt"))
+            if found:
+                log.warning("%s cannot be read; looking at the files beside it", self.folder / "LAST")
+            return [{"file": path.name, "sha256": ""} for path in found]
 
     def newest(self) -> dict[str, Any] | None:
         """Read the newest whole checkpoint; a damaged one is skipped with a warning for the one before.
@@ -112,20 +138,20 @@ class CheckpointStore:
             the state, or None where there is no checkpoint at all.
 
         Raises:
-            RuntimeError: there are checkpoints and none of them is whole.
+            CheckpointError: there are checkpoints and none of them is whole.
         """
         listed = self._listed()
         for entry in reversed(listed):
             path = self.folder / entry["file"]
             try:
-                if entry["sha256"] and sha256_file(path) != entry["sha256"]:
+                if not _whole(path, entry["sha256"]):
                     raise ValueError("its bytes are not those that were written")
                 return dict(torch.load(path, map_location="cpu", weights_only=True))
             except Exception as error:
                 self._damaged.add(path.name)
                 log.warning("skipping damaged checkpoint %s: %s", path, " ".join(str(error).split())[:200])
         if listed:
-            raise RuntimeError(
+            raise CheckpointError(
                 f"{self.folder}: none of the {len(listed)} checkpoints can be read; --redo starts this stage over"
             )
         return None

@@ -7,6 +7,7 @@ float64; all ranks end with the same bits.
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -123,28 +124,37 @@ def run(task: Task) -> dict[str, Path]:
     source = task.dir_of(name) / "swa.pt"
     model, meta = load_model(source, device=ranks.device)
     keys, dataset = _batches(task, stage.size, stage.batch_size)
-    loader = make_loader(dataset, keys, config.train.workers, config.train.seed, ranks.device.type == "cuda")
-    count = update_batch_norm(
-        model,
-        (images for images, _, _ in loader),
-        ranks.device,
-        amp_dtype(config.train.amp, ranks.device),
-        ranks,
-        task.stop,
-    )
+    cuda = ranks.device.type == "cuda"
+    loader = make_loader(dataset, keys, config.train.workers, config.train.seed, cuda, config.train.first_timeout_s)
+
+    def watched() -> Iterator[Tensor]:
+        for images, _, _ in loader:
+            faulthandler.dump_traceback_later(config.train.timeout_s / 2)  # the watchdog: a batch is progress
+            yield images
+
+    faulthandler.dump_traceback_later(config.train.first_timeout_s / 2)
+    try:
+        count = update_batch_norm(
+            model, watched(), ranks.device, amp_dtype(config.train.amp, ranks.device), ranks, task.stop
+        )
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     log.info("batch-norm statistics of %d batches of %d films", count, stage.batch_size)
     path = task.out / "model.pt"
-    if ranks.first:
+    meta = meta | {
+        "size": stage.size,
+        "threshold": config.evaluate.threshold,
+        "tta": config.evaluate.tta,
+        "normalisation": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
+        "config": portable(config),
+        "provenance": meta["provenance"]
+        | {"averaged_from": name, "bn_batches": count, "inputs": task.inputs, "result_hash": task.result_hash},
+    }
+
+    def write() -> None:
         if task.attempt:
             task.attempt.check()
-        meta = meta | {
-            "size": stage.size,
-            "threshold": config.evaluate.threshold,
-            "tta": config.evaluate.tta,
-            "normalisation": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
-            "config": portable(config),
-            "provenance": meta["provenance"]
-            | {"averaged_from": name, "bn_batches": count, "inputs": task.inputs, "result_hash": task.result_hash},
-        }
         save_model(path, model.state_dict(), meta)
+
+    ranks.on_first(write)
     return {"model": path}

@@ -37,6 +37,7 @@ from pneumo_dist.training.step import Stepper, StepResult, check_statistics
 from pneumo_dist.training.validation import Validation, validate
 
 log = logging.getLogger(__name__)
+_GOING_ON = "SIGTERM: state saved at batch %d; going on until SLURM ends the job"
 
 
 @dataclass
@@ -91,7 +92,7 @@ class Trainer:
         self._bad = Late()
         self._bad_loss = False  # the last step of this rank that is known about
         self._bad_films: list[str] = []
-        self._term_saved = False
+        self._term_wished = False
 
     def _staged(self) -> Path:
         """Copy the shards to this node where that is asked for; one node's trouble stops all ranks with a word."""
@@ -116,7 +117,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Load the newest checkpoint: rank 0 chooses, since file systems may show the others an older state."""
-        state = self.ranks.broadcast(self.store.newest() if self.ranks.first else None)
+        state = self.ranks.broadcast(self.ranks.on_first(self.store.newest))
         if state is None:
             return
         if state["result_hash"] != self.task.result_hash:
@@ -145,6 +146,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Copy the state now and let a thread write it; collective, because every rank gives its random state."""
+        self.task.stop.saved = self.task.stop.save
         own = self.ranks.gather((torch.get_rng_state(), float(self._loss_sum)))
         self._saved_at = time.monotonic()
         if not self.ranks.first:
@@ -159,6 +161,7 @@ class Trainer:
             "machine": self.machine,
             "result_hash": self.task.result_hash,
         }
+        self.log.flush()  # what a resume from here will not write again
         self.store.save(f"{self._batches_done:010d}", state)
 
     def _weights_file(self, name: str, weights: dict[str, torch.Tensor]) -> Path:
@@ -189,8 +192,8 @@ class Trainer:
         due = self.ranks.first and time.monotonic() - self._saved_at >= self.config.train.save_every_s
         if due:
             self._saved_at = time.monotonic()  # wished once, done when it is agreed
-        once = stop.save and not self._term_saved
-        self._term_saved = self._term_saved or stop.save
+        once = stop.save_due and not self._term_wished
+        self._term_wished = self._term_wished or once
         agreed = self.boundary.exchange(
             Wishes(leave=stop.leave, save=int(due or once), failed=int(self.store.failed), bad_loss=int(self._bad_loss))
         )
@@ -202,7 +205,7 @@ class Trainer:
         if agreed.save:
             self._save()
             if stop.save:
-                log.info("SIGTERM: state saved at batch %d; going on until SLURM ends the job", self._batches_done)
+                log.info(_GOING_ON, self._batches_done)
 
     def _save_and_leave(self, signum: int) -> None:
         self._save()
@@ -248,7 +251,12 @@ class Trainer:
         )
         return iter(
             make_loader(
-                dataset, sampler, self.config.train.workers, self.config.train.seed, self.stepper.device.type == "cuda"
+                dataset,
+                sampler,
+                self.config.train.workers,
+                self.config.train.seed,
+                self.stepper.device.type == "cuda",
+                self.config.train.first_timeout_s,
             )
         )
 
@@ -261,12 +269,8 @@ class Trainer:
         self.stepper.set_rates(rates)
 
     def train(self) -> None:
-        """Run the epochs that are left; stacks are dumped when no step ends for half a time-out."""
-        faulthandler.dump_traceback_later(self.config.train.first_timeout_s / 2)
-        try:
-            self._epochs()
-        finally:
-            faulthandler.cancel_dump_traceback_later()
+        """Run the epochs that are left."""
+        self._epochs()
         self.boundary.settle()
         self.log.close()
 
@@ -326,10 +330,7 @@ class Trainer:
         number = self.progress.epoch + 1
         found: Validation | None = None
         if number % self.config.train.eval_every == 0 or number == self.stage.epochs:
-            found = validate(self.task, self.stepper, self.validation_cases, self.shards)
-            if found is None:  # asked to leave: this epoch's end is a step boundary, and is validated after the resume
-                self._save_and_leave(max(self.ranks.maximum([self.task.stop.leave])))
-                return
+            found = self._validated()
             if self.stage.schedule == "plateau":
                 self.plateau.step(found.loss)
                 self._set_rates()
@@ -351,6 +352,16 @@ class Trainer:
         } | (asdict(found) if found else {})
         self.ranks.on_first(lambda: self._note_epoch(row, better))
         self.progress.epoch, self.progress.batch = number, 0
+
+    def _validated(self) -> Validation:
+        """Validate; the end of an epoch is a step boundary too, where signals are obeyed at any film."""
+        while (found := validate(self.task, self.stepper, self.validation_cases, self.shards)) is None:
+            leave = self.ranks.maximum([self.task.stop.leave])[0]
+            if leave:
+                self._save_and_leave(leave)
+            self._save()
+            log.info(_GOING_ON, self._batches_done)
+        return found
 
     def _note_epoch(self, row: dict[str, Any], better: bool) -> None:
         """Rank 0: keep the best weights, and the epoch's numbers where displays and reports look for them."""
@@ -377,7 +388,11 @@ class Trainer:
 
 
 def run(task: Task) -> dict[str, Path]:
-    """Train one stage of one fold; every rank calls it."""
-    trainer = Trainer(task)
-    trainer.train()
-    return trainer.finish()
+    """Train one stage of one fold; every rank calls it. Stacks are dumped when nothing moves for half a time-out."""
+    faulthandler.dump_traceback_later(task.config.train.first_timeout_s / 2)
+    try:
+        trainer = Trainer(task)
+        trainer.train()
+        return trainer.finish()
+    finally:
+        faulthandler.cancel_dump_traceback_later()

@@ -21,6 +21,7 @@ from pneumo_dist.config import Loss
 from pneumo_dist.data.cases import Case
 from pneumo_dist.prediction.forward import Predictor, predict_records
 from pneumo_dist.runtime.ranks import Ranks
+from pneumo_dist.runtime.stopping import StopSignal
 from pneumo_dist.runtime.task import Task
 from pneumo_dist.scoring.metrics import dice
 from pneumo_dist.scoring.records import Records, Triplet
@@ -55,9 +56,20 @@ def evaluation_copy(model: nn.Module, ranks: Ranks) -> nn.Module:
     return copied
 
 
+class _UntilAsked(StopSignal):
+    """Ends a validation for a save as well: SLURM's grace time may be over before the last film."""
+
+    def __init__(self, stop: StopSignal) -> None:
+        self._stop = stop
+
+    @property
+    def requested(self) -> bool:
+        return self._stop.requested or self._stop.save_due
+
+
 def validate(task: Task, stepper: Stepper, cases: Sequence[Case], shard_dir: Path) -> Validation | None:
-    """Validate on every rank's share of the fixed batches; None when some rank was asked to leave meanwhile."""
-    ranks, config = task.ranks, task.config
+    """Validate on every rank's share of the fixed batches; None when some rank was asked to leave or save meanwhile."""
+    ranks, config, stop = task.ranks, task.config, _UntilAsked(task.stop)
     losses: dict[str, float] = {}
 
     def note(case: Case, prob: NDArray[np.float32], truth: NDArray[np.bool_]) -> None:
@@ -70,9 +82,9 @@ def validate(task: Task, stepper: Stepper, cases: Sequence[Case], shard_dir: Pat
     )
     records = predict_records(
         predictor, cases, shard_dir, stepper.stage.size, config.evaluate.batch_size, [rule.mask_threshold],
-        ranks.rank, ranks.world_size, task.stop, per_film=note,
+        ranks.rank, ranks.world_size, stop, per_film=note,
     )  # fmt: skip
-    if ranks.any(task.stop.requested):
+    if ranks.any(stop.requested):
         return None
     shares = ranks.gather((records, losses))
     found = None

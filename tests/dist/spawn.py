@@ -43,6 +43,26 @@ def on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> 
     Raises:
         AssertionError: a rank failed; with its output.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        codes, printed = _ask("group", function, world_size, Path(folder), arguments)
+        assert codes == [0] * world_size, f"ranks exited {codes}:\n" + "\n".join(printed)
+        return [pickle.loads((Path(folder) / f"result{rank}").read_bytes()) for rank in range(world_size)]
+
+
+def exits(function: Callable[..., int], world_size: int, *arguments: Any) -> tuple[list[int], list[str]]:
+    """Call the module-level `function(*arguments)` in the processes of `world_size` ranks that have not met yet.
+
+    Returns:
+        their exit statuses (what the function returned, or minus a signal), and what they printed. Once one has
+        failed, the others get a few seconds to say why they cannot go on, as launchers give them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return _ask("alone", function, world_size, Path(folder), arguments)
+
+
+def _ask(
+    kind: str, function: Callable[..., Any], world_size: int, folder: Path, arguments: tuple[Any, ...]
+) -> tuple[list[int], list[str]]:
     global _helper
     if _helper is None:
         _helper = subprocess.Popen(
@@ -55,13 +75,11 @@ def on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> 
         )
         atexit.register(_helper.kill)
     assert _helper.stdin and _helper.stdout
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "arguments").write_bytes(pickle.dumps(arguments))
-        print(f"{function.__module__}:{function.__qualname__}", world_size, folder, file=_helper.stdin, flush=True)
-        codes = _helper.stdout.readline().split()
-        printed = "\n".join(path.read_text() for path in sorted(Path(folder).glob("printed*")))
-        assert codes == ["0"] * world_size, f"ranks exited {codes}:\n{printed}"
-        return [pickle.loads((Path(folder) / f"result{rank}").read_bytes()) for rank in range(world_size)]
+    (folder / "arguments").write_bytes(pickle.dumps(arguments))
+    name = f"{function.__module__}:{function.__qualname__}"
+    print(kind, name, world_size, folder, file=_helper.stdin, flush=True)
+    codes = [int(code) for code in _helper.stdout.readline().split()]
+    return codes, [(folder / f"printed{rank}").read_text() for rank in range(world_size)]
 
 
 def fork_rank(rank: int, world_size: int, store: Path, log: Path, work: Callable[[], int]) -> int:
@@ -84,16 +102,19 @@ def fork_rank(rank: int, world_size: int, store: Path, log: Path, work: Callable
     return pid
 
 
-def _rank(name: str, folder: Path) -> int:
+def _rank(kind: str, name: str, folder: Path) -> int:
     import torch
 
     from pneumo_dist.runtime import ranks as ranks_module
 
     torch.set_num_threads(1)
-    module, function = name.split(":")
-    ranks = ranks_module.init(timeout_s=120)
+    module, attribute = name.split(":")
+    function = getattr(importlib.import_module(module), attribute)
     arguments = pickle.loads((folder / "arguments").read_bytes())
-    result = getattr(importlib.import_module(module), function)(ranks, *arguments)
+    if kind == "alone":
+        return int(function(*arguments))
+    ranks = ranks_module.init(timeout_s=120)
+    result = function(ranks, *arguments)
     (folder / f"result{ranks.rank}").write_bytes(pickle.dumps(result))
     ranks.barrier()
     ranks_module.close(ranks)
@@ -101,22 +122,24 @@ def _rank(name: str, folder: Path) -> int:
 
 
 def _serve() -> None:
-    """Fork ranks as asked for on standard input: function, number of ranks, folder; answer their exit statuses."""
+    """Fork ranks as asked for on standard input: kind, function, count, folder; answer their exit statuses."""
     importlib.import_module("pneumo_dist.training.swa")
     importlib.import_module("pneumo_dist.training.trainer")
     for line in sys.stdin:
-        name, count, place = line.split()
+        kind, name, count, place = line.split()
         folder, world_size = Path(place), int(count)
         pids = [
-            fork_rank(r, world_size, folder / "store", folder / f"printed{r}", lambda: _rank(name, folder))  # noqa: B023
+            fork_rank(r, world_size, folder / "store", folder / f"printed{r}", lambda: _rank(kind, name, folder))  # noqa: B023
             for r in range(world_size)
         ]
         codes: dict[int, int] = {}
+        patience = 5.0 if kind == "alone" else 0.0
         while len(codes) < world_size:
             for pid in pids:
                 if pid not in codes and (ended := os.waitpid(pid, os.WNOHANG))[0]:
                     codes[pid] = os.waitstatus_to_exitcode(ended[1])
-            if any(codes.values()):
+            patience -= 0.01 if any(codes.values()) else 0
+            if patience < 0:
                 for pid in pids:
                     if pid not in codes:
                         os.kill(pid, 9)

@@ -5,12 +5,14 @@ import signal
 import pytest
 import torch
 
+from pneumo_dist import config as configuration
 from pneumo_dist import stages
 from pneumo_dist.config import ConfigError
 from pneumo_dist.model.resnet34 import ResNet34Encoder
 from pneumo_dist.model.unet import ResNet34UNet
 from pneumo_dist.runtime.stopping import Stopped, StopSignal
 from pneumo_dist.training import trainer
+from pneumo_dist.training.checkpoint import CheckpointStore
 from pneumo_dist.training.step import Stepper
 from tests.dist import small_run
 
@@ -38,8 +40,8 @@ def undisturbed(prepared, tmp_path_factory):
 class StopAt:
     """Ask to leave after given steps of successive attempts; "e3" means during the validation of epoch 3."""
 
-    def __init__(self, monkeypatch, run_dir, points):
-        self.run_dir, self.points = run_dir, list(points)
+    def __init__(self, monkeypatch, run_dir, points, stage="1"):
+        self.run_dir, self.points, self.stage = run_dir, list(points), stage
         self.stop, self.steps = StopSignal(), 0
         step, validate = Stepper.step, trainer.validate
 
@@ -61,10 +63,10 @@ class StopAt:
     def run(self):
         while self.points:
             with pytest.raises(Stopped):
-                stages.run_stage("1", self.run_dir, fold=0, stop=self.stop)
+                stages.run_stage(self.stage, self.run_dir, fold=0, stop=self.stop)
             self.points.pop(0)
             self.stop = StopSignal()
-        stages.run_stage("1", self.run_dir, fold=0)
+        stages.run_stage(self.stage, self.run_dir, fold=0)
         return self.steps
 
 
@@ -74,6 +76,62 @@ def test_weights_and_scores_do_not_depend_on_stops(prepared, undisturbed, tmp_pa
     steps = StopAt(monkeypatch, run_dir, points).run()
     assert steps == 8  # no step was done twice: an orderly stop loses nothing
     assert small_run.fingerprint(run_dir) == small_run.fingerprint(undisturbed)
+
+
+def test_slurms_sigterm_during_a_validation_saves_before_the_last_film_and_goes_on(
+    prepared, undisturbed, tmp_path, monkeypatch
+):
+    run_dir = small_run.copy_of(prepared, tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    stop, found = StopSignal(), []
+    validate, save = trainer.validate, CheckpointStore.save
+
+    def watched(task, *arguments):
+        if not found:
+            stop.note(signal.SIGTERM)
+        found.append(validate(task, *arguments))
+        return found[-1]
+
+    def noted(store, name, state):
+        found.append(name)
+        save(store, name, state)
+
+    monkeypatch.setattr(trainer, "validate", watched)
+    monkeypatch.setattr(CheckpointStore, "save", noted)
+    stages.run_stage("1", run_dir, fold=0, stop=stop)
+    assert found[:2] == [None, "0000000002"] and None not in found[2:] and len(found) == 6
+    assert small_run.fingerprint(run_dir) == small_run.fingerprint(undisturbed)
+
+
+def test_the_plateau_rule_goes_on_where_it_stood(prepared, tmp_path, monkeypatch):
+    found = []
+    for name, points in (("calm", []), ("stopped", [3, "e2", 5])):
+        run_dir = small_run.copy_of(prepared, tmp_path / name)
+        words = ["stage1.schedule=plateau", "stage1.plateau_patience=1", "stage1.lr=0.5"]  # too high: it gets worse
+        config = configuration.load(run_dir / "config.yaml", words)
+        (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
+        StopAt(monkeypatch, run_dir, points).run()
+        monkeypatch.undo()
+        found.append(small_run.fingerprint(run_dir))
+    rates = [epoch["lr"] for epoch in found[0]["epochs"]]
+    assert found[0] == found[1] and rates[-1] < rates[0]
+
+
+def test_stage_2_and_the_batch_norm_job_go_on_with_the_same_bits(undisturbed, tmp_path, monkeypatch):
+    found = []
+    for name, points in (("calm", []), ("stopped", [2, 5])):
+        run_dir = small_run.copy_of(undisturbed, tmp_path / name)
+        StopAt(monkeypatch, run_dir, points, "2").run()
+        monkeypatch.undo()
+        if points:
+            stop = StopSignal()
+            stop.note(signal.SIGUSR2)  # in the middle of the batches: what was measured is measured again
+            with pytest.raises(Stopped):
+                stages.run_stage("swa", run_dir, fold=0, stop=stop)
+            assert not (run_dir / "fold0" / "swa" / "model.pt").exists()
+        stages.run_stage("swa", run_dir, fold=0)
+        found.append((small_run.fingerprint(run_dir, "2"), small_run.weights(run_dir / "fold0" / "swa" / "model.pt")))
+    assert found[0] == found[1]
 
 
 def test_a_crash_repeats_from_the_last_save_and_ends_the_same(prepared, undisturbed, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Seven things that happen to jobs on a cluster, each to one short training with one dependant.
+"""Eight things that happen to jobs on a cluster, each to one short training with one dependant.
 
 One undisturbed training is the reference: whatever was done to the others, their final weights are the same bits.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -147,6 +148,15 @@ def test_a_time_limit_saves_requeues_and_ends_in_the_same_bits(disturbed: Traini
     assert "resuming at" in disturbed.log(job)
 
 
+def test_a_warning_before_torch_is_there_is_not_lost(disturbed: Training, reference: Path) -> None:
+    job, child = disturbed.submit()
+    until(lambda: len(ranks_of(job)) == 2, 60, "the job's processes", every_s=0.01)
+    disturbed.cluster.command("scancel", "--signal=USR2", job)
+    disturbed.cluster.wait_for(job, "PENDING", 120)
+    disturbed.check(child, reference)
+    assert disturbed.cluster.job(job)["Restarts"] == "1"
+
+
 @pytest.mark.parametrize("disturbed", ["low"], indirect=True)
 def test_b_preemption_by_a_higher_partition_ends_in_the_same_bits(disturbed: Training, reference: Path) -> None:
     job, child = disturbed.begin()
@@ -176,6 +186,7 @@ def test_d_killed_rank_fails_the_job_and_the_repeated_command_continues(disturbe
     os.kill(ranks_of(job)[1], signal.SIGKILL)
     assert disturbed.cluster.wait_for(job, within_s=90) == "FAILED"
     assert disturbed.cluster.wait_for(child, within_s=60) == "CANCELLED"
+    assert re.search(r"node\d: task 1: Killed", disturbed.log(job)), disturbed.log(job)  # which rank, and where
     reached = disturbed.batches()
     again, child = disturbed.submit()
     assert again != job
@@ -222,11 +233,13 @@ def test_g_killed_controller_comes_back_and_the_training_never_notices(disturbed
     assert "resuming at" not in disturbed.log(job)
 
 
-def test_warning_in_a_jobs_first_moment_is_not_lost(free_cluster: PrivateCluster, tmp_path: Path) -> None:
-    words = ("--config", TINY, "--run", "early", f"run_root={tmp_path}")
-    free_cluster.submit("--stage", "preprocess", *words)
-    rows = [json.loads(line) for line in (tmp_path / "early/jobs/submitted.jsonl").read_text().splitlines()]
-    ids = {row["key"]: str(row["job_id"]) for row in rows}
-    until(lambda: ranks_of(ids["phantom"]), 30, "the job's process", every_s=0.01)
-    free_cluster.command("scancel", "--signal=USR2", ids["phantom"])
-    assert free_cluster.wait_for(ids["finalize"], within_s=120) == "COMPLETED"
+def test_h_site_without_requeueing_goes_on_with_the_repeated_command(disturbed: Training, reference: Path) -> None:
+    disturbed.profile.write_text(f"{disturbed.profile.read_text()}requeue: false\n")
+    job, child = disturbed.begin()
+    disturbed.cluster.command("scancel", "--signal=USR2", job)
+    assert disturbed.cluster.wait_for(job, within_s=90) == "FAILED"
+    assert disturbed.cluster.wait_for(child, within_s=60) == "CANCELLED"
+    assert "state is saved, but SLURM refused to requeue" in disturbed.log(job)
+    again, child = disturbed.submit()
+    disturbed.check(child, reference)
+    assert "resuming at" in disturbed.log(again)

@@ -31,6 +31,11 @@ def test_the_newest_two_are_kept_and_the_newest_is_read(tmp_path):
     assert CheckpointStore(tmp_path).newest()["step"] == 11
 
 
+def test_a_first_write_has_nothing_to_warn_about(tmp_path, caplog):
+    _save(CheckpointStore(tmp_path / "new"), 1, 2, 3)
+    assert caplog.text == ""
+
+
 def test_a_fresh_folder_has_no_checkpoint(tmp_path):
     assert CheckpointStore(tmp_path / "none").newest() is None
 
@@ -57,10 +62,36 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(tmp_path, caplog,
     assert _names(tmp_path) == ["0000000001.pt", "0000000003.pt"]
 
 
-def test_a_damaged_LAST_falls_back_to_the_files_by_number(tmp_path):
+@pytest.mark.parametrize("last", ["{", '{"checkpoints": [1]}', "[]", "\0", None])
+def test_a_damaged_or_lost_LAST_falls_back_to_the_files_by_number(tmp_path, last):
     _save(CheckpointStore(tmp_path), 9, 10)
-    (tmp_path / "LAST").write_text("{")
+    if last is None:  # also what is left when the first write is killed just before LAST
+        (tmp_path / "LAST").unlink()
+    else:
+        (tmp_path / "LAST").write_text(last)
     assert CheckpointStore(tmp_path).newest()["step"] == 10
+
+
+def test_without_LAST_a_flipped_bit_is_found_by_the_files_own_checksum(tmp_path):
+    _save(CheckpointStore(tmp_path), 9, 10)
+    (tmp_path / "LAST").unlink()
+    data = bytearray((tmp_path / "0000000010.pt").read_bytes())
+    data[data.find(torch.full((1000,), 10.0).numpy().tobytes()) + 100] ^= 1
+    (tmp_path / "0000000010.pt").write_bytes(data)
+    assert CheckpointStore(tmp_path).newest()["step"] == 9
+
+
+def test_a_write_killed_just_before_LAST_loses_one_save_and_no_file(tmp_path):
+    store = CheckpointStore(tmp_path)
+    _save(store, 1, 2)
+    before = (tmp_path / "LAST").read_text()
+    _save(store, 3)
+    (tmp_path / "LAST").write_text(before)
+    (tmp_path / "0000000001.pt").write_bytes((tmp_path / "0000000002.pt").read_bytes())
+    store = CheckpointStore(tmp_path)
+    assert store.newest()["step"] == 2
+    _save(store, 3, 4)
+    assert _names(tmp_path) == ["0000000003.pt", "0000000004.pt"] and CheckpointStore(tmp_path).newest()["step"] == 4
 
 
 def test_nothing_whole_left_is_said_not_restarted(tmp_path):
@@ -98,8 +129,11 @@ def test_a_failed_write_leaves_the_one_before_and_says_which_file(tmp_path, monk
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
     store.save("0000000002", _state(2))
-    with pytest.raises(CheckpointError, match=r"0000000002\.pt.*No space left"):
-        store.wait()
+    store.save("0000000003", _state(3))  # rank 0 alone comes here: the error waits for all ranks
+    assert store.failed
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"0000000002\.pt.*No space left"):
+            store.wait()
     assert store.newest()["step"] == 1
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 

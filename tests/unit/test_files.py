@@ -1,8 +1,11 @@
 """A file is whole or not there."""
 
+import errno
+
 import pytest
 
 from pneumo_dist.runtime import files
+from pneumo_dist.runtime.failure import Failure, told
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_no_other(tmp_path):
@@ -13,6 +16,26 @@ def test_an_error_while_writing_leaves_the_old_file_and_no_other(tmp_path):
         raise RuntimeError
     assert files.read_json(path) == {"old": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_disks_own_word_is_not_lost_in_what_a_writer_makes_of_it(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*/model\.pt'"),
+        files.atomic_path(tmp_path / "model.pt"),
+    ):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904  torch.save does so
+    with pytest.raises(FileNotFoundError, match="other"), files.atomic_path(tmp_path / "model.pt"):
+        (tmp_path / "other").read_bytes()  # another file's trouble keeps its name
+
+
+def test_only_what_lies_outside_the_program_goes_without_a_traceback():
+    assert told(Failure("two\nlines")) == "two lines"
+    assert told(OSError(errno.EROFS, "Read-only file system", "/x")) == "[Errno 30] Read-only file system: '/x'"
+    for mistake in (RuntimeError("x"), FileNotFoundError(errno.ENOENT, "No such file", "/x"), KeyError("x")):
+        assert told(mistake) is None
 
 
 def test_nan_is_not_written_as_json(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import cloudpickle
 import pytest
+from submitit.core.utils import UncompletedJobError
 
 from launch import jobs
 from launch.jobs import Job, leave
 from pneumo_dist import stages
 from pneumo_dist.config import ConfigError
+from pneumo_dist.runtime.failure import Failure
 from pneumo_dist.runtime.stopping import SIGNALS, Stopped, StopSignal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,6 +134,39 @@ def test_a_mistake_of_the_user_is_one_line_and_exit_status_1(
     with pytest.raises(SystemExit) as left:
         JOB()
     assert left.value.code == 1 and capsys.readouterr().err == "error: stage 2 needs stage 1\n"
+
+
+def test_what_lies_outside_the_program_is_one_line_naming_rank_and_node(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    run_raises(monkeypatch, Failure("the disk is full"))
+    with pytest.raises(SystemExit) as left:
+        JOB()
+    said = capsys.readouterr().err
+    assert left.value.code == 1 and said == f"error: rank 1 of 2 on {socket.gethostname()}: the disk is full\n"
+
+
+def test_a_mistake_in_the_program_names_rank_and_node_and_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    run_raises(monkeypatch, ValueError("one\ntwo"))
+    with pytest.raises(ValueError):
+        JOB()
+    assert capsys.readouterr().err == f"error: rank 1 of 2 on {socket.gethostname()}: ValueError: one two\n"
+
+
+def test_the_cap_on_time_limits_says_that_the_same_command_continues(capsys: pytest.CaptureFixture[str]) -> None:
+    def requeue(*_: object) -> None:
+        raise UncompletedJobError("Job not requeued because: timed-out too many times.")
+
+    with pytest.raises(SystemExit) as left:
+        leave(Stopped(signal.SIGUSR2), requeue, first=True)
+    said = capsys.readouterr().err
+    assert left.value.code == 1 and said.count("\n") == 1 and "max_timeouts" in said and "state is saved" in said
 
 
 def test_a_stale_result_of_this_task_alone_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,171 @@
+"""A disk that is full or read-only: one clear line on every rank, nothing lost, and the same command goes on.
+
+The run lies on a small disk of its own (a tmpfs, so root is needed), which is spoilt from inside the training.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pneumo_dist import stages
+from pneumo_dist.training import history, trainer
+from pneumo_dist.training.checkpoint import CheckpointStore
+from tests.dist import small_run
+from tests.dist.spawn import exits
+
+# Where in the training the disk is spoilt: (owner, function, at which call of it).
+MOMENTS: dict[str, tuple[Any, str, int]] = {
+    "a checkpoint": (CheckpointStore, "save", 2),
+    "best.pt": (trainer.Trainer, "_note_epoch", 1),
+    "metrics.jsonl": (history, "append", 2),
+    "last.pt": (trainer.Trainer, "_last_files", 1),
+    "DONE.json": (stages.done, "write_done", 1),
+}
+FILES = {"a checkpoint": "checkpoints/00000000"}
+
+
+def _mount(*words: str) -> None:
+    done = subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(done.stderr.strip())
+
+
+def _fill(disk: Path) -> None:
+    """Leave not one page of it free."""
+    for size in (1 << 20, 1 << 12):
+        try:
+            with open(disk / f"filler{size}", "wb", buffering=0) as filler:
+                while filler.write(b"\0" * size) == size:
+                    pass
+        except OSError:
+            continue
+
+
+def _spoil(disk: Path, how: str) -> None:
+    if how == "full":
+        _fill(disk)
+    else:
+        _mount("-o", "remount,ro", str(disk))
+
+
+def _mend(disk: Path) -> None:
+    _mount("-o", "remount,rw", str(disk))
+    for filler in disk.glob("filler*"):
+        filler.unlink()
+
+
+def train(disk: str, moment: str | None = None, how: str = "") -> int:
+    """In the process of a rank: train stage 1; rank 0 spoils the disk at the moment. Returns the exit status."""
+    small_run.thin()
+    if moment and os.environ["RANK"] == "0":
+        owner, name, at = MOMENTS[moment]
+        original, calls = getattr(owner, name), []
+
+        def spoiling(*arguments: Any) -> Any:
+            calls.append(1)
+            if len(calls) == at:
+                _spoil(Path(disk), how)
+            return original(*arguments)
+
+        setattr(owner, name, spoiling)
+    return stages.main(["--stage", "1", "--run-dir", f"{disk}/run", "--fold", "0"])
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = ("train.save_every_s=0", "stage1.epochs=2", "stage1.batch_size=2")  # five steps an epoch, a save at each
+    return small_run.prepare(tmp_path_factory.mktemp("prepared"), *words)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, object]]:
+    found = {}
+    for ranks in (1, 2):
+        folder = tmp_path_factory.mktemp("undisturbed")
+        run_dir = small_run.copy_of(prepared, folder)
+        codes, printed = exits(train, ranks, str(folder))
+        assert codes == [0] * ranks, printed
+        found[ranks] = small_run.fingerprint(run_dir)
+    return found
+
+
+@pytest.fixture
+def disk(prepared: Path, tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        _mount("-t", "tmpfs", "-o", "size=48m", "none", str(folder))
+    except OSError as error:
+        pytest.skip(f"no disk of its own can be mounted here ({error})")
+    try:
+        small_run.copy_of(prepared, folder)
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def _told(codes: list[int], printed: list[str], *words: str) -> None:
+    """Every rank failed with one line that names itself and says what and where; there is no traceback."""
+    assert codes == [1] * len(codes), printed
+    for rank, text in enumerate(printed):
+        lines = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in text, text
+        for word in (f"rank {rank} of {len(codes)} on ", *words):
+            assert word in lines[0], text
+
+
+@pytest.mark.parametrize(
+    ("moment", "ranks"), [*((moment, 2) for moment in MOMENTS), ("a checkpoint", 1), ("best.pt", 1)]
+)
+def test_a_disk_full_under(moment: str, ranks: int, disk: Path, undisturbed: dict[int, dict[str, object]]) -> None:
+    codes, printed = exits(train, ranks, str(disk), moment, "full")
+    _told(codes, printed, "No space left on device", f"{disk}/run/fold0/stage1/{FILES.get(moment, moment)}")
+    if moment == "a checkpoint":
+        assert "the checkpoints before it are whole" in printed[0]
+    state = CheckpointStore(disk / "run/fold0/stage1/checkpoints").newest()
+    assert state is not None and not (disk / "run/fold0/stage1/DONE.json").exists()
+    assert not [path for path in disk.rglob(".*.tmp*")], "nothing half-written is left"
+    _mend(disk)
+    codes, printed = exits(train, ranks, str(disk))
+    assert codes == [0] * ranks and "resuming at" in printed[0], printed
+    assert small_run.fingerprint(disk / "run") == undisturbed[ranks]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_that_turns_read_only(ranks: int, disk: Path, undisturbed: dict[int, dict[str, object]]) -> None:
+    codes, printed = exits(train, ranks, str(disk), "best.pt", "read-only")
+    _told(codes, printed, "Read-only file system", f"{disk}/run/fold0/stage1/")
+    codes, printed = exits(train, ranks, str(disk))  # and at the start of the next attempt
+    _told(codes, printed, "Read-only file system", f"{disk}/run/jobs/")
+    _mend(disk)
+    codes, printed = exits(train, ranks, str(disk))
+    assert codes == [0] * ranks and "resuming at" in printed[0], printed
+    assert small_run.fingerprint(disk / "run") == undisturbed[ranks]
+
+
+def watch(disk: str) -> int:
+    """In a process: write events on a disk that fills up. Returns the exit status."""
+    from pneumo_dist.runtime import runlog
+
+    runlog.setup()
+    events = runlog.RunLog(Path(disk) / "events")
+    events.scalars(1, {"a": 1.0})
+    _fill(Path(disk))
+    for step in range(2, 2000):  # more than one page, and than the queue before the writer's thread
+        events.scalars(step, {"a": 1.0})
+        if step % 500 == 0:
+            events.flush()
+    events.close()
+    return 0
+
+
+def test_events_that_cannot_be_written_are_one_warning_and_no_end(disk: Path) -> None:
+    codes, printed = exits(watch, 1, str(disk))
+    assert codes == [0], printed
+    assert printed[0].count("no TensorBoard events from here on") == 1 and "Traceback" not in printed[0], printed
