@@ -227,7 +227,7 @@ def lightning_loop(case: Case) -> Run:
 
 
 OURS = "pneumo_dist"
-MAKERS: dict[str, Callable[[Case], Run]] = {
+LOOPS: dict[str, Callable[[Case], Run]] = {
     OURS: Ours,
     "segmentation_models_pytorch, plain loop": smp_loop,
     "the same in Lightning's Trainer": lightning_loop,

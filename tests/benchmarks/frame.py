@@ -6,6 +6,8 @@ No torch in here: the start-up benchmark must not pay for it.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import importlib.metadata
 import json
 import os
@@ -76,8 +78,11 @@ def peak_memory_mb() -> float:
     return _status_mb("VmHWM")  # not ru_maxrss, which a process inherits from the one that started it
 
 
-def memory_mb() -> float:
-    """Return the memory that this process holds."""
+def settled_memory_mb() -> float:
+    """Return the memory that this process holds once it has given back what it can; peaks count from here."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # see proc(5): resets VmHWM
     return _status_mb("VmRSS")
 
 

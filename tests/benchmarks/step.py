@@ -22,13 +22,15 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks import frame, whole_schedule
-from tests.benchmarks.contestants import MAKERS, OURS, Case, Ours, Run
+from tests.benchmarks.contestants import LOOPS, OURS, Case, Ours, Run
 from tests.benchmarks.frame import Table
+from tests.benchmarks.nnunet import nnunet_loop
 from tests.benchmarks.variants import ALONE, BASE, step_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = {"cpu": "speed,memory,options,arithmetic", "cuda": "schedule,options"}
 CASES = {"cpu": "256x4,128x8", "cuda": whole_schedule.STAGES}
+MAKERS = LOOPS | {"nnU-Net's own network and train_step": nnunet_loop}
 CHILD_LIMIT_S = 300
 WORDS = {
     "float32, eager": ("train.amp=off",),
@@ -107,7 +109,7 @@ def child(options: argparse.Namespace) -> int:
     begin = time.perf_counter()
     if options.child == "memory":
         MAKERS[options.name](Case(32, 2, device=case.device))(1)  # imports, threads, the libraries' own start
-        imports = frame.memory_mb()
+        imports = frame.settled_memory_mb()
         MAKERS[options.name](case)(4)
         print(json.dumps({"imports_mb": imports, "peak_mb": frame.peak_memory_mb()}))
         return 0
