@@ -34,6 +34,7 @@ def peers_python() -> str:
     names = ("torch", "torchvision")
     constraints.write_text("".join(f"{name}=={importlib.metadata.version(name)}\n" for name in names))
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*command, "-c", str(constraints), "-r", str(REQUIREMENTS)], check=True)
+    if subprocess.run([*command, "-c", str(constraints), "-r", str(REQUIREMENTS)]).returncode:
+        sys.exit("error: pip could not install the peers (without a network: PIP_NO_INDEX=1 PIP_FIND_LINKS=WHEELS)")
     mark.write_text(wanted)
     return str(python)
