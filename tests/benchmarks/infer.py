@@ -1,6 +1,6 @@
 """Films per second of batch inference, beside the bare forward pass and beside a plain loop, in one run.
 
-    python tests/benchmarks/infer.py [--films DIR | --count 48] [--size 512] [--outputs csv,masks] [--repeat 2]
+    python -m tests.benchmarks infer [--films DIR | --count 48] [--size 512] [--outputs csv,masks] [--rounds 3]
 
 CPU seconds (helpers included) are shown as well: on a machine that others use they tell more than the clock.
 
@@ -12,7 +12,6 @@ after the other, mask and RLE kept in memory. End to end: `infer` with its files
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import resource
 import shutil
@@ -26,11 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from pneumo_dist.config import load
 from pneumo_dist.data.cases import find_films
-from pneumo_dist.data.decoding import cores
 from pneumo_dist.data.dicom import read_film
 from pneumo_dist.data.phantom import make_phantom
 from pneumo_dist.data.rle import encode_rle
@@ -40,8 +36,10 @@ from pneumo_dist.model.precision import amp_dtype, autocast
 from pneumo_dist.model.unet import ResNet34UNet, normalise
 from pneumo_dist.prediction import infer
 from pneumo_dist.prediction.predictor import Predictor
-from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.runtime.task import Task
+from tests.benchmarks import frame
+
+BARE = "bare forward"
 
 
 def bare(predictor: Predictor, images: torch.Tensor, batch: int) -> None:
@@ -97,69 +95,67 @@ def end_to_end(run_dir: Path, films: Path, model: Path, options: argparse.Namesp
     infer.merge(Task(config=config, run_dir=run_dir, stage="merge"))
 
 
-def main() -> None:
-    """Measure and print a table and one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--films", type=Path, help="folder of films; default: synthetic ones of 1024x1024")
+def films_of(asked: argparse.Namespace, folder: Path) -> list[Path]:
+    """Return the films to infer on, flat in `folder`: phantom ones, or copies of the first that were given."""
+    if asked.films is None:
+        make_phantom(folder, asked.count, 1024, 0)
+    else:
+        folder.mkdir()
+        for name, path in find_films(asked.films)[0][: asked.count]:
+            shutil.copyfile(asked.films / path, folder / f"{Path(name).name}.dcm")
+    return [folder / path for _, path in find_films(folder)[0]]
+
+
+def main() -> int:
+    """Measure what the command line asks for."""
+    parser = frame.arguments(__doc__)
+    parser.set_defaults(rounds=3)
+    parser.add_argument("--films", type=Path, help="folder of films; default: phantom ones of 1024x1024")
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--outputs", default="csv,masks")
     parser.add_argument("--tta", default="hflip")
-    parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--no-loop", action="store_true", help="leave the plain loop out")
-    options = parser.parse_args()
+    asked = parser.parse_args()
     logging.disable(logging.WARNING)
-    device = Ranks().device
-    if device.type == "cpu":
-        torch.set_num_threads(cores(0))
-    with tempfile.TemporaryDirectory() as folder:
-        films = options.films
-        if films is None:
-            films = Path(folder) / "films"
-            make_phantom(films, options.count, 1024, 0)
-        else:  # a copy of the first ones, flat
-            films = Path(folder) / "films"
-            films.mkdir()
-            for name, path in find_films(options.films)[0][: options.count]:
-                shutil.copyfile(options.films / path, films / f"{Path(name).name}.dcm")
-        paths = [films / path for _, path in find_films(films)[0]]
-        file = Path(folder) / "model.pt"
-        meta = {"size": options.size, "threshold": 0.5, "tta": options.tta}
-        save_model(file, ResNet34UNet(0).state_dict(), meta)
+    device = torch.device(asked.device)
+    torch.set_num_threads(frame.cores())
+    spent: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = films_of(asked, folder / "films")
+        file = folder / "model.pt"
+        save_model(file, ResNet34UNet(0).state_dict(), {"size": asked.size, "threshold": 0.5, "tta": asked.tta})
         model, _ = load_model(file, device)
         if device.type == "cuda":
             model = model.to(memory_format=torch.channels_last)
-        predictor = Predictor([model], options.size, device, options.tta)
-        images = torch.from_numpy(np.stack([to_size(read_film(path).pixels, options.size) for path in paths]))[:, None]
+        predictor = Predictor([model], asked.size, device, asked.tta)
+        images = torch.from_numpy(np.stack([to_size(read_film(path).pixels, asked.size) for path in paths]))[:, None]
         if device.type == "cuda":
             images = images.pin_memory()
-        bare(predictor, images[: 4 * options.batch], options.batch)  # warm up
+        bare(predictor, images[: 4 * asked.batch], asked.batch)  # warm up
         variants: dict[str, Callable[[], object]] = {
-            "bare forward": lambda: bare(predictor, images, options.batch),
-            "end to end": lambda: end_to_end(Path(folder) / "run", films, file, options),
-            "plain loop": lambda: plain_loop(model, paths, options.size, device, options.tta),
+            BARE: lambda: bare(predictor, images, asked.batch),
+            "end to end": lambda: end_to_end(folder / "run", folder / "films", file, asked),
+            "plain loop": lambda: plain_loop(model, paths, asked.size, device, asked.tta),
         }
-        if options.no_loop:
-            del variants["plain loop"]
-        clock: dict[str, list[float]] = {name: [] for name in variants}
-        spent: dict[str, list[float]] = {name: [] for name in variants}
-        for _ in range(options.repeat):
-            for name, variant in variants.items():
-                begin, cpu = time.perf_counter(), cpu_seconds()
-                variant()
-                clock[name].append(time.perf_counter() - begin)
-                spent[name].append(cpu_seconds() - cpu)
-    rates = {name: len(paths) / statistics.median(seconds) for name, seconds in clock.items()}
-    cpu_s = {name: statistics.median(seconds) / len(paths) for name, seconds in spent.items()}
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {cores(0)} cores"
-    print(f"{len(paths)} films, {options.size} px, flips {options.tta}, outputs {options.outputs}, {name}")
-    for label, rate in rates.items():
-        share = rate / rates["bare forward"]
-        print(f"{label:16}{rate:10.2f} films/s{share:8.2f} of the bare forward pass{cpu_s[label]:10.3f} CPU s/film")
-    print(json.dumps({"device": name, "films": len(paths), "size": options.size, "films_per_s": rates, "cpu_s": cpu_s}))
+
+        def turn(name: str) -> float:
+            begin, cpu = time.perf_counter(), cpu_seconds()
+            variants[name]()
+            took = time.perf_counter() - begin
+            spent.setdefault(name, []).append(cpu_seconds() - cpu)
+            return len(paths) / took
+
+        found = frame.in_turns({name: lambda name=name: turn(name) for name in variants}, asked.rounds)
+    title = f"Inference: {len(paths)} films, {asked.size} px, flips {asked.tta}, outputs {asked.outputs}"
+    table = frame.speed_table(title, "films/s", found, BARE, "of bare", invert=True)
+    table.columns.append("CPU s a film")
+    for row in table.rows:
+        row.append(statistics.median(spent[row[0]]) / len(paths))
+    return frame.report([table], asked)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,46 +1,47 @@
-"""Images a second and worker of the training loader, beside other ways to feed the same films.
+"""Images a second and worker of the training loader beside other ways to feed the same films; and beside the step.
 
-    python tests/benchmarks/loader.py [--films DIR --csv FILE] [--size 256] [--rounds 5] [--json FILE]
+    python -m tests.benchmarks loader [--films DIR --csv FILE] [--sizes 256,512] [--rounds 5] [--plain]
 
 Contestants give the same uint8 image and mask through the same augmentation in batches of the same size, one worker
 process each, in turns: (ours) memory-mapped shards; DICOM decoded on the fly; one PNG per film and mask;
-mosaicml-streaming and webdataset with raw arrays, where they are installed (requirements.txt beside this file).
-Images by second of the worker's processor time count. Our worker's anonymous memory over an epoch comes with it.
+mosaicml-streaming and webdataset with raw arrays. Images by second of the worker's processor time count. Our worker's
+anonymous memory over an epoch comes with it. The second table is the loader alone, by the clock, over what the step
+consumes.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch.utils.data import DataLoader, Dataset  # noqa: E402
-
-from pneumo_dist import config as configuration  # noqa: E402
-from pneumo_dist.data import preprocess  # noqa: E402
-from pneumo_dist.data.augment import Augmenter  # noqa: E402
-from pneumo_dist.data.cases import Case, read_cases  # noqa: E402
-from pneumo_dist.data.dicom import read_film  # noqa: E402
-from pneumo_dist.data.loaders import FilmDataset, TrainBatches, make_loader  # noqa: E402
-from pneumo_dist.data.phantom import make_phantom  # noqa: E402
-from pneumo_dist.data.rle import decode_rle  # noqa: E402
-from pneumo_dist.data.shards import ShardReader, masks_to_sizes, to_size  # noqa: E402
-from pneumo_dist.runtime.task import Task  # noqa: E402
+from pneumo_dist import config as configuration
+from pneumo_dist.data import preprocess
+from pneumo_dist.data.augment import Augmenter
+from pneumo_dist.data.cases import Case, read_cases
+from pneumo_dist.data.dicom import read_film
+from pneumo_dist.data.loaders import FilmDataset, TrainBatches, make_loader
+from pneumo_dist.data.phantom import make_phantom
+from pneumo_dist.data.rle import decode_rle
+from pneumo_dist.data.shards import ShardReader, masks_to_sizes, to_size
+from pneumo_dist.runtime.task import Task
+from tests.benchmarks import contestants, frame
+from tests.benchmarks.frame import Table
 
 BATCH = 16
 EPOCHS = 6
+OURS = "pneumo_dist, memory-mapped shards"
 Pair = tuple[np.ndarray, np.ndarray]
 
 
@@ -148,12 +149,6 @@ def rate(loader: Iterable[Any]) -> float:
     return count / used
 
 
-def rss_anon_mb() -> float:
-    """Return this process's anonymous memory."""
-    text = Path("/proc/self/status").read_text()
-    return int(next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1]) / 1024
-
-
 def memory_growth_mb(dataset: FilmDataset) -> float:
     """Return how much anonymous memory an epoch of reading adds, after a first one."""
     keys = [
@@ -164,16 +159,16 @@ def memory_growth_mb(dataset: FilmDataset) -> float:
     half = len(keys) // 2
     for batch in keys[:half]:
         dataset.__getitems__(batch)
-    before = rss_anon_mb()
+    before = frame.anonymous_memory_mb()
     for batch in keys[half:]:
         dataset.__getitems__(batch)
-    return rss_anon_mb() - before
+    return frame.anonymous_memory_mb() - before
 
 
-def contestants(
+def loaders(
     work: Path, films: Path, cases: list[Case], shards: Path, size: int, augmenter: Augmenter | None
 ) -> dict[str, Iterable[Any]]:
-    """Return the loaders by name; peers that are not installed are left out, with a line."""
+    """Return the loaders by name."""
     reader, paths = ShardReader(shards, size), {path.stem: path for path in films.rglob("*.dcm")}
     pairs = [(reader.image(case.shard, case.row), reader.mask(case.shard, case.row)) for case in cases]
 
@@ -182,86 +177,90 @@ def contestants(
         return to_size(read_film(paths[cases[i].id]).pixels, size), masks_to_sizes(mask, [size])[size].view(np.uint8)
 
     n = len(cases)
-    found: dict[str, Iterable[Any]] = {
-        "pneumo_dist, memory-mapped shards": make_loader(
-            FilmDataset(shards, size, cases, augmenter), TrainBatches(n, BATCH, 0, EPOCHS), 1, 0
-        ),
+    return {
+        OURS: make_loader(FilmDataset(shards, size, cases, augmenter), TrainBatches(n, BATCH, 0, EPOCHS), 1, 0),
         "DICOM decoded on the fly": loader_of(Other(on_the_fly, augmenter), n),
         "one PNG per film and mask": loader_of(Other(pngs(work / "png", pairs), augmenter), n),
+        "mosaicml-streaming, raw arrays": streaming_loader(work / "streaming", pairs, size, augmenter),
+        "webdataset, raw arrays": webdataset_loader(work / "webdataset", pairs, size, augmenter),
     }
-    for name, make in (
-        ("mosaicml-streaming, raw arrays", streaming_loader),
-        ("webdataset, raw arrays", webdataset_loader),
-    ):
-        try:
-            found[name] = make(work / name.split(",")[0], pairs, size, augmenter)
-        except ImportError as error:
-            print(f"{name}: not measured ({error})", file=sys.stderr)
-    return found
 
 
-def run(
-    device: str = "cpu", films: Path | None = None, csv: Path | None = None, size: int = 256, rounds: int = 5,
-    augmented: bool = True,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Measure; return rows of name, median (images a second and worker), low, high, ratio (ours over it)."""
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        if films is None or csv is None:
-            csv = make_phantom(work / "phantom", 120, 1024)["train-rle.csv"]
-            films = work / "phantom" / "dicom-images-train"
-        words = [
-            f"data.dicom_dir={films}",
-            f"data.rle_csv={csv}",
-            "data.shards=4",
-            f"stage1.size={size}",
-            "stages=1,swa",
-        ]
-        task = Task(config=configuration.load(None, words), run_dir=work, stage="preprocess")
-        preprocess.run_part(task)
-        preprocess.finalize(task)
-        cases = read_cases(task.shard_dir)
-        augmenter = Augmenter(task.config.augment, 0) if augmented else None
-        loaders = contestants(work, films, cases, task.shard_dir, size, augmenter)
-        rates: dict[str, list[float]] = {name: [] for name in loaders}
-        for _ in range(rounds):
-            for name, loader in loaders.items():
-                rates[name].append(rate(loader))
-        growth = memory_growth_mb(FilmDataset(task.shard_dir, size, cases, augmenter))
-    ours = statistics.median(next(iter(rates.values())))
-    rows = [
-        {
-            "name": f"{name}, {size} px{'' if augmented else ', not augmented'}",
-            "median": statistics.median(values),
-            "low": min(values),
-            "high": max(values),
-            "unit": "images/s and worker",
-            "ratio": ours / statistics.median(values),
+def beside_others(work: Path, task: Task, films: Path, size: int, rounds: int, augmenter: Augmenter | None) -> Table:
+    """Measure the loaders at one size in turns."""
+    cases = read_cases(task.shard_dir)
+    folder = work / str(size)
+    folder.mkdir()
+    every = loaders(folder, films, cases, task.shard_dir, size, augmenter)
+    found = frame.in_turns({name: lambda loader=loader: rate(loader) for name, loader in every.items()}, rounds)
+    title = f"Loader, {size} px{'' if augmenter else ', not augmented'}"
+    table = frame.speed_table(title, "images/s and worker", found, OURS, "ours over it")
+    growth = memory_growth_mb(FilmDataset(task.shard_dir, size, cases, augmenter))
+    table.notes.append(f"anonymous memory of our worker over an epoch: {growth:+.1f} MB")
+    return table
+
+
+def loader_alone(task: Task, size: int, batch: int, device: str, workers: int) -> float:
+    """Return the images a second that the loader gives when nobody else wants the processor, after the first batch."""
+    cases = read_cases(task.shard_dir)
+    dataset = FilmDataset(task.shard_dir, size, cases, Augmenter(task.config.augment, 0))
+    epochs = max(EPOCHS, 4096 * 256 // size // len(cases))
+    batches = iter(make_loader(dataset, TrainBatches(len(cases), batch, 0, epochs), workers, 0, device == "cuda"))
+    next(batches)
+    begin, count = time.perf_counter(), 0
+    for images, *_ in batches:
+        count += len(images)
+    return count / (time.perf_counter() - begin)
+
+
+def beside_the_step(task: Task, device: str, rounds: int, workers: int) -> Table:
+    """Measure, in turns, what the loader gives and what the step consumes at the two stages' sizes."""
+    table = Table(
+        f"Loader with {workers} workers over the step, {device}",
+        ["", "loader images/s (median)", "step images/s (median)", "loader over step"],
+    )
+    batches = {256: 64, 512: 16} if device == "cuda" else {256: 4, 512: 2}
+    for size, batch in batches.items():
+        step = contestants.Ours(contestants.Case(size, batch, "bf16" if device == "cuda" else "off", device))
+        step(1)
+        steps = 20 if device == "cuda" else 1
+        turns: dict[str, Callable[[], float]] = {
+            "loader": lambda size=size: loader_alone(task, size, 16, device, workers),
+            "step": lambda step=step, batch=batch, steps=steps: batch * steps / step(steps),
         }
-        for name, values in rates.items()
-    ]
-    rows[0]["note"] = f"anonymous memory over an epoch: {growth:+.1f} MB"
-    return rows
+        found = frame.in_turns(turns, rounds)
+        loader, consumed = (statistics.median(values) for values in found.values())
+        table.rows.append([f"{size} px", loader, consumed, frame.ratio(found["loader"], found["step"])])
+    return table
 
 
 def main() -> int:
-    """Print the table; write it as JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--films", type=Path)
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
+    """Measure what the command line asks for."""
+    parser = frame.arguments(__doc__)
+    parser.set_defaults(rounds=5)
+    parser.add_argument("--films", type=Path, help="a folder of DICOMs (default: phantom films)")
+    parser.add_argument("--csv", type=Path, help="their annotations")
+    parser.add_argument("--sizes", default="256,512")
     parser.add_argument("--plain", action="store_true", help="without augmentation")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    rows = run("cpu", options.films, options.csv, options.size, options.rounds, not options.plain)
-    for row in rows:
-        spread = f"{row['low']:.0f} to {row['high']:.0f}"
-        figures = f"{row['median']:8.0f} {row['unit']} ({spread}), ours x{row['ratio']:.2f}"
-        print(f"{row['name']:48} {figures}  {row.get('note', '')}")
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2))
-    return 0
+    parser.add_argument("--workers", type=int, default=4, help="of the loader beside the step")
+    asked = parser.parse_args()
+    torch.set_num_threads(frame.cores())
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        films, csv = asked.films, asked.csv
+        if films is None or csv is None:
+            csv = make_phantom(work / "phantom", 120, 1024)["train-rle.csv"]
+            films = work / "phantom" / "dicom-images-train"
+        config = configuration.load(None, [f"data.dicom_dir={films}", f"data.rle_csv={csv}", "data.shards=4"])
+        task = Task(config=config, run_dir=work, stage="preprocess")
+        preprocess.run_part(task)
+        preprocess.finalize(task)
+        augmenter = None if asked.plain else Augmenter(config.augment, 0)
+        tables = [
+            beside_others(work, task, films, size, asked.rounds, augmenter) for size in map(int, asked.sizes.split(","))
+        ]
+        tables.append(beside_the_step(task, asked.device, asked.rounds, asked.workers))
+    return frame.report(tables, asked)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Films a second and core: preprocessing to two sizes beside decoding alone and beside a plain loop.
 
-    python tests/benchmarks/preprocess.py [--films DIR --csv FILE] [--rounds 5] [--json FILE]
+    python -m tests.benchmarks preprocess [--films DIR --csv FILE] [--rounds 5]
 
 Without films, phantom films of 1024 px serve. The contestants run in turns in one process, several rounds, and the
 median of films by second of processor time counts. The last row is the whole job with all its processes, from an
@@ -9,9 +9,7 @@ empty directory to finished shards.
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import os
 import statistics
 import sys
@@ -19,23 +17,21 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+import cv2
+import numpy as np
+import pydicom
+import simplejpeg
+from PIL import Image
+from pydicom.encaps import get_frame
 
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import pydicom  # noqa: E402
-import simplejpeg  # noqa: E402
-from PIL import Image  # noqa: E402
-from pydicom.encaps import get_frame  # noqa: E402
-
-from pneumo_dist import config as configuration  # noqa: E402
-from pneumo_dist.data import decoding, preprocess  # noqa: E402
-from pneumo_dist.data.phantom import make_phantom  # noqa: E402
-from pneumo_dist.data.rle import decode_union  # noqa: E402
-from pneumo_dist.data.source import FilmJob, read_source  # noqa: E402
-from pneumo_dist.runtime.task import Task  # noqa: E402
+from pneumo_dist import config as configuration
+from pneumo_dist.data import decoding, preprocess
+from pneumo_dist.data.phantom import make_phantom
+from pneumo_dist.data.rle import decode_union
+from pneumo_dist.data.source import FilmJob, read_source
+from pneumo_dist.runtime.task import Task
+from tests.benchmarks import frame
 
 SIZES = (256, 512)
 LIMIT = 64_000_000
@@ -103,69 +99,48 @@ def whole_job(config: configuration.Config, films: int) -> tuple[float, float]:
         return films / (cpu_s() - used), films / (time.perf_counter() - begin)
 
 
-def run(
-    device: str = "cpu", films: Path | None = None, csv: Path | None = None, rounds: int = 5
-) -> list[dict[str, Any]]:
-    """Measure; return rows of name, median (films a second and core), low, high, ratio to the fastest plain decoder."""
+def main() -> int:
+    """Measure what the command line asks for."""
+    parser = frame.arguments(__doc__)
+    parser.set_defaults(rounds=5)
+    parser.add_argument("--films", type=Path, help="a folder of DICOMs (default: phantom films)")
+    parser.add_argument("--csv", type=Path, help="their annotations")
+    asked = parser.parse_args()
     cv2.setNumThreads(0)
     decoding.keep_memory()
+    clock: list[float] = []
     with tempfile.TemporaryDirectory() as work:
+        films, csv = asked.films, asked.csv
         if films is None or csv is None:
             csv = make_phantom(Path(work), 60, 1024)["train-rle.csv"]
             films = Path(work) / "dicom-images-train"
-        words = [f"data.dicom_dir={films}", f"data.rle_csv={csv}", "data.shards=4"]
-        config = configuration.load(None, words)
+        config = configuration.load(None, [f"data.dicom_dir={films}", f"data.rle_csv={csv}", "data.shards=4"])
         source = read_source(config, Path(work))
         jobs = [job for shard in source.jobs for job in shard]
-        found: dict[str, list[float]] = {}
-        clock: list[float] = []
-        every = contestants(source.folder, jobs)
-        for _ in range(rounds):
-            for name, call in every.items():
-                begin = time.process_time()
-                call()
-                found.setdefault(name, []).append(len(jobs) / (time.process_time() - begin))
-            by_core, by_clock = whole_job(config, len(jobs))
-            found.setdefault("whole job, all its processes", []).append(by_core)
-            clock.append(by_clock)
-        mean, largest = half_size_distance(source.folder, jobs)
-    best = max(statistics.median(rates) for name, rates in found.items() if name.startswith("decoding alone"))
-    rows = [
-        {
-            "name": name,
-            "median": statistics.median(rates),
-            "low": min(rates),
-            "high": max(rates),
-            "unit": "films/s and core",
-            "ratio": best / statistics.median(rates),  # time, in units of the fastest exact decode alone
+
+        def by_core(call: Callable[[], object]) -> float:
+            begin = time.process_time()
+            call()
+            return len(jobs) / (time.process_time() - begin)
+
+        def job_by_core() -> float:
+            core, wall = whole_job(config, len(jobs))
+            clock.append(wall)
+            return core
+
+        turns = {name: lambda call=call: by_core(call) for name, call in contestants(source.folder, jobs).items()} | {
+            "whole job, all its processes": job_by_core
         }
-        for name, rates in found.items()
+        found = frame.in_turns(turns, asked.rounds)
+        mean, largest = half_size_distance(source.folder, jobs)
+    best = max((n for n in found if n.startswith("decoding alone")), key=lambda n: statistics.median(found[n]))
+    title = f"Preprocessing to {SIZES[0]} and {SIZES[1]} px, {len(jobs)} films"
+    table = frame.speed_table(title, "films/s and core", found, best, "time over the fastest decoder's")
+    table.notes = [
+        f"decoding at half size is off the exact way, at 512 px, by mean {mean:.2f}, at most {largest} grey levels",
+        f"the whole job makes {statistics.median(clock):.0f} films/s by the clock on {frame.cores()} cores",
     ]
-    for row in rows:
-        if "half size" in row["name"]:
-            row["note"] = f"at 512 px off the exact way by mean {mean:.2f}, at most {largest} grey levels"
-        if row["name"].startswith("whole job"):
-            cores = len(os.sched_getaffinity(0))
-            row["note"] = f"{statistics.median(clock):.0f} films/s by the clock on {cores} cores"
-    return rows
-
-
-def main() -> int:
-    """Print the table; write it as JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--films", type=Path)
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    rows = run("cpu", options.films, options.csv, options.rounds)
-    for row in rows:
-        spread = f"{row['low']:.0f} to {row['high']:.0f}"
-        figures = f"{row['median']:7.1f} {row['unit']} ({spread}), time x{row['ratio']:.2f}"
-        print(f"{row['name']:50} {figures}  {row.get('note', '')}")
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2))
-    return 0
+    return frame.report([table], asked)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,91 @@
+"""The training step taken apart: every option that the configuration does not name, switched alone.
+
+The loop is that of `Stepper` in its plainest form; its base variant is measured beside the real one, so that a
+difference between the two would show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+from pneumo_dist.config import Loss
+from pneumo_dist.model.precision import autocast
+from pneumo_dist.model.unet import ResNet34UNet, normalise
+from pneumo_dist.training.losses import BCEDice
+from pneumo_dist.training.step import _LEAVE_BUFFERS
+from tests.benchmarks.contestants import Case, Run, films, timed
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How one loop differs from the others."""
+
+    channels_last: bool = True
+    fused: bool = True
+    uint8: bool = True  # one byte a pixel to the device, normalised there; else three floats
+    deterministic: bool = True
+    fill: bool = True  # torch's default under determinism: fresh memory is filled with NaN
+    ddp: dict[str, Any] = field(default_factory=lambda: {"gradient_as_bucket_view": True})
+    hook: Callable[..., Any] | None = None
+
+
+def step_of(variant: Variant, case: Case, ranks: int = 1) -> Run:
+    """Return the loop of `variant`; with more than one rank the process group must exist."""
+    layout = torch.channels_last if variant.channels_last else torch.contiguous_format
+    model = ResNet34UNet(0).to(case.device).to(memory_format=layout)  # type: ignore[call-overload]
+    wrapped: torch.nn.Module = model
+    if ranks > 1:
+        wrapped = DistributedDataParallel(model, **_LEAVE_BUFFERS, **variant.ddp)
+        if variant.hook:
+            wrapped.register_comm_hook(None, variant.hook)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=variant.fused)
+    loss_of = BCEDice(Loss())
+    device = torch.device(case.device)
+    images, masks = films(case)
+    if not variant.uint8:
+        images = normalise(images).contiguous(memory_format=layout)
+
+    def step() -> None:
+        x, y = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
+        with autocast(case.dtype, device):
+            logits = wrapped((normalise(x) if variant.uint8 else x).contiguous(memory_format=layout))
+        loss_of.per_image(logits, y).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    run = timed(step, case.device)
+
+    def within_settings(steps: int) -> float:
+        torch.use_deterministic_algorithms(variant.deterministic, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = variant.fill
+        try:
+            return run(steps)
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.utils.deterministic.fill_uninitialized_memory = True
+
+    return within_settings
+
+
+BASE = Variant()
+ALONE = {  # name -> the base with one option the other way
+    "contiguous instead of channels_last": Variant(channels_last=False),
+    "Adam not fused": Variant(fused=False),
+    "float32 batches of three channels instead of uint8": Variant(uint8=False),
+    "deterministic=false": Variant(deterministic=False),
+    "deterministic, fresh memory not filled": Variant(fill=False),
+}
+VIEW = {"gradient_as_bucket_view": True}
+DISTRIBUTED = {  # torch refuses its bf16 hook without NCCL
+    "gradient_as_bucket_view=False": Variant(ddp={}),
+    "bucket_cap_mb=5": Variant(ddp=VIEW | {"bucket_cap_mb": 5}),
+    "bucket_cap_mb=100": Variant(ddp=VIEW | {"bucket_cap_mb": 100}),
+    "static_graph=True": Variant(ddp=VIEW | {"static_graph": True}),
+    "hook: gradients sent as fp16": Variant(hook=default_hooks.fp16_compress_hook),
+}

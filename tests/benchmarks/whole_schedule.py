@@ -1,0 +1,129 @@
+"""The paper's two stages on a device: images a second, share of its arithmetic, and the time of the whole schedule.
+
+Written for GPUs; with small cases it runs on a CPU as well, which shows that it runs, not how fast a GPU is.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pneumo_dist.model.unet import ResNet34UNet
+from tests.benchmarks import frame
+from tests.benchmarks.contestants import OURS, Case, Ours, smp_loop, wait
+from tests.benchmarks.frame import Table
+
+FILMS, EPOCHS = 10_800, (100, 70)  # the paper's training films, epochs of its first and second stage
+STAGES = "256x64,512x16"
+LARGER = "256x128,256x256,512x32,512x64"
+
+
+def operations(size: int) -> int:
+    """Count the floating-point operations of a forward and backward pass of one image, multiply and add apart.
+
+    Convolutions and their gradients only; normalisation and activations are left out, as is usual.
+    """
+    with torch.device("meta"):
+        model = ResNet34UNet()
+        images = torch.empty((2, 3, size, size))  # two: batch norm refuses one image where one value a channel is left
+    with FlopCounterMode(display=False) as counter:
+        model(images).sum().backward()
+    return counter.get_total_flops() // 2
+
+
+def peak_operations(dtype: torch.dtype, device: str) -> float:
+    """Measure operations a second of a large matrix product: what the arithmetic units give when nothing else counts."""
+    n = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn((n, n), device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(12):
+        wait(device)
+        begin = time.perf_counter()
+        torch.mm(a, b)
+        wait(device)
+        seconds.append(time.perf_counter() - begin)
+    return 2 * n**3 / statistics.median(seconds[2:])
+
+
+def _release(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def measure(case: Case, rounds: int, steps: int) -> tuple[Table, float]:
+    """Measure ours, ours without determinism and the plain loop with autocast in turns; return table and ours' images/s."""
+    makers = {
+        OURS: lambda: Ours(case),
+        f"{OURS}, train.deterministic=false": lambda: Ours(case, None, "train.deterministic=false"),
+        f"{OURS}, train.deterministic=false, train.compile=true": lambda: Ours(
+            case, None, "train.deterministic=false", "train.compile=true"
+        ),
+        "segmentation_models_pytorch, plain loop with autocast": lambda: smp_loop(case),
+    }
+    if case.device == "cpu":
+        del makers[f"{OURS}, train.deterministic=false, train.compile=true"]  # minutes of a C++ compiler
+    memory: dict[str, float | None] = {}
+    for name, make in makers.items():  # one after the other, alone on the device
+        _release(case.device)
+        run = make()
+        run(3)
+        memory[name] = torch.cuda.max_memory_allocated() / 1e9 if case.device == "cuda" else None
+        del run
+    _release(case.device)
+    runs = {name: make() for name, make in makers.items()}
+    for run in runs.values():
+        run(3)
+    turns = {name: lambda run=run: case.batch * steps / run(steps) for name, run in runs.items()}
+    found = frame.in_turns(turns, rounds)
+    peak = peak_operations(case.dtype or torch.float32, case.device)
+    columns = ["", "images/s (median)", "lowest", "highest", "over the plain loop", "share of matmul peak", "GB"]
+    table = Table(f"Step on the device: {case}", columns)
+    plain = found["segmentation_models_pytorch, plain loop with autocast"]
+    for name, rates in found.items():
+        rate = statistics.median(rates)
+        share = rate * operations(case.size) / peak
+        table.rows.append([name, rate, min(rates), max(rates), frame.ratio(rates, plain), share, memory[name]])
+    table.notes.append(
+        f"{operations(case.size) / 1e9:.1f} GFLOP an image forward and backward; a large matrix product reaches "
+        f"{peak / 1e12:.2f} TFLOP/s here"
+    )
+    return table, max(statistics.median(rates) for name, rates in found.items() if name.startswith(OURS))
+
+
+def schedule_minutes(rates: Mapping[int, float], batches: Mapping[int, int]) -> float:
+    """Return the minutes of step time of the whole schedule; `rates` are images/s by image side, `batches` likewise.
+
+    The last incomplete batch of an epoch is dropped.
+    """
+    seconds = 0.0
+    for epochs, size in zip(EPOCHS, sorted(rates), strict=True):
+        seconds += epochs * (FILMS // batches[size]) * batches[size] / rates[size]
+    return seconds / 60
+
+
+def tables(stages: list[Case], larger: list[Case], amps: list[str], rounds: int, steps: int) -> list[Table]:
+    """Measure every case in every arithmetic, and sum the schedule up from the two stages."""
+    found: list[Table] = []
+    summary = Table("The paper's whole schedule", ["", "stage 1 images/s", "stage 2 images/s", "minutes of step time"])
+    for amp in amps:
+        rates = {}
+        for case in [*stages, *larger]:
+            table, rate = measure(replace(case, amp=amp), rounds, steps)
+            found.append(table)
+            if case in stages:
+                rates[case.size] = rate
+        if len(rates) == len(EPOCHS):
+            minutes = schedule_minutes(rates, {case.size: case.batch for case in stages})
+            summary.rows.append([amp, *(rates[size] for size in sorted(rates)), minutes])
+    summary.notes.append(
+        f"{FILMS} films, {EPOCHS[0]} and {EPOCHS[1]} epochs at the two sizes, the faster setting of each case above"
+    )
+    return [*found, summary]

@@ -1,0 +1,71 @@
+"""The benchmarks' arithmetic: turns, ratios, the model of N nodes, the paper's schedule. Nothing is timed in here."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.benchmarks import frame, paper_model, whole_schedule
+from tests.benchmarks.paper_model import Link, Step
+
+STEP = Step(fixed_s=0.01, image_s=0.02, gradient_bytes=100e6)
+
+
+def test_turns_alternate_in_both_directions():
+    order = []
+    contestants = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
+    values = frame.in_turns(contestants, 2)
+    assert order == ["a", "b", "c", "c", "b", "a"]
+    assert values == {"a": [1.0, 6.0], "b": [2.0, 5.0], "c": [3.0, 4.0]}
+
+
+def test_a_disturbed_round_does_not_change_the_ratio():
+    ours, theirs = [3.0, 0.3, 3.0], [2.0, 0.2, 2.0]
+    assert frame.ratio(ours, theirs) == pytest.approx(1.5)
+
+
+def test_table_of_speeds_relates_everything_to_the_base():
+    table = frame.speed_table("t", "images/s", {"ours": [2.0], "peer": [1.0]}, "ours", "ours over it")
+    assert [row[-1] for row in table.rows] == [1.0, 2.0]
+    assert "| peer | 1 " in table.markdown()
+
+
+def test_ring_sends_the_gradient_once_on_two_nodes_and_nearly_twice_on_many():
+    link = Link(bytes_s=100e6, latency_s=0)
+    assert paper_model.ring_seconds(2, 100e6, link) == pytest.approx(1)
+    assert paper_model.ring_seconds(1000, 100e6, link) == pytest.approx(2, rel=1e-2)
+
+
+def test_one_node_exchanges_nothing():
+    assert paper_model.step_seconds(STEP, 1, 64, Link(1e6)) == pytest.approx(0.01 + 64 * 0.02)
+
+
+def test_what_the_backward_pass_covers_costs_nothing_but_the_last_bucket():
+    link = Link(bytes_s=1e9, latency_s=0)
+    last = paper_model.ring_seconds(2, STEP.bucket_bytes, link)
+    assert paper_model.exposed_seconds(STEP, 2, 64, link) == pytest.approx(last)
+    slow = Link(bytes_s=1e8, latency_s=0)
+    assert paper_model.exposed_seconds(STEP, 2, 64, slow) == pytest.approx(1 - 32 * 0.02 * 2 / 3)
+
+
+def test_communication_shows_later_on_a_faster_link_and_with_compression():
+    slow, fast = Link(0.125e9), Link(1.25e9)
+    at_slow, at_fast = paper_model.shows_at(STEP, 64, slow), paper_model.shows_at(STEP, 64, fast)
+    assert at_slow is not None and at_fast is not None and at_slow < at_fast
+    compressed = paper_model.shows_at(STEP, 64, fast, compression=2)
+    assert compressed is None or compressed > at_fast
+    assert paper_model.shows_at(replace(STEP, gradient_bytes=1.0), 64, Link(1e12, 0)) is None
+
+
+def test_line_through_two_measured_steps():
+    step = Step.through((2, 6), (0.05, 0.13), 1.0)
+    assert (step.fixed_s, step.image_s) == (pytest.approx(0.01), pytest.approx(0.02))
+
+
+def test_schedule_counts_whole_batches_of_both_stages():
+    # 10,800 films: 168 whole batches of 64 for 100 epochs, 675 of 16 for 70 epochs.
+    minutes = whole_schedule.schedule_minutes({256: 64.0, 512: 16.0}, {256: 64, 512: 16})
+    assert minutes == pytest.approx((100 * 168 + 70 * 675) / 60)
+
+
+def test_operations_grow_with_the_area():
+    assert whole_schedule.operations(128) == pytest.approx(4 * whole_schedule.operations(64))
