@@ -85,6 +85,7 @@ class Trainer:
         self._loss_sum = 0.0  # of this epoch's steps, this rank's share
         self._resume()
         self.log = RunLog(task.out / "tensorboard", ranks.first, purge_step=self._batches_done + 1)
+        self.live = history.Live(task.out, ranks.first)
         self._saved_at = time.monotonic()
         self._bad_steps = 0
         self._bad_ids: list[str] = []
@@ -274,6 +275,13 @@ class Trainer:
                 result = self.stepper.step(images, masks, lr)
                 self._after_step(result, indices)
                 seen += 1
+                self.live.note(
+                    epoch=self.progress.epoch + 1,
+                    epochs=self.stage.epochs,
+                    step=self.progress.step,
+                    steps=self.total_steps,
+                    images_per_s=seen * self.stage.batch_size / max(time.monotonic() - begin, 1e-9),
+                )
                 if first:
                     ranks_module.shorten_timeout(self.ranks, self.config.train.timeout_s)
                     first = False
