@@ -13,6 +13,7 @@ from launch import follow
 from launch.jobs import Job
 from launch.ledger import Ledger
 from launch.submit import main
+from tests.unit.squeue import squeue
 from tests.unit.test_submit import finished, make
 
 SMALL = ["phantom.films=9", "model.pretrained=none"]
@@ -109,7 +110,7 @@ def test_a_stage_waits_for_a_live_one_of_its_run(
     finished(make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL), "finalize")
     assert submit(tmp_path, "--stage", "2") == 2 and "stage 2 needs stage 1" in capfd.readouterr().err
     assert submit(tmp_path, "--stage", "1") == 0
-    (tools / "queue").write_text("1|stage1-fold0.a|RUNNING|None|n1|0:10\n")
+    (tools / "queue").write_text(squeue("1|stage1-fold0.a|RUNNING|None|n1") + "\n")
     assert submit(tmp_path, "--stage", "2") == 0
     assert "--dependency=afterok:1\n" in script(tmp_path / "a", 2)
     assert submit(tmp_path, "--stage", "1") == 2 and "SLURM job 1 is on stage 1" in capfd.readouterr().err
@@ -159,15 +160,15 @@ def test_wait_ends_with_the_jobs_result(
     finished(made, "finalize")
     (tmp_path / "a" / "jobs").mkdir(parents=True)
     (tmp_path / "a" / "jobs" / "1_0_log.out").write_text("ValueError: broken on purpose\n")
-    (tools / "queue").write_text("1|stage1-fold0.a|FAILED|NonZeroExitCode|n1|0:10\n")
+    (tools / "queue").write_text(squeue("1|stage1-fold0.a|FAILED|NonZeroExitCode|n1") + "\n")
     assert submit(tmp_path, "--stage", "1", "--wait") == 1
     said = capfd.readouterr().err
-    assert "stage1-fold0 (job 1): FAILED NonZeroExitCode: ValueError: broken on purpose" in said
-    assert "1_0_log.out" in said and "the same command continues" in said
+    assert "stage1-fold0 (job 1): FAILED: ValueError: broken on purpose" in said
+    assert "1_0_log.out" in said and "repeat the same command, which continues" in said
     finished(made, "1", 0)
     record = tmp_path / "a" / "fold0" / "stage1" / "DONE.json"
     record.rename(tools / "DONE.json")
     (tools / "then").write_text(f"cp {tools}/DONE.json {record}\n")  # the job does its work
-    (tools / "queue").write_text("2|stage1-fold0.a|COMPLETED|None|n1|0:10\n")
+    (tools / "queue").write_text(squeue("2|stage1-fold0.a|COMPLETED|None|n1") + "\n")
     assert submit(tmp_path, "--stage", "1", "--wait") == 0
     assert "done: " in capfd.readouterr().out
