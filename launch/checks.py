@@ -13,12 +13,10 @@ from pathlib import Path
 
 from launch import slurm
 from launch.place import Site
-from launch.plan import Plan, title
+from launch.plan import Plan
 from launch.profile import CPU_ONLY, Profile
 from pneumo_dist.chain import STAGES
 from pneumo_dist.config import TRAIN_STAGES, ConfigError
-from pneumo_dist.runtime.task import shard_dir
-from pneumo_dist.training import history
 
 CHECKPOINT_BYTES = 400_000_000  # 24.4 million weights in float32, Adam's two averages, the SWA average
 WEIGHTS_BYTES = 100_000_000
@@ -180,29 +178,3 @@ def refuse(made: Plan, nodes: int, place: Site) -> None:
     """Raise ConfigError with the gravest thing that is wrong."""
     for line in problems(made, nodes, place, probe=True):
         raise ConfigError(line)
-
-
-def remarks(made: Plan, profile: Profile) -> Iterator[str]:
-    """Yield what is no mistake but worth knowing before jobs wait in a queue: time and memory, as measured."""
-    config, run_dir = made.recipe.config, made.recipe.run_dir
-    for node in made.todo:
-        if node.stage not in TRAIN_STAGES:
-            continue
-        name = title(node.stage, node.fold, len(made.folds))
-        settings, minutes = config.train_stage(node.stage), profile.minutes(node.stage)
-        rows = history.read(run_dir / f"fold{node.fold}" / f"stage{node.stage}" / "metrics.jsonl")
-        if rows and rows[-1]["images_per_s"] and minutes:
-            left = (rows[-1]["steps"] - rows[-1]["step"]) * settings.batch_size / rows[-1]["images_per_s"] / 60
-            if left > minutes:
-                yield (
-                    f"{name} needs about {left:.0f} more minutes at the measured {rows[-1]['images_per_s']} images/s "
-                    f"and has {minutes}: it will be requeued about {int(left // minutes)} times"
-                )
-        memory = profile.resources(node.stage).mem_gb
-        shards = shard_dir(config, run_dir).glob(f"*-{settings.size}-*.npy")
-        held = sum(path.stat().st_size for path in shards) / 2**30
-        if memory and held > memory:
-            yield (
-                f"{name}: the shards of {settings.size} px are {held:.1f} GB, mem_gb is {memory:g}: "
-                "they will be read from the disk again and again"
-            )

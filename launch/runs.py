@@ -157,7 +157,11 @@ def _logs(found: argparse.Namespace) -> int:
     from pneumo_dist.config import ConfigError
 
     run_dir = _run_dir(found)
-    entry = next((e for e in reversed(_entries(found)) if logs_of(run_dir, e)), None)
+    while True:
+        entry = next((e for e in reversed(_entries(found)) if logs_of(run_dir, e)), None)
+        if entry or not found.follow:
+            break
+        time.sleep(2)  # the job has not started yet
     if entry is None:
         raise ConfigError(
             f"{run_dir.name}: no log yet: the job has not started (python launch/runs.py status {run_dir.name})"

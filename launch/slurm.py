@@ -159,7 +159,7 @@ def _queued(line: str) -> JobState:
         cells.append(line[at : at + width].strip())
         at += width
     job_id, name, state, reason, nodes, restarts, status = cells
-    if state not in LIVE and status.isdigit() and int(status):
+    if state == "FAILED" and status.isdigit():
         reason = f"exit {int(status) >> 8}:{int(status) & 127}"  # as wait() gives it; sacct writes it like this
     elif state not in LIVE and not reason.startswith("Dependency"):  # what it once waited for
         reason = ""

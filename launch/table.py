@@ -37,7 +37,8 @@ def heading(run_dir: Path, entries: Sequence[Entry]) -> str:
     commit = f", commit {git['commit'][:10]}" if git else ""
     dirty = f" with changes in {changed} file{'s' if changed > 1 else ''}" if changed else ""
     when = last.time.replace("T", " ").replace("Z", " UTC")
-    return f"run {run_dir.name} in {shown(run_dir)}; last submitted {when}{commit}{dirty}, code {last.code}"
+    code = f", code/{last.code}" if last.code else ""
+    return f"run {run_dir.name} in {shown(run_dir)}; last submitted {when}{commit}{dirty}{code}"
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -63,6 +64,8 @@ def _progress(row: Row) -> str:
 def trouble(rows: Sequence[Row]) -> str:
     """Return for every job that has failed, or waits in vain, why, its log and what to do; "" where all is well."""
     lines: list[str] = []
+    commands: dict[str, None] = {}
+    from_outside = True
     for row in rows:
         advice = _HELP.get(row.state) or next((text for word, text in _HELP.items() if word in row.reason), "")
         if (not row.failed and not advice) or row.swept_along:
@@ -73,11 +76,14 @@ def trouble(rows: Sequence[Row]) -> str:
         lines += [f"  log:  {shown(row.log)}"] if row.failed and row.log else []
         lines += [f"  help: {advice}"] if advice else []
         if row.failed:
-            first = "" if row.state in _FROM_OUTSIDE else "correct the cause, then "
-            lines += [f"  next: {first}repeat the same command, which continues: {_again(row.command)}"]
+            commands[_again(row.command)] = None
+            from_outside = from_outside and row.state in _FROM_OUTSIDE
     swept = [row.node.key for row in rows if row.swept_along]
     if swept:
         lines += ["", f"cancelled because a job before did not end well: {', '.join(swept)}"]
+    if commands:
+        first = "" if from_outside else "correct the cause, then "
+        lines += ["", f"next: {first}repeat the same command, which continues: {'; '.join(commands)}"]
     return "\n".join(lines).strip("\n")
 
 
