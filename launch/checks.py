@@ -13,12 +13,10 @@ from pathlib import Path
 
 from launch import slurm
 from launch.place import Site
-from launch.plan import Plan, title
+from launch.plan import Plan
 from launch.profile import CPU_ONLY, Profile
 from pneumo_dist.chain import STAGES
-from pneumo_dist.config import TRAIN_STAGES, Config, ConfigError
-from pneumo_dist.runtime.task import shard_dir
-from pneumo_dist.training import history
+from pneumo_dist.config import TRAIN_STAGES, ConfigError
 
 CHECKPOINT_BYTES = 400_000_000  # 24.4 million weights in float32, Adam's two averages, the SWA average
 WEIGHTS_BYTES = 100_000_000
@@ -181,46 +179,3 @@ def refuse(made: Plan, nodes: int, place: Site) -> None:
     """Raise ConfigError with the gravest thing that is wrong."""
     for line in problems(made, nodes, place, probe=True):
         raise ConfigError(line)
-
-
-def _download(config: Config) -> Iterator[str]:
-    """Warn where training would have to fetch the ImageNet weights: compute nodes seldom have internet."""
-    first = config.train_stage(config.train_stages[0])
-    if config.model.pretrained != "imagenet" or config.model.weights or first.init_from:
-        return
-    # Where torch.hub keeps them; asking torch itself would take seconds.
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch"
-    folder = Path(os.environ.get("TORCH_HOME", cache)).expanduser() / "hub" / "checkpoints"
-    if not any(folder.glob("resnet34-*.pth")):
-        yield (
-            f"the ImageNet weights are not in {folder}: the job will fetch them; if its nodes have no internet, run "
-            "`python -m pneumo_dist.model.pretrained` here first"
-        )
-
-
-def remarks(made: Plan, profile: Profile) -> Iterator[str]:
-    """Yield what is no mistake but worth knowing before jobs wait in a queue: time and memory, as measured."""
-    config, run_dir = made.recipe.config, made.recipe.run_dir
-    if any(node.stage == config.train_stages[0] for node in made.todo):
-        yield from _download(config)
-    for node in made.todo:
-        if node.stage not in TRAIN_STAGES:
-            continue
-        name = title(node.stage, node.fold, len(made.folds))
-        settings, minutes = config.train_stage(node.stage), profile.minutes(node.stage)
-        rows = history.read(run_dir / f"fold{node.fold}" / f"stage{node.stage}" / "metrics.jsonl")
-        if rows and rows[-1]["images_per_s"] and minutes:
-            left = (rows[-1]["steps"] - rows[-1]["step"]) * settings.batch_size / rows[-1]["images_per_s"] / 60
-            if left > minutes:
-                yield (
-                    f"{name} needs about {left:.0f} more minutes at the measured {rows[-1]['images_per_s']} images/s "
-                    f"and has {minutes}: it will be requeued about {int(left // minutes)} times"
-                )
-        memory = profile.resources(node.stage).mem_gb
-        shards = shard_dir(config, run_dir).glob(f"*-{settings.size}-*.npy")
-        held = sum(path.stat().st_size for path in shards) / 2**30
-        if memory and held > memory:
-            yield (
-                f"{name}: the shards of {settings.size} px are {held:.1f} GB, mem_gb is {memory:g}: "
-                "they will be read from the disk again and again"
-            )

@@ -56,12 +56,15 @@ def copy(root: Path, run_dir: Path) -> Path:
 
 
 def git_state(root: Path) -> dict[str, object] | None:
-    """Return commit and number of changed files of the checkout, or None where it is no git repository."""
+    """Return the checkout's commit and how many of the copied files differ from it; None where it is no repository."""
+    questions = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=all", "--", *FOLDERS])
     try:
-        run = [subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=False)
-               for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])]  # fmt: skip
+        answers = [
+            subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=False)
+            for words in questions
+        ]
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if run[0].returncode:
+    if answers[0].returncode:
         return None
-    return {"commit": run[0].stdout.strip(), "changed_files": len(run[1].stdout.splitlines())}
+    return {"commit": answers[0].stdout.strip(), "changed_files": len(answers[1].stdout.splitlines())}

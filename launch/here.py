@@ -7,16 +7,19 @@ import sys
 import time
 from pathlib import Path
 
-from launch import plan
+from launch import plan, progress
 from launch.arguments import Request
+from launch.display import Display
 from launch.ledger import Ledger, Lock, Locked, lock
 from launch.local import Foreground, store_folder, workers
-from launch.outcome import last_error, tell
+from launch.outcome import tell, why
 from launch.place import Site
 from launch.plan import Plan
 from launch.prepare import entry, lock_path, prepare, refuse_live
 from pneumo_dist.chain import STAGES, Node
 from pneumo_dist.config import ConfigError
+
+LOOK_EVERY_S = 2.0
 
 
 def run_here(request: Request, made: Plan, site: Site) -> int:
@@ -28,7 +31,9 @@ def run_here(request: Request, made: Plan, site: Site) -> int:
     run_dir = made.recipe.run_dir
     ledger = Ledger(run_dir)
     locks: list[Lock] = []
-    with Foreground() as foreground:
+    display = Display()
+    watched = _Watched(made, display)
+    with Foreground(display.pass_on, watched.look) as foreground:
         try:
             refuse_live(made, ledger, slurm_answers=False)
             for node in made.todo:
@@ -37,7 +42,7 @@ def run_here(request: Request, made: Plan, site: Site) -> int:
                 except Locked as error:
                     raise ConfigError(f"{error.holder} is on {node.key} of this run already: wait for it") from None
             code = prepare(request, made).code
-            chain = _Chain(request, made, site, foreground, ledger, code, [one.descriptor for one in locks])
+            chain = _Chain(request, made, site, foreground, watched, ledger, code, [one.descriptor for one in locks])
             for node in made.todo:
                 status = chain.run(node)
                 if status:
@@ -49,6 +54,34 @@ def run_here(request: Request, made: Plan, site: Site) -> int:
     return 0
 
 
+class _Watched:
+    """The progress of the job that runs, looked at from time to time."""
+
+    def __init__(self, made: Plan, display: Display) -> None:
+        self._made, self._display = made, display
+        self._node: Node | None = None
+        self._since = self._next = 0.0
+
+    def begin(self, node: Node) -> None:
+        """A job starts."""
+        self._node, self._since = node, time.time()
+
+    def end(self) -> None:
+        """It has ended: what is said next stands below its log."""
+        self._node = None
+        self._display.close()
+
+    def look(self) -> None:
+        """Show how far the job is, unless that has just been done."""
+        if self._node is None or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + LOOK_EVERY_S
+        recipe = self._made.recipe
+        at = progress.of(recipe.config, recipe.run_dir, self._node, self._since)
+        name = plan.title(self._node.stage, self._node.fold, len(self._made.folds))
+        self._display.progress({name: (at.share, str(at))} if at else {})
+
+
 class _Chain:
     """What the jobs of one plan share."""
 
@@ -58,12 +91,14 @@ class _Chain:
         made: Plan,
         site: Site,
         foreground: Foreground,
+        watched: _Watched,
         ledger: Ledger,
         code: Path,
         locks: list[int],
     ) -> None:
         self.request, self.made, self.site = request, made, site
-        self.foreground, self.ledger, self.code, self.locks = foreground, ledger, code, locks
+        self.foreground, self.watched = foreground, watched
+        self.ledger, self.code, self.locks = ledger, code, locks
 
     def run(self, node: Node) -> int:
         """Run one job to its end and return its exit status."""
@@ -85,7 +120,9 @@ class _Chain:
                 store=Path(folder) / "store",
             )
             self._note(node, count)
+            self.watched.begin(node)
             outcome = self.foreground.run(group, self.locks)
+            self.watched.end()
             self._note(node, count, event="ended", status=outcome.status)
         if not outcome.status:
             print(f"{mark} took {time.monotonic() - began:.0f} s", flush=True)
@@ -93,12 +130,13 @@ class _Chain:
             print(f"stopped during {title}; the same command continues", file=sys.stderr)
             if outcome.failed:
                 log = group[outcome.failed[0]].log
-                print(f"but its last state may not be saved: {last_error(log) or f'see {log}'}", file=sys.stderr)
+                said = why([log])
+                print(f"but its last state may not be saved: {said[0] if said else f'see {log}'}", file=sys.stderr)
         else:
             worker, status = outcome.failed or (0, 1)
-            log = group[worker].log
             how = f"was killed by signal {-status}" if status < 0 else f"exited with {status}"
-            print(f"error: {title}: process {worker} {how}: {last_error(log) or 'no message'}", file=sys.stderr)
+            line, log = why([group[worker].log, *(one.log for one in group)]) or ("no message", group[worker].log)
+            print(f"error: {title}: process {worker} {how}: {line}", file=sys.stderr)
             print(f"its log: {log}; after correcting the cause, the same command continues", file=sys.stderr)
         return outcome.status
 

@@ -114,10 +114,11 @@ class Foreground:
     Use as a context manager: it owns the signal handlers meanwhile. A second signal kills the workers at once.
     """
 
-    def __init__(self, show: Callable[[bytes], None] | None = None) -> None:
+    def __init__(self, show: Callable[[bytes], None], tick: Callable[[], None] = lambda: None) -> None:
+        """Give what the first worker writes to `show`, and call `tick` often while workers run."""
         self.received = 0  # the first signal, 0 for none
         self._again = False
-        self._show = show or _to_terminal
+        self._show, self._tick = show, tick
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Foreground:
@@ -185,6 +186,7 @@ class Foreground:
         while True:
             alive = {i: p for i, p in running.items() if p.poll() is None}
             shown.more()
+            self._tick()
             for i, process in running.items():
                 if failed is None and process.returncode:
                     failed = (i, process.returncode)
@@ -197,9 +199,7 @@ class Foreground:
                 return Outcome(1 if failed else 0, failed)
             if self.received and not told:
                 told = True
-                print(
-                    "\nstopping: the workers save their state (once more to stop at once)", file=sys.stderr, flush=True
-                )
+                self._show(b"\nstopping: the workers save their state (once more to stop at once)\n")
                 _signal(alive, signal.SIGINT if self.received == signal.SIGINT else signal.SIGTERM)
             if self._again or time.monotonic() > deadline:
                 for process in alive.values():
@@ -239,14 +239,6 @@ class _Tail:
         if new:
             self._at += len(new)
             self._show(new)
-
-
-def _to_terminal(new: bytes) -> None:
-    try:
-        sys.stdout.buffer.write(new)
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        pass  # the reader has gone; the work goes on, the log file has it all
 
 
 def store_folder() -> tempfile.TemporaryDirectory[str]:

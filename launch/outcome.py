@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from launch.plan import Plan
@@ -19,28 +20,58 @@ _TELLING = re.compile(
     re.IGNORECASE,
 )
 # Follow-ups of another rank's end: worth telling only when nothing else was said.
-_FOLLOWS = re.compile(r"Connection (closed|reset) by peer|^srun: error: .*: task|Terminating StepId|CANCELLED AT")
+_FOLLOWS = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|remote process exited|\bDist(Backend|Network|Store)Error\b|"
+    r"^srun: error: .*: task|Terminating StepId|CANCELLED AT"
+)
 
 
-def last_error(path: Path) -> str | None:
-    """Return the last line of a log that tells why its job failed, shortened; None where nothing does."""
+def why(logs: Iterable[Path]) -> tuple[str, Path] | None:
+    """Return the line that tells why a job failed, shortened, and its log; None where nothing does.
+
+    A rank's own trouble goes before what it says of another one's end; logs that come first go before later ones.
+    """
+    found = [(line, path) for path in logs for line in _telling(path)[-1:]]
+    first_hand = [entry for entry in found if not _FOLLOWS.search(entry[0])]
+    return next(iter(first_hand or found), None)
+
+
+def _telling(path: Path) -> list[str]:
+    """Return the telling lines of the newest attempt; what only follows from another rank's end comes first."""
     try:
         with open(path, "rb") as log:
             log.seek(max(0, os.fstat(log.fileno()).st_size - TAIL_BYTES))
             lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     except OSError:
-        return None
-    # Only the newest attempt's lines count: attempts append to the same file.
+        return []
+    # Attempts append to the same file.
     starts = [
         i
         for i, line in enumerate(lines)
         if re.match(r"--- \d{4}-|.*submitit INFO .*Starting with JobEnvironment", line)
     ]
     lines = lines[starts[-1] :] if starts else lines
-    telling = [line for line in lines if _TELLING.search(line)]
-    first_hand = [line for line in telling if not _FOLLOWS.search(line)]
-    found = (first_hand or telling)[-1:]
-    return found[0].removeprefix("error: ")[:300] if found else None
+    telling = [line.removeprefix("error: ")[:300] for line in lines if _TELLING.search(line)]
+    return sorted(telling, key=lambda line: not _FOLLOWS.search(line))
+
+
+# slurmstepd's last words in a log, and SLURM's state for them.
+_REQUEUED = {"PREEMPTION": "PREEMPTED", "JOB REQUEUE": "REQUEUED", "NODE FAILURE": "NODE_FAIL", "TIME LIMIT": "TIMEOUT"}
+
+
+def requeued_for(logs: Iterable[Path]) -> str:
+    """Return why a job's last run ended before it was requeued, as its logs have it; "" where they do not say.
+
+    Without accounting this is the only place that knows.
+    """
+    for path in logs:
+        try:
+            said = re.findall(r"CANCELLED AT \S+ DUE TO ([A-Z ]+[A-Z])", path.read_text(errors="replace"))
+        except OSError:
+            continue
+        if said:
+            return _REQUEUED.get(said[-1], said[-1])
+    return ""
 
 
 def shown(path: Path) -> str:

@@ -89,38 +89,44 @@ def _run_dir(found: argparse.Namespace) -> Path:
 
 
 def _list(found: argparse.Namespace) -> int:
-    from launch.status import collect
+    from launch.status import ask, collect
     from pneumo_dist.config import ConfigError
 
     root = Path(found.run_root).expanduser().absolute()
     runs = sorted(path.parent for path in root.glob("*/config.yaml"))
     if not runs:
         print(f"{root}: no runs yet: python launch/submit.py --stage 1 --nodes 2 makes one")
+    asked = ask(runs)  # once for all: accounting is slow to answer
     for run_dir in runs:
         try:
-            rows, _ = collect(run_dir)
+            rows, _ = collect(run_dir, asked)
         except ConfigError as error:
             print(f"{run_dir.name:24} {error}")
             continue
-        done = sum(row.state == "done" for row in rows)
-        word = next((f"{row.node.key} {row.state}" for row in rows if row.state not in ("done", "-")), "")
-        print(f"{run_dir.name:24} {done}/{len(rows)} done  {word}".rstrip())
+        count = sum(row.state == "done" for row in rows)
+        now = next((row for row in rows if row.failed or row.active), None) or next(
+            (row for row in rows if row.state not in ("done", "-")), None
+        )
+        words = [now.node.key, now.state, str(now.progress or "") if now.active else ""] if now else []
+        print(f"{run_dir.name:24} {f'{count}/{len(rows)} done':12}  {' '.join(filter(None, words))}".rstrip())
+    if asked[1]:
+        print(f"\n{asked[1]}")
     return 0
 
 
 def _status(found: argparse.Namespace) -> int:
+    from launch.ledger import Ledger
     from launch.outcome import outcome_text
-    from launch.status import collect, folds_of, table
+    from launch.status import collect, folds_of
+    from launch.table import heading, table, trouble
     from pneumo_dist import config as configuration
 
     run_dir = _run_dir(found)
     rows, note = collect(run_dir)
-    print(table(rows))
-    if note:
-        print(f"\n{note}")
-    text = outcome_text(configuration.load(run_dir / "config.yaml"), run_dir, tuple(folds_of(run_dir, [])))
-    if text:
-        print(text)
+    entries = Ledger(run_dir).entries()
+    outcome = outcome_text(configuration.load(run_dir / "config.yaml"), run_dir, tuple(folds_of(run_dir, entries)))
+    parts = [heading(run_dir, entries), table(rows), note, trouble(rows), outcome.strip("\n")]
+    print("\n\n".join(filter(None, parts)))
     return 0
 
 
@@ -151,7 +157,11 @@ def _logs(found: argparse.Namespace) -> int:
     from pneumo_dist.config import ConfigError
 
     run_dir = _run_dir(found)
-    entry = next((e for e in reversed(_entries(found)) if logs_of(run_dir, e)), None)
+    while True:
+        entry = next((e for e in reversed(_entries(found)) if logs_of(run_dir, e)), None)
+        if entry or not found.follow:
+            break
+        time.sleep(2)  # the job has not started yet
     if entry is None:
         raise ConfigError(
             f"{run_dir.name}: no log yet: the job has not started (python launch/runs.py status {run_dir.name})"

@@ -5,7 +5,9 @@ Every call has a time limit, since clients hang on a dead controller. Standard l
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -110,10 +112,10 @@ class JobState:
     job_id: str  # "12" or, for an array element, "12_3"
     name: str
     state: str
-    reason: str = ""
+    reason: str = ""  # why it waits, or its exit code and who cancelled it
     nodes: str = ""
-    elapsed: str = ""
     restarts: int = 0
+    before: str = ""  # how its last run ended, where it was requeued: PREEMPTED, NODE_FAIL, REQUEUED
 
     @property
     def parent(self) -> str:
@@ -126,6 +128,12 @@ class JobState:
         return self.state in LIVE
 
 
+# Columns of squeue with widths that cut nothing short: a name may hold any character that could part them.
+COLUMNS = {
+    "JobArrayID": 40, "Name": 250, "State": 30, "Reason": 80, "NodeList": 600, "RestartCnt": 12, "exit_code": 12,
+}  # fmt: skip
+
+
 def queued(job_ids: Iterable[str]) -> list[JobState]:
     """Return those of the jobs (by parent id) that SLURM's controller still knows, array elements one by one.
 
@@ -135,19 +143,27 @@ def queued(job_ids: Iterable[str]) -> list[JobState]:
     wanted = sorted({i.split("_")[0] for i in job_ids}, key=int)
     if not wanted:
         return []
+    columns = ",".join(f"{name}:{width}" for name, width in COLUMNS.items())
     try:
-        text = _run(["squeue", "-h", "-r", "--states=all", "-o", "%i|%j|%T|%r|%N|%M", "-j", ",".join(wanted)])
+        text = _run(["squeue", "-h", "-r", "--states=all", "-O", columns, "-j", ",".join(wanted)])
     except SlurmError as error:
         if "Invalid job id" in str(error):
             return []
         raise
-    found = []
-    for line in text.splitlines():
-        parts = line.split("|")
-        if len(parts) == 6:
-            reason = "" if parts[3] == "None" else parts[3]
-            found.append(JobState(parts[0].strip(), parts[1], parts[2], reason, parts[4], parts[5].strip()))
-    return found
+    return [_queued(line) for line in text.splitlines() if line.strip()]
+
+
+def _queued(line: str) -> JobState:
+    cells, at = [], 0
+    for width in COLUMNS.values():
+        cells.append(line[at : at + width].strip())
+        at += width
+    job_id, name, state, reason, nodes, restarts, status = cells
+    if state == "FAILED" and status.isdigit():
+        reason = f"exit {int(status) >> 8}:{int(status) & 127}"  # as wait() gives it; sacct writes it like this
+    elif state not in LIVE and not reason.startswith("Dependency"):  # what it once waited for
+        reason = ""
+    return JobState(job_id, name, state, "" if reason == "None" else reason, nodes, int(restarts or 0))
 
 
 def accounted(job_ids: Iterable[str]) -> list[JobState]:
@@ -155,24 +171,34 @@ def accounted(job_ids: Iterable[str]) -> list[JobState]:
     wanted = sorted({i.split("_")[0] for i in job_ids}, key=int)
     if not wanted or shutil.which("sacct") is None:
         return []
-    fields = "JobID,JobName%200,State%30,ExitCode,NodeList%200,Elapsed"
+    fields = "JobID,State%30,ExitCode,NodeList%600,JobName%250"  # the name last: it may hold a |
     try:
         text = _run(["sacct", "-n", "-X", "-P", "-D", "-o", fields, "-j", ",".join(wanted)])
     except SlurmError:
         return []
     runs: dict[str, list[JobState]] = {}
     for line in text.splitlines():
-        parts = line.split("|")
-        if len(parts) == 6 and "[" not in parts[0]:
-            state = parts[2].split()[0] if parts[2] else "UNKNOWN"  # "CANCELLED by 0"
-            reason = "" if parts[3] in ("0:0", "") else f"exit {parts[3]}"
-            runs.setdefault(parts[0], []).append(JobState(parts[0], parts[1], state, reason, parts[4], parts[5]))
-    # -D lists every run of a requeued job, oldest first.
-    return [
-        JobState(**{**last.__dict__, "restarts": len(all_runs) - 1})
-        for all_runs in runs.values()
-        for last in all_runs[-1:]
-    ]
+        cells = line.split("|", 4)
+        if len(cells) == 5 and "[" not in cells[0]:
+            job_id, words, status, nodes, name = cells
+            state, _, who = (words or "UNKNOWN").partition(" by ")  # "CANCELLED by 0"
+            reason = f"by {_user(who)}" if who else f"exit {status}" if status not in ("0:0", "") else ""
+            nodes = "" if nodes == "None assigned" else nodes
+            runs.setdefault(job_id, []).append(JobState(job_id, name, state, reason, nodes))
+    return [_newest(all_runs) for all_runs in runs.values()]
+
+
+def _newest(runs: list[JobState]) -> JobState:
+    """Return the last run of a job with what is known of those before: -D lists every run, oldest first."""
+    before = runs[-2].state if len(runs) > 1 else ""
+    return dataclasses.replace(runs[-1], restarts=len(runs) - 1, before=before)
+
+
+def _user(uid: str) -> str:
+    try:
+        return pwd.getpwuid(int(uid)).pw_name
+    except (KeyError, ValueError):
+        return f"user {uid}"
 
 
 def states(job_ids: Iterable[str]) -> dict[str, JobState]:
@@ -185,7 +211,13 @@ def states(job_ids: Iterable[str]) -> dict[str, JobState]:
     found = {row.job_id: row for row in accounted(wanted)}
     for row in queued(wanted):
         old = found.get(row.job_id)
-        found[row.job_id] = JobState(**{**row.__dict__, "restarts": old.restarts if old else 0})
+        if old:
+            # Accounting lags behind: its last run may be the one that the controller has just taken back.
+            behind = old.restarts < row.restarts and not old.live
+            before = old.state if behind else old.before
+            told = old.reason if old.state == row.state and not row.live else ""
+            row = dataclasses.replace(row, reason=row.reason or told, before=before)
+        found[row.job_id] = row
     return found
 
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import calendar
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from launch import slurm
+from launch import progress, slurm
 from launch.ledger import Entry, Ledger, holder
-from launch.outcome import last_error
+from launch.outcome import requeued_for, why
 from launch.plan import closing
 from launch.prepare import lock_path
+from launch.progress import Progress
 from pneumo_dist import chain, done
 from pneumo_dist import config as configuration
 from pneumo_dist.chain import Node
 from pneumo_dist.config import Config, ConfigError
-from pneumo_dist.training import history
+from pneumo_dist.runtime.files import read_json
+from pneumo_dist.runtime.task import stage_dir
 
 # SLURM's words, and for jobs of this machine KILLED and INTERRUPTED; ENDED: nobody knows how.
 FAILED = (
     "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "CANCELLED", "PREEMPTED", "REVOKED",
     "KILLED", "INTERRUPTED", "ENDED",
 )  # fmt: skip
-HEADS = ("stage", "job", "state", "nodes", "try", "progress", "score")
+ACTIVE = ("RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT", "SIGNALING", "RESIZING")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,69 +40,40 @@ class Row:
     reason: str = ""
     nodes: str = ""
     attempts: int = 0
-    progress: str = ""
+    progress: Progress | None = None
     score: str = ""
     error: str = ""
     log: Path | None = None
+    command: tuple[str, ...] = ()  # submit.py's words
 
     @property
     def failed(self) -> bool:
         """Whether somebody has to look at it."""
-        return self.state.split(" ")[0] in FAILED
+        return self.state in FAILED
+
+    @property
+    def active(self) -> bool:
+        """Whether it is being worked on now."""
+        return self.state in ACTIVE
+
+    @property
+    def swept_along(self) -> bool:
+        """Whether it was cancelled only because a job before it did not end well."""
+        return self.state == "CANCELLED" and self.reason.startswith("Dependency")
 
 
-def _epochs(run_dir: Path, key: str) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl of a training job (stage1-fold0)."""
-    name, _, fold = key.partition("-fold")
-    if not fold:
-        return []
-    try:
-        return history.read(run_dir / f"fold{fold}" / name / "metrics.jsonl")
-    except (OSError, ValueError):
-        return []
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What all rows of a run are made from."""
+
+    config: Config
+    folder: Path
+    entries: Sequence[Entry]
+    states: Mapping[str, slurm.JobState]
+    unknown: str  # the state of a job of which SLURM says nothing and that has no result
 
 
-def _duration(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min" if minutes else "under a minute"
-
-
-def progress_text(config: Config, run_dir: Path, key: str) -> str:
-    """Return how far a training is, in a few words; "" where that is not known."""
-    rows = _epochs(run_dir, key)
-    if not rows:
-        return ""
-    last = rows[-1]
-    text = f"epoch {last['epoch']}/{last['epochs']}, step {last['step']}/{last['steps']}"
-    speed = last["images_per_s"]
-    if not speed:
-        return text
-    images = (last["steps"] - last["step"]) * config.train_stage(key.split("-")[0].removeprefix("stage")).batch_size
-    return f"{text}, {speed} images/s" + (f", {_duration(images / speed)} left" if images else "")
-
-
-def _score_text(config: Config, run_dir: Path, node: Node) -> str:
-    rows = _epochs(run_dir, node.key)
-    if rows and "best_dice" in rows[-1]:
-        last = next((row for row in reversed(rows) if "dice" in row), rows[-1])
-        best = f"best {rows[-1]['best_dice']:.4f} (epoch {rows[-1]['best_epoch']})"
-        return f"Dice {last['dice']:.4f}, {best}" if "dice" in last else best
-    if node.stage in ("evaluate", "pool"):
-        from pneumo_dist.runtime.files import read_json
-        from pneumo_dist.runtime.task import stage_dir
-
-        try:
-            scores = read_json(stage_dir(config, run_dir, node.stage, node.fold) / "scores.json")
-            fixed, empty = scores["headline"]["fixed"], scores["dice_all_empty"]
-            return f"Dice {fixed['dice']:.4f} (all empty {empty:.4f}), on positives {fixed['dice_positive']:.4f}"
-        except (OSError, KeyError, TypeError, ValueError):
-            return ""
-    return ""
-
-
-def folds_of(run_dir: Path, entries: list[Entry]) -> list[int]:
+def folds_of(run_dir: Path, entries: Sequence[Entry]) -> list[int]:
     """Return the folds that a run has or was asked for."""
     found = {int(p.name[4:]) for p in run_dir.glob("fold*") if p.name[4:].isdigit()}
     return sorted(found | {e.fold for e in entries if e.fold is not None}) or [0]
@@ -114,37 +90,28 @@ def logs_of(run_dir: Path, entry: Entry) -> list[Path]:
     return sorted(found, key=numbers)
 
 
-def _local_state(run_dir: Path, node: Node, entries: list[Entry]) -> tuple[str, str]:
-    """Return state and reason of a job that last ran on this machine (or another one without SLURM)."""
-    held = holder(lock_path(run_dir, node.key))
-    last = [e for e in entries if e.key == node.key][-1]
-    if held:
-        return ("RUNNING", held) if last.event == "submitted" else ("PENDING", held)
-    if last.event == "submitted":
-        return "KILLED", "submit.py was killed"
-    if last.status == 0:
-        return "COMPLETED", ""
-    return ("INTERRUPTED", f"exit {last.status}") if last.status in (130, 143) else ("FAILED", f"exit {last.status}")
+def submitted_at(entry: Entry) -> float:
+    """Return when a job was submitted, in epoch seconds."""
+    try:
+        return float(calendar.timegm(time.strptime(entry.time, "%Y-%m-%dT%H:%M:%SZ")))
+    except ValueError:
+        return 0.0
 
 
-def _slurm_state(mine: list[slurm.JobState]) -> tuple[str, str, str, int]:
-    """Return state, reason, nodes and restarts of a job, or of an array's elements together."""
-    order = ("RUNNING", "COMPLETING", "CONFIGURING", "PENDING")
-    worst = min(
-        mine, key=lambda row: order.index(row.state) if row.state in order else (9 if row.state == "COMPLETED" else 5)
-    )
-    state = worst.state
-    if len(mine) > 1:
-        ended = sum(row.state == "COMPLETED" for row in mine)
-        state = state if ended in (0, len(mine)) else f"{state} ({ended}/{len(mine)} done)"
-    nodes = ",".join(dict.fromkeys(row.nodes for row in mine if row.nodes and row.nodes != "None assigned"))
-    # What SLURM once waited for says nothing about a job that has ended.
-    reason = worst.reason if worst.live or worst.reason.startswith(("exit", "NonZero")) else ""
-    return state, reason, nodes, max(row.restarts for row in mine)
+def ask(run_dirs: Sequence[Path]) -> tuple[dict[str, slurm.JobState], str]:
+    """Return what SLURM says of all jobs of these runs, and a note where it could not be asked ("" otherwise)."""
+    entries = [entry for folder in run_dirs for entry in Ledger(folder).entries()]
+    try:
+        return slurm.states([e.job_id for e in entries if e.cluster == "slurm"]), ""
+    except slurm.SlurmError as error:
+        return {}, f"SLURM does not answer ({error}): states are those of the files"
 
 
-def collect(run_dir: Path) -> tuple[list[Row], str]:
+def collect(run_dir: Path, asked: tuple[dict[str, slurm.JobState], str] | None = None) -> tuple[list[Row], str]:
     """Return a row for every job of the run's chain, and a note where SLURM could not be asked ("" otherwise).
+
+    Args:
+        asked: what `ask` has returned for several runs at once.
 
     Raises:
         ConfigError: this is no run directory.
@@ -154,78 +121,106 @@ def collect(run_dir: Path) -> tuple[list[Row], str]:
     config = configuration.load(run_dir / "config.yaml")
     entries = Ledger(run_dir).entries()
     folds = [k for k in folds_of(run_dir, entries) if k < config.data.folds] or [0]
-    note = ""
-    slurm_ids = [e.job_id for e in entries if e.cluster == "slurm"]
-    try:
-        states = slurm.states(slurm_ids)
-    except slurm.SlurmError as error:
-        states, note = {}, f"SLURM does not answer ({error}): states are those of the files"
+    states, note = asked or ask([run_dir])
     # Without accounting the controller forgets a job some minutes after its end: then only the files can tell.
-    lost = "UNKNOWN" if note else "ENDED"
-    return [_row(config, run_dir, node, entries, states, lost) for node in chain.jobs_of(config, "all", folds)], note
+    unknown = "UNKNOWN" if note else "ENDED"
+    run = Run(config=config, folder=run_dir, entries=entries, states=states, unknown=unknown)
+    return [_row(run, node) for node in chain.jobs_of(config, "all", folds)], note
 
 
-def _row(
-    config: Config, run_dir: Path, node: Node, entries: list[Entry], states: dict[str, slurm.JobState], lost: str
-) -> Row:
-    mine = [e for e in entries if e.key == node.key]
+def _row(run: Run, node: Node) -> Row:
+    mine = [e for e in run.entries if e.key == node.key]
     last = next((e for e in reversed(mine) if e.event == "submitted"), None)
     try:
-        record = done.read_done(config, run_dir, closing(node.stage), node.fold)
+        record = done.read_done(run.config, run.folder, closing(node.stage), node.fold)
     except ConfigError:
         record = None
-    state, reason, nodes, restarts = ("done", "", "", 0) if record else ("-", "", "", 0)
-    if last and last.cluster == "slurm":
-        found = [row for row in states.values() if row.parent == last.job_id and row.name in (last.name, "")]
-        if found:
-            live = any(row.live for row in found)
-            word, why, nodes, restarts = _slurm_state(found)
-            if live or not record:
-                state, reason = word, why
-        elif not record:
-            state = lost
-    elif last and not record:
-        state, reason = _local_state(run_dir, node, mine)
-        nodes = last.host
-    logs = logs_of(run_dir, last) if last else []
-    row = Row(
-        node=node,
-        job_id=last.job_id if last and last.cluster == "slurm" else "local" if last else "",
-        state=state,
-        reason=reason,
-        nodes=nodes,
-        attempts=sum(e.event == "submitted" for e in mine) + restarts,
-        progress=progress_text(config, run_dir, node.key),
-        score=_score_text(config, run_dir, node),
-        log=logs[0] if logs else None,
-    )
-    if not row.failed or row.state == "CANCELLED":
+    row = Row(node=node, state="done" if record else "-", score=_score(run, node))
+    if last is None:
+        held = None if record else holder(lock_path(run.folder, node.key))
+        return replace(row, state="PENDING", reason=f"its turn comes; {held}") if held else row
+    command = tuple(map(str, last.extra.get("command") or ()))
+    attempts = sum(e.event == "submitted" for e in mine)
+    row = replace(row, job_id=last.job_id if last.cluster == "slurm" else "local", attempts=attempts, command=command)
+    logs = logs_of(run.folder, last)
+    row = replace(row, log=logs[0] if logs else None)
+    if last.cluster == "slurm":
+        row = _on_slurm(run, row, last, logs, bool(record))
+    elif not record:
+        state, reason = _local_state(run.folder, node, mine)
+        row = replace(row, state=state, reason=reason, nodes=last.host)
+    row = replace(row, progress=progress.of(run.config, run.folder, node, submitted_at(last)))
+    return _with_error(row, logs)
+
+
+def _on_slurm(run: Run, row: Row, last: Entry, logs: Sequence[Path], is_done: bool) -> Row:
+    """Add what SLURM says of the newest submission; of an ended job its result on disk counts more."""
+    found = [s for s in run.states.values() if s.parent == last.job_id and s.name in (last.name, "")]
+    if not found:
+        return row if is_done else replace(row, state=run.unknown)
+    restarts = max(s.restarts for s in found)
+    nodes = ",".join(dict.fromkeys(s.nodes for s in found if s.nodes))
+    row = replace(row, attempts=row.attempts + restarts, nodes=nodes)
+    if is_done and not any(s.live for s in found):
         return row
-    for path in sorted(logs, key=lambda p: p.stat().st_mtime, reverse=True):
-        said = last_error(path)
-        if said:
-            return Row(**{**row.__dict__, "error": said, "log": path})
-    return row
+    state, reason = _together(found, last.elements)
+    if restarts and any(s.live for s in found):
+        before = next((s.before for s in found if s.before), "") or requeued_for(logs)
+        reason = ", ".join(filter(None, [reason, before and f"after {before}"]))
+    if row.log and (bad := {s.job_id for s in found if s.state in FAILED}) and last.elements > 1:
+        row = replace(row, log=next((p for p in logs if p.name.rsplit("_", 2)[0] in bad), row.log))
+    return replace(row, state=state, reason=reason)
 
 
-def table(rows: list[Row]) -> str:
-    """Return the rows as a table for people, and below it what to do about what failed."""
-    cells = [HEADS] + [
-        (
-            row.node.key, row.job_id, row.state + (f" ({row.reason})" if row.reason else ""), row.nodes,
-            str(row.attempts or ""), row.progress, row.score,
-        )
-        for row in rows
-    ]  # fmt: skip
-    used = [i for i in range(len(HEADS)) if any(line[i] for line in cells[1:])]
-    widths = {i: max(len(line[i]) for line in cells) for i in used}
-    lines = ["  ".join(line[i].ljust(widths[i]) for i in used).rstrip() for line in cells]
-    for row in rows:
-        if row.failed:
-            lines += ["", f"{row.node.key}: {row.error or row.reason or row.state}"]
-            lines += [f"  log: {row.log}"] if row.log else []
-    stopped = {row.state.split(" ")[0] for row in rows if row.failed}
-    if stopped:
-        first = "" if stopped <= {"INTERRUPTED", "KILLED", "CANCELLED", "PREEMPTED"} else "correct the cause, then "
-        lines += ["", f"{first}repeat the same submit command: it continues where the chain stopped"]
-    return "\n".join(lines)
+def _together(found: Sequence[slurm.JobState], elements: int) -> tuple[str, str]:
+    """Return state and reason of a job, or of an array: the state that matters most, and how many are done."""
+
+    def weight(row: slurm.JobState) -> int:
+        return 0 if row.state in ACTIVE else 1 if row.live else 3 if row.state == "COMPLETED" else 2
+
+    most = min(found, key=weight)
+    if elements < 2:
+        return most.state, most.reason
+    counts = Counter(row.state for row in found)
+    ended = counts.pop("COMPLETED", 0)
+    counts.pop(most.state if most.live else "", None)
+    others = [f"{n} {state}" for state, n in counts.items()] if ended or len(counts) > 1 or most.live else []
+    done_of = [f"{ended} of {elements} done"] if ended else []
+    return most.state, ", ".join([*done_of, *others, *([most.reason] if most.reason else [])])
+
+
+def _local_state(run_dir: Path, node: Node, entries: Sequence[Entry]) -> tuple[str, str]:
+    """Return state and reason of a job that last ran on this machine (or another one without SLURM)."""
+    held = holder(lock_path(run_dir, node.key))
+    last = entries[-1]
+    if held:
+        return ("RUNNING", held) if last.event == "submitted" else ("PENDING", held)
+    if last.event == "submitted":
+        return "KILLED", "submit.py was killed"
+    if last.status == 0:
+        return "COMPLETED", ""
+    return ("INTERRUPTED", f"exit {last.status}") if last.status in (130, 143) else ("FAILED", f"exit {last.status}")
+
+
+def _with_error(row: Row, logs: Sequence[Path]) -> Row:
+    """Add to a failed job the line that tells why, and the log in which it stands."""
+    if not row.failed or row.state in ("CANCELLED", "INTERRUPTED"):
+        return row
+    said = why([row.log, *logs] if row.log else logs)
+    return replace(row, error=said[0], log=said[1]) if said else row
+
+
+def _score(run: Run, node: Node) -> str:
+    rows = progress.epochs(run.folder, node)
+    if rows and "best_dice" in rows[-1]:
+        last = next((row for row in reversed(rows) if "dice" in row), rows[-1])
+        best = f"best {rows[-1]['best_dice']:.4f} (epoch {rows[-1]['best_epoch']})"
+        return f"Dice {last['dice']:.4f}, {best}" if "dice" in last else best
+    if node.stage in ("evaluate", "pool"):
+        try:
+            scores = read_json(stage_dir(run.config, run.folder, node.stage, node.fold) / "scores.json")
+            fixed, empty = scores["headline"]["fixed"], scores["dice_all_empty"]
+            return f"Dice {fixed['dice']:.4f} (all empty {empty:.4f}), on positives {fixed['dice_positive']:.4f}"
+        except (OSError, KeyError, TypeError, ValueError):
+            return ""
+    return ""

@@ -8,6 +8,7 @@ from launch import bootstrap, checks, place, plan
 from launch.arguments import Request
 from launch.outcome import tell
 from launch.plan import Plan
+from launch.remarks import remarks
 from pneumo_dist.config import ConfigError
 from pneumo_dist.runtime.task import shard_dir
 
@@ -45,6 +46,8 @@ def run(request: Request) -> int:
     for node, job in made.missing:
         raise ConfigError(plan.missing_line(made, node, job))
     checks.refuse(made, request.nodes, chosen)
+    for remark in remarks(made, request.nodes, chosen):
+        print(f"note: {remark}", flush=True)
     return run_here(request, made, chosen)
 
 
@@ -75,6 +78,8 @@ def _dry_run(request: Request, made: Plan) -> int:
         warnings.insert(0, str(error))
     for line in dict.fromkeys(warnings):
         print(f"warning: {line}", file=sys.stderr)
+    for remark in remarks(made, request.nodes, chosen):
+        print(f"note: {remark}", file=sys.stderr)
     for text in render(request, made, chosen):
         print(text, flush=True)
     return 0

@@ -14,6 +14,7 @@ from launch.ledger import Ledger, Locked, lock
 from launch.place import Site
 from launch.plan import Plan
 from launch.prepare import entry, prepare, refuse_live
+from launch.remarks import remarks
 from pneumo_dist.chain import STAGES, Node, upstream
 from pneumo_dist.config import ConfigError
 
@@ -93,7 +94,7 @@ def submit_chain(request: Request, made: Plan, site: Site) -> int:
     ledger = Ledger(run_dir)
     made, ids = _under_way(request, made, ledger)
     checks.refuse(made, request.nodes, site)
-    for remark in checks.remarks(made, site.profile):
+    for remark in remarks(made, request.nodes, site):
         print(f"note: {remark}", flush=True)
     try:
         guard = lock(run_dir / "jobs" / ".submit.lock", wait_s=30)

@@ -87,6 +87,7 @@ class Trainer:
         self._resume()
         self._set_rates()
         self.log = RunLog(task.out / "tensorboard", ranks.first, purge_step=self._batches_done + 1)
+        self.live = history.Live(task.out, ranks.first)
         self._saved_at = time.monotonic()
         self._bad_steps = 0
         self._bad = Late()
@@ -286,6 +287,13 @@ class Trainer:
                 result = self.stepper.step(images, masks)
                 self._after_step(result, indices)
                 seen += 1
+                self.live.note(
+                    epoch=self.progress.epoch + 1,
+                    epochs=self.stage.epochs,
+                    step=self.progress.step,
+                    steps=self.total_steps,
+                    images_per_s=seen * self.stage.batch_size / max(time.monotonic() - begin, 1e-9),
+                )
                 if first:
                     ranks_module.shorten_timeout(self.ranks, self.config.train.timeout_s)
                     first = False

@@ -11,6 +11,7 @@ from launch import executor, profile, slurm
 from launch.executor import Shape, shape_of
 from launch.profile import Profile
 from pneumo_dist.config import ConfigError
+from tests.unit.squeue import squeue
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -175,14 +176,37 @@ def test_a_controller_that_does_not_answer_is_told_from_no_slurm_at_all(
 def test_states_come_from_the_controller_first_and_count_restarts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake(tmp_path, "squeue", "9_1|infer.x|RUNNING|None|node2|1:00")
+    fake(tmp_path, "squeue", squeue("9_1|infer.x|RUNNING|None|node2"))
     fake(
         tmp_path,
         "sacct",
-        "7|stage1-fold0.x|NODE_FAIL|0:0|node1|00:10\n7|stage1-fold0.x|CANCELLED by 0|0:15|node2|00:10\n"
-        "9_0|infer.x|FAILED|1:0|node1|00:02\n9_1|infer.x|PENDING|0:0||00:00",
+        "7|NODE_FAIL|0:0|node1|stage1-fold0.x\n7|CANCELLED by 0|0:15|node2|stage1-fold0.x\n"
+        "9_0|FAILED|1:0|node1|infer.x\n9_1|PENDING|0:0|None assigned|infer.x",
     )
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     found = slurm.states(["7", "9"])
     assert found["7"].state == "CANCELLED" and found["7"].restarts == 1 and not found["7"].live
+    assert found["7"].before == "NODE_FAIL" and found["7"].reason == "by root"
     assert found["9_0"].reason == "exit 1:0" and found["9_1"].live and found["9_1"].parent == "9"
+
+
+def test_how_the_run_before_ended_is_known_even_while_accounting_lags_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    fake(tmp_path, "squeue", squeue("7|ab|PENDING|BeginTime||1"))
+    fake(tmp_path, "sacct", "7|PREEMPTED|0:0|node1|ab")
+    assert (slurm.states(["7"])["7"].before, slurm.states(["7"])["7"].restarts) == ("PREEMPTED", 1)
+    fake(tmp_path, "sacct", "7|RUNNING|0:0|node1|ab")
+    assert slurm.states(["7"])["7"].before == ""
+
+
+def test_exit_status_of_a_failed_job_is_read_without_accounting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    rows = ["1|x|FAILED|NonZeroExitCode|n1|0|768", "2|x|FAILED|x|n1|0|9", "3|x|CANCELLED|DependencyNeverSatisfied||0|0"]
+    fake(tmp_path, "squeue", squeue(*rows))
+    fake(tmp_path, "sacct", "Slurm accounting storage is disabled", 1)
+    found = slurm.states(["1", "2", "3"])
+    assert [found[i].reason for i in "123"] == ["exit 3:0", "exit 0:9", "DependencyNeverSatisfied"]

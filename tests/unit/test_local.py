@@ -117,7 +117,7 @@ import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from launch.local import Foreground, Worker
 hangs = Worker([sys.executable, "-c", {HANGS!r}], {{}}, Path({str(tmp_path)!r}) / "0.out", Path({str(tmp_path)!r}))
-with Foreground() as foreground:
+with Foreground(lambda _: None) as foreground:
     foreground.run([hangs, hangs])
 """
     parent = subprocess.Popen([sys.executable, "-c", script])

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
-from launch import status
+from launch import progress, status
 from launch.ledger import Entry, Ledger, lock
-from launch.outcome import last_error, score_table
+from launch.outcome import score_table, why
 from launch.prepare import lock_path
 from launch.runs import main
 from pneumo_dist import config as configuration
+from pneumo_dist.chain import Node
+from pneumo_dist.data.shards import HEADER_BYTES, image_name, size_name
+from pneumo_dist.prediction.plan import plan
+from tests.unit.squeue import squeue
 
 
 class Shown:
@@ -39,8 +44,8 @@ def add(run_dir: Path, key: str, **more: object) -> None:
     Ledger(run_dir).append(Entry(**(same | more)))  # type: ignore[arg-type]
 
 
-def fake(folder: Path, monkeypatch: pytest.MonkeyPatch, squeue: str, sacct: str = "") -> None:
-    for name, text in (("squeue", squeue), ("sacct", sacct)):
+def fake(folder: Path, monkeypatch: pytest.MonkeyPatch, queue: list[str], sacct: str = "") -> None:
+    for name, text in (("squeue", squeue(*queue)), ("sacct", sacct)):
         (folder / name).write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -62,26 +67,57 @@ def test_states_are_slurms_own_words(run_dir: Path, tmp_path: Path, monkeypatch:
     add(run_dir, "stage2-fold0", job_id="5", name="stage2-fold0.chest")
     fake(
         tmp_path, monkeypatch,
-        "4|stage1-fold0.chest|RUNNING|None|node[1-2]|5:00\n5|stage2-fold0.chest|PENDING|Dependency||0:00",
-        "4|stage1-fold0.chest|REQUEUED|0:0|node1|00:01\n4|stage1-fold0.chest|RUNNING|0:0|node[1-2]|00:01",
+        ["4|stage1-fold0.chest|RUNNING|None|node[1-2]|1", "5|stage2-fold0.chest|PENDING|Dependency|"],
+        "4|NODE_FAIL|0:0|node1|stage1-fold0.chest\n4|RUNNING|0:0|node[1-2]|stage1-fold0.chest",
     )  # fmt: skip
     first, second = row(run_dir, "stage1-fold0"), row(run_dir, "stage2-fold0")
-    assert (first.state, first.nodes, first.attempts) == ("RUNNING", "node[1-2]", 2)
+    assert (first.state, first.reason, first.nodes, first.attempts) == ("RUNNING", "after NODE_FAIL", "node[1-2]", 2)
     assert (second.state, second.reason) == ("PENDING", "Dependency")
 
 
 def test_a_partly_done_array_is_counted(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add(run_dir, "infer", job_id="8", name="infer.chest", elements=3, log="8_%a_%r_log.out")
-    lines = ["8_0|infer.chest|COMPLETED|None|n1|1", "8_1|infer.chest|RUNNING|None|n2|1", "8_2|infer.chest|PENDING|x||0"]
-    fake(tmp_path, monkeypatch, "\n".join(lines))
-    assert row(run_dir, "infer").state == "RUNNING (1/3 done)"
+    lines = ["8_0|infer.chest|COMPLETED|None|n1", "8_1|infer.chest|RUNNING|None|n2", "8_2|infer.chest|PENDING|x|"]
+    fake(tmp_path, monkeypatch, lines)
+    found = row(run_dir, "infer")
+    assert (found.state, found.reason, found.nodes) == ("RUNNING", "1 of 3 done, 1 PENDING", "n1,n2")
+
+
+def test_an_array_with_a_failed_element_names_that_elements_log(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(run_dir, "infer", job_id="8", name="infer.chest", elements=3, log="8_%a_%r_log.out")
+    rows = ["8_0|infer.chest|COMPLETED|x|n1", "8_1|infer.chest|FAILED|x|n2|0|256", "8_2|infer.chest|COMPLETED|x|n1"]
+    fake(tmp_path, monkeypatch, rows)
+    for element, text in enumerate(("error: passing trouble\n", "error: the film's folder has gone\n", "fine\n")):
+        (run_dir / "jobs" / f"8_{element}_0_log.out").write_text(text)
+    found = row(run_dir, "infer")
+    assert (found.state, found.reason) == ("FAILED", "2 of 3 done, 1 FAILED, exit 1:0")
+    assert found.error == "the film's folder has gone" and found.log and found.log.name == "8_1_0_log.out"
+
+
+def test_without_accounting_the_log_tells_why_a_job_was_requeued(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(run_dir, "stage1-fold0", job_id="4", name="stage1-fold0.chest", log="4_%r_log.out")
+    fake(tmp_path, monkeypatch, ["4|stage1-fold0.chest|PENDING|BeginTime||1"])
+    said = "slurmstepd: error: *** STEP 4.0 ON node1 CANCELLED AT 2026-01-01T00:00:00 DUE TO PREEMPTION ***\n"
+    (run_dir / "jobs" / "4_0_log.out").write_text(said)
+    found = row(run_dir, "stage1-fold0")
+    assert (found.state, found.reason, found.attempts) == ("PENDING", "BeginTime, after PREEMPTED", 2)
 
 
 def test_a_failed_job_is_shown_with_its_last_error_and_its_log(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    add(run_dir, "stage1-fold0", job_id="4", name="stage1-fold0.chest", log="4_%r_log.out")
-    fake(tmp_path, monkeypatch, "", "4|stage1-fold0.chest|FAILED|1:0|node[1-2]|00:01")
+    command = ["launch/submit.py", "--stage", "all", "--redo", "--after", "3", "--run", "chest"]
+    more = {"name": "stage1-fold0.chest", "log": "4_%r_log.out", "extra": {"command": command}}
+    add(run_dir, "stage1-fold0", job_id="4", **more)
+    add(run_dir, "stage2-fold0", job_id="5", name="stage2-fold0.chest")
+    fake(
+        tmp_path, monkeypatch, ["5|stage2-fold0.chest|CANCELLED|DependencyNeverSatisfied|"],
+        "4|FAILED|1:0|node[1-2]|stage1-fold0.chest",
+    )  # fmt: skip
     (run_dir / "jobs" / "4_0_log.out").write_text(
         "12:00:00 I starts\nRuntimeError: Connection closed by peer [1.2.3.4]\n"
     )
@@ -89,12 +125,15 @@ def test_a_failed_job_is_shown_with_its_last_error_and_its_log(
     found = row(run_dir, "stage1-fold0")
     assert found.failed and found.reason == "exit 1:0"
     shown = Shown(capfd, "status", run_dir).out
-    assert "FAILED" in shown and "repeat the same submit command" in shown
+    assert "stage1-fold0 (job 4): FAILED (exit 1:0): torch.OutOfMemoryError: CUDA out of memory." in shown
+    assert "jobs/4_1_log.out" in shown
+    assert "repeat the same command, which continues: python launch/submit.py --stage all --run chest\n" in shown
+    assert "cancelled because a job before did not end well: stage2-fold0" in shown
 
 
 def test_slurm_that_does_not_answer_is_said(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add(run_dir, "stage1-fold0", job_id="4", name="stage1-fold0.chest")
-    fake(tmp_path, monkeypatch, "", "")
+    fake(tmp_path, monkeypatch, [])
     (tmp_path / "squeue").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
     rows, note = status.collect(run_dir)
     assert "does not answer" in note and any(r.state == "UNKNOWN" for r in rows)
@@ -105,7 +144,7 @@ def test_a_job_that_slurm_has_forgotten_is_told_by_its_files(
 ) -> None:
     """As on a site without accounting."""
     add(run_dir, "stage1-fold0", job_id="4", name="stage1-fold0.chest", log="4_%r_log.out")
-    fake(tmp_path, monkeypatch, "", "")
+    fake(tmp_path, monkeypatch, [])
     (run_dir / "jobs" / "4_0_log.out").write_text("slurmstepd: error: *** JOB 4 CANCELLED DUE TO TIME LIMIT ***\n")
     found = row(run_dir, "stage1-fold0")
     assert found.state == "ENDED" and found.failed and "TIME LIMIT" in found.error
@@ -129,21 +168,56 @@ def test_a_local_job_that_runs(run_dir: Path) -> None:
 
 
 def test_progress_and_time_left(run_dir: Path) -> None:
-    config = configuration.load(run_dir / "config.yaml", ["stage1.batch_size=10"])
     (run_dir / "fold0" / "stage1").mkdir(parents=True)
-    line = {
-        "epoch": 2,
-        "epochs": 10,
-        "step": 200,
-        "steps": 1000,
-        "images_per_s": 10.0,
-        "best_dice": 0.5,
-        "best_epoch": 1,
-    }
-    (run_dir / "fold0" / "stage1" / "metrics.jsonl").write_text(json.dumps(line | {"dice": 0.4}) + "\n")
-    text = status.progress_text(config, run_dir, "stage1-fold0")
-    assert text == "epoch 2/10, step 200/1000, 10.0 images/s, 13 min left"
-    assert row(run_dir, "stage1-fold0").score == "Dice 0.4000, best 0.5000 (epoch 1)"
+    same = {"epochs": 10, "steps": 1000}
+    line = same | {"epoch": 2, "step": 200, "images_per_s": 64.0, "dice": 0.4, "best_dice": 0.5, "best_epoch": 1}
+    metrics = run_dir / "fold0" / "stage1" / "metrics.jsonl"
+    metrics.write_text(json.dumps(line) + "\n")
+    found = row(run_dir, "stage1-fold0")
+    assert found.score == "Dice 0.4000, best 0.5000 (epoch 1)" and found.progress is None  # never submitted
+    add(run_dir, "stage1-fold0", cluster="local")
+    held = lock(lock_path(run_dir, "stage1-fold0"))
+    assert str(row(run_dir, "stage1-fold0").progress) == "epoch 2/10, step 200/1000, 64.0 images/s, 13 min left"
+    os.utime(metrics, (1, 1))
+    live = same | {"epoch": 3, "step": 250, "images_per_s": 32.0}
+    (metrics.parent / "progress.json").write_text(json.dumps(live))
+    found = row(run_dir, "stage1-fold0")
+    assert str(found.progress) == "epoch 3/10, step 250/1000, 32.0 images/s, 25 min left"
+    held.release()
+
+
+def test_films_of_an_array_are_counted_from_its_files(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configuration.load(run_dir / "config.yaml")
+    begin = time.time() - 100
+    add(run_dir, "preprocess", job_id="7", elements=2)
+    shards = run_dir / "shards"
+    shards.mkdir()
+    for shard, at in ((0, 20), (1, 30), (2, 40)):
+        for size in config.sizes:
+            (shards / image_name(size, shard, 8)).write_bytes(bytes(HEADER_BYTES + 5 * size * size))
+            part = shards / size_name(size, shard, 8)
+            part.write_text("{}")
+            os.utime(part, (begin + at, begin + at))
+    node = Node("preprocess", None, ())
+    monkeypatch.setattr(time, "time", lambda: begin + 40)
+    found = progress.of(config, run_dir, node, begin)
+    assert str(found) == "15 of about 40 films (shard 3 of 8), 0.5 films/s, 50 s left"
+    assert str(progress.of(config, run_dir, node, begin + 35)) == "15 of about 40 films (shard 3 of 8)"  # of an earlier job
+
+
+def test_films_of_an_inference_are_counted_by_finished_parts(run_dir: Path) -> None:
+    films = run_dir / "films"
+    films.mkdir()
+    for i in range(7):
+        (films / f"{i}.png").write_bytes(b"x")
+    config = configuration.load(run_dir / "config.yaml", [f"infer.dir={films}", "infer.part_size=3"])
+    node = Node("infer", None, ())
+    assert progress.of(config, run_dir, node) is None
+    plan(config, run_dir)
+    for part in (0, 2):
+        (run_dir / "infer" / "films" / "parts" / f"part-{part:05d}").mkdir(parents=True)
+    found = progress.of(config, run_dir, node)
+    assert found and found.text.startswith("4 of 7 films (part 2 of 3)") and found.share == 4 / 7
 
 
 def test_the_line_that_tells_why_is_the_newest_attempts_first_hand_one(tmp_path: Path) -> None:
@@ -153,9 +227,9 @@ def test_the_line_that_tells_why_is_the_newest_attempts_first_hand_one(tmp_path:
         "Traceback (most recent call last):\n  File x\nValueError: the real reason\n"
         "RuntimeError: [x] Connection closed by peer [127.0.0.1]:4\nsrun: error: node2: task 1: Exited with 1\n"
     )
-    assert last_error(log) == "ValueError: the real reason"
+    assert why([log]) == ("ValueError: the real reason", log)
     log.write_text("all is well\n")
-    assert last_error(log) is None and last_error(tmp_path / "none") is None
+    assert why([log, tmp_path / "none"]) is None
 
 
 def test_logs_prints_a_ranks_newest_log(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:

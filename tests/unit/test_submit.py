@@ -18,6 +18,7 @@ from launch.submit import main
 from pneumo_dist import done
 from pneumo_dist.config import ConfigError
 from pneumo_dist.runtime.task import stage_dir
+from tests.unit.squeue import squeue
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -234,15 +235,15 @@ def test_a_live_slurm_job_is_known_by_number_and_name(
     ledger = Ledger(made.recipe.run_dir)
     same = {"key": "stage1-fold0", "stage": "1", "fold": 0, "cluster": "slurm"}
     ledger.append(Entry(**same, job_id="12", name="stage1-fold0.a"))
-    squeue = tmp_path / "squeue"
+    tool = tmp_path / "squeue"
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    squeue.write_text("#!/bin/sh\necho '12|stage1-fold0.a|PENDING|Priority||0:00'\n")
-    squeue.chmod(0o755)
+    tool.write_text(f"#!/bin/sh\necho '{squeue('12|stage1-fold0.a|PENDING|Priority|')}'\n")
+    tool.chmod(0o755)
     with pytest.raises(ConfigError, match="SLURM job 12 is on stage 1"):
         prepare.refuse_live(made, ledger, True)
-    squeue.write_text("#!/bin/sh\necho '12|some other job|RUNNING|None|n1|0:00'\n")
+    tool.write_text(f"#!/bin/sh\necho '{squeue('12|some other job|RUNNING|None|n1')}'\n")
     prepare.refuse_live(made, ledger, True)
-    squeue.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n")
+    tool.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n")
     with pytest.raises(ConfigError, match="does not say"):
         prepare.refuse_live(made, ledger, True)
     prepare.refuse_live(made, ledger, False)  # a run taken to a machine without SLURM

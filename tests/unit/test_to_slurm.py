@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from launch import follow
+from launch import codecopy, follow
 from launch.jobs import Job
-from launch.ledger import Ledger
+from launch.ledger import Entry, Ledger
+from launch.plan import ROOT
 from launch.submit import main
+from pneumo_dist import config as configuration
+from tests.unit.squeue import squeue
 from tests.unit.test_submit import finished, make
 
 SMALL = ["phantom.films=9", "model.pretrained=none"]
@@ -109,7 +112,7 @@ def test_a_stage_waits_for_a_live_one_of_its_run(
     finished(make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL), "finalize")
     assert submit(tmp_path, "--stage", "2") == 2 and "stage 2 needs stage 1" in capfd.readouterr().err
     assert submit(tmp_path, "--stage", "1") == 0
-    (tools / "queue").write_text("1|stage1-fold0.a|RUNNING|None|n1|0:10\n")
+    (tools / "queue").write_text(squeue("1|stage1-fold0.a|RUNNING|None|n1") + "\n")
     assert submit(tmp_path, "--stage", "2") == 0
     assert "--dependency=afterok:1\n" in script(tmp_path / "a", 2)
     assert submit(tmp_path, "--stage", "1") == 2 and "SLURM job 1 is on stage 1" in capfd.readouterr().err
@@ -165,6 +168,47 @@ def test_missing_imagenet_weights_are_remarked_before_the_queue(
     assert "ImageNet" not in capfd.readouterr().out
 
 
+def test_the_speed_of_an_earlier_run_of_the_same_kind_counts_for_a_new_one(
+    tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, ranks in (("other", 2), ("before", 1)):
+        made = make("--stage", "1", "--run", name, f"run_root={tmp_path}", *SMALL)
+        row = {"epoch": 1, "epochs": 4, "step": 0, "steps": 240, "images_per_s": 64.0}
+        (made.recipe.run_dir / "fold0" / "stage1").mkdir(parents=True)
+        (made.recipe.run_dir / "fold0" / "stage1" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        (made.recipe.run_dir / "config.yaml").write_text(configuration.to_yaml(made.recipe.config))
+        where = {"cluster": "slurm", "extra": {"profile": str(tmp_path / "p.yaml")}}
+        Ledger(made.recipe.run_dir).append(Entry(key="stage1-fold0", stage="1", fold=0, processes=ranks, **where))
+    (tmp_path / "p.yaml").write_text("time_min: 30\nrequeue: false")
+    finished(make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL), "finalize")
+    assert submit(tmp_path, "--stage", "1", "--profile", str(tmp_path / "p.yaml"), "stage1.epochs=100") == 0
+    said = capfd.readouterr().out
+    assert "needs about 100 more minutes at the 64.0 images/s measured in run before and has 30" in said
+    assert "the same command has to be repeated about 3 times" in said
+
+
+def test_shards_larger_than_a_node_are_remarked(
+    tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL)
+    finished(made, "finalize")
+    with open(tmp_path / "a" / "shards" / f"images-{made.recipe.config.stage1.size}-0.npy", "wb") as sparse:
+        sparse.truncate(40 << 30)
+    assert submit(tmp_path, "--stage", "1") == 0
+    assert "of 40.0 GB, the partition's nodes have 31.2 GB" in capfd.readouterr().out
+    (tmp_path / "p.yaml").write_text("mem_gb: 8")
+    assert submit(tmp_path, "--stage", "1", "--dry-run", "--profile", str(tmp_path / "p.yaml")) == 0
+    assert "of 40.0 GB, mem_gb is 8 GB" in capfd.readouterr().err
+
+
+def test_the_submission_records_commit_and_changes_of_the_code(tools: Path, tmp_path: Path) -> None:
+    assert submit(tmp_path, "--stage", "preprocess") == 0
+    git = [entry.extra["git"] for entry in Ledger(tmp_path / "a").entries()]
+    state = codecopy.git_state(ROOT)
+    assert git == [state] * 3
+    assert state is None or (len(str(state["commit"])) == 40 and isinstance(state["changed_files"], int))
+
+
 def test_wait_ends_with_the_jobs_result(
     tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,15 +218,15 @@ def test_wait_ends_with_the_jobs_result(
     finished(made, "finalize")
     (tmp_path / "a" / "jobs").mkdir(parents=True)
     (tmp_path / "a" / "jobs" / "1_0_log.out").write_text("ValueError: broken on purpose\n")
-    (tools / "queue").write_text("1|stage1-fold0.a|FAILED|NonZeroExitCode|n1|0:10\n")
+    (tools / "queue").write_text(squeue("1|stage1-fold0.a|FAILED|NonZeroExitCode|n1|0|256") + "\n")
     assert submit(tmp_path, "--stage", "1", "--wait") == 1
     said = capfd.readouterr().err
-    assert "stage1-fold0 (job 1): FAILED NonZeroExitCode: ValueError: broken on purpose" in said
-    assert "1_0_log.out" in said and "the same command continues" in said
+    assert "stage1-fold0 (job 1): FAILED (exit 1:0): ValueError: broken on purpose" in said
+    assert "1_0_log.out" in said and "repeat the same command, which continues" in said
     finished(made, "1", 0)
     record = tmp_path / "a" / "fold0" / "stage1" / "DONE.json"
     record.rename(tools / "DONE.json")
     (tools / "then").write_text(f"cp {tools}/DONE.json {record}\n")  # the job does its work
-    (tools / "queue").write_text("2|stage1-fold0.a|COMPLETED|None|n1|0:10\n")
+    (tools / "queue").write_text(squeue("2|stage1-fold0.a|COMPLETED|None|n1") + "\n")
     assert submit(tmp_path, "--stage", "1", "--wait") == 0
     assert "done: " in capfd.readouterr().out
