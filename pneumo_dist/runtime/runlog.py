@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,31 +34,62 @@ def setup(rank: int = 0) -> None:
 
 
 class RunLog:
-    """TensorBoard events of one stage, written by rank 0; on other ranks every call does nothing."""
+    """TensorBoard events of one stage, written by rank 0; on other ranks every call does nothing.
+
+    `attempt` counts the starts of the stage that have written events, this one included.
+    """
 
     def __init__(self, folder: Path, first: bool = True, purge_step: int | None = None) -> None:
         """Open the events in `folder`; `purge_step` hides what a lost attempt wrote from that step on."""
         self._writer: Any = None
+        self.attempt = 1 + len(list(folder.glob("events.*")))
         if first:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=15)
+            # The queue is long so that a slow file system does not hold up the training.
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step, max_queue=1000, flush_secs=15)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Add one point per tag."""
+    def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Add one point per tag; what is undefined (None) is left out."""
         if self._writer:
             for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
+                if value is not None:
+                    self._writer.add_scalar(tag, value, step)
 
-    def image(self, tag: str, image: np.ndarray, step: int) -> None:
-        """Add a uint8 image of shape (rows, columns, 3)."""
+    def image(self, tag: str, jpeg: bytes, shape: tuple[int, int], step: int) -> None:
+        """Add an encoded colour picture of `shape` (rows, columns): a JPEG takes a tenth of what `add_image` writes."""
         if self._writer:
-            self._writer.add_image(tag, image, step, dataformats="HWC")
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            picture = Summary.Image(height=shape[0], width=shape[1], colorspace=3, encoded_image_string=jpeg)
+            self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """Add a text (Markdown)."""
         if self._writer:
             self._writer.add_text(tag, text, step)
+
+    def pr_curve(self, tag: str, truth: np.ndarray, scores: np.ndarray, step: int) -> None:
+        """Add the precision-recall curve of scores in 0..1 (n,) against boolean truth (n,)."""
+        if self._writer:
+            self._writer.add_pr_curve(tag, truth, scores, step)
+
+    def layout(self, pages: Mapping[str, Mapping[str, list[str]]]) -> None:
+        """Set the page of custom scalars: {heading: {chart: regular expressions of tags}}."""
+        if self._writer:
+            charts = {page: {name: ["Multiline", tags] for name, tags in of.items()} for page, of in pages.items()}
+            self._writer.add_custom_scalars(charts)
+
+    def hparams(self, values: Mapping[str, float | str], scores: Sequence[str]) -> None:
+        """Enter the settings into the table that compares runs, beside the last values of the tags in `scores`.
+
+        `SummaryWriter.add_hparams` would put them into a run of their own, apart from the curves.
+        """
+        if self._writer:
+            from torch.utils.tensorboard.summary import hparams
+
+            for summary in hparams(dict(values), dict.fromkeys(scores, 0.0))[:2]:
+                self._writer.file_writer.add_summary(summary)
 
     def flush(self) -> None:
         """Put everything on disk now."""

@@ -85,6 +85,8 @@ class Stepper:
             )
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=stage.lr, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        # This rank's share of the last global batch's mean cross-entropy and 1 - soft Dice: float32 (2,), to look at.
+        self.parts = torch.zeros(2, device=self.device)
         self._rehearse()
 
     def _rehearse(self) -> None:
@@ -110,15 +112,18 @@ class Stepper:
 
     def _backward(self, images: Tensor, masks: Tensor, global_batch: int) -> Tensor:
         total = torch.zeros((), device=self.device)
+        self.parts = torch.zeros(2, device=self.device)
         for image, mask, last in self.micro_batches(images, masks):
             image = image.to(self.device, non_blocking=True)
             mask = mask.to(self.device, non_blocking=True)
             with self._quiet(not last):
                 with autocast(self.dtype, self.device):
                     logits = self.ddp(normalise(image).contiguous(memory_format=torch.channels_last))
-                loss = self.loss.per_image(logits, mask).sum() / global_batch
+                bce, dice = self.loss.parts(logits, mask)
+                loss = self.loss.weighted(bce, dice).sum() / global_batch
                 self.scaler.scale(loss * self.ranks.world_size).backward()
             total += loss.detach()
+            self.parts += torch.stack([bce.detach().sum(), dice.detach().sum()]) / global_batch
         return total
 
     def _quiet(self, yes: bool) -> AbstractContextManager[Any]:
