@@ -26,11 +26,6 @@ if TYPE_CHECKING:  # the report loads matplotlib, which a training does without
 
 PANEL_PX = 192  # of the longer side of one of a film's three pictures: an event file keeps many
 SCORES = ("dice", "dice_positive", "iou", "iou_positive", "sensitivity", "specificity", "auc", "dice_all_empty")
-CROSS_FITTED = "rule/cross_fitted/dice"
-COMPARED = (
-    "evaluation/dice", "evaluation/dice_positive", CROSS_FITTED, "evaluation/best_dice", "evaluation/sensitivity",
-    "evaluation/specificity", "evaluation/auc", "loss/validation",
-)  # fmt: skip
 
 
 def layout(cuda: bool, scaled: bool) -> dict[str, dict[str, list[str]]]:
@@ -39,6 +34,7 @@ def layout(cuda: bool, scaled: bool) -> dict[str, dict[str, list[str]]]:
     cuda, scaled: whether there are GPU memory and a gradient scaler to show.
     """
     health = {
+        "Gradient norm": ["optimizer/grad_norm"],
         "Images per second": [r"speed/.*images_per_s"],
         "Share of the time that a step waits for data": [r"speed/.*wait_share"],
         "Attempts: a rise is a restart": ["run/attempt"],
@@ -49,7 +45,7 @@ def layout(cuda: bool, scaled: bool) -> dict[str, dict[str, list[str]]]:
         health["Scale of the mixed-precision gradients"] = ["optimizer/amp_scale"]
     return {
         "Does it learn?": {
-            "Validation Dice: all films, films with pneumothorax, calling every film empty": [
+            "Dice: all films, with pneumothorax, all called empty": [
                 f"evaluation/{name}$" for name in ("dice", "dice_positive", "dice_all_empty")
             ],
             "Loss: training and validation": ["loss/train$", "loss/validation$"],
@@ -57,14 +53,13 @@ def layout(cuda: bool, scaled: bool) -> dict[str, dict[str, list[str]]]:
             "Loss of single steps: sum, cross-entropy, Dice": ["loss/step"],
             "Loss on validation films: sum, cross-entropy, Dice": ["loss/validation"],
             "Learning rate": ["optimizer/lr"],
-            "Gradient norm": ["optimizer/grad_norm"],
         },
         "Does it run well?": health,
     }
 
 
 def hyperparameters(config: Config, stage: str, fold: int | None) -> dict[str, float | str]:
-    """Return what is worth comparing between runs, the same keys for every stage; no paths, nothing unset."""
+    """Return what is worth comparing between runs: no paths, nothing unset."""
     sections = ("stage1.", "stage2.", "swa.", "loss.", "augment.", "model.")
     single = ("stages", "train.seed", "train.amp", "train.clip_norm", "evaluate.threshold", "evaluate.tta")
     paths = ("stage1.init_from", "stage2.init_from", "model.weights")
@@ -160,4 +155,4 @@ def evaluated(
     films(log, 0, chosen, masks, records, ShardReader(evaluation.shard_dir, evaluation.size), threshold)
     for i, picture in enumerate(worst):
         log.image(f"worst/{i}", pictures.jpeg(picture), picture.shape[:2], 0)
-    log.hparams(hyperparameters(config, stage, fold), COMPARED)
+    log.hparams(hyperparameters(config, stage, fold))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -72,7 +72,8 @@ class RunLog:
     def pr_curve(self, tag: str, truth: np.ndarray, scores: np.ndarray, step: int) -> None:
         """Add the precision-recall curve of scores in 0..1 (n,) against boolean truth (n,)."""
         if self._writer:
-            self._writer.add_pr_curve(tag, truth, scores, step)
+            # Finer than the default: highest scores of films crowd near 1.
+            self._writer.add_pr_curve(tag, truth, scores, step, num_thresholds=501)
 
     def layout(self, pages: Mapping[str, Mapping[str, list[str]]]) -> None:
         """Set the page of custom scalars: {heading: {chart: regular expressions of tags}}."""
@@ -80,16 +81,17 @@ class RunLog:
             charts = {page: {name: ["Multiline", tags] for name, tags in of.items()} for page, of in pages.items()}
             self._writer.add_custom_scalars(charts)
 
-    def hparams(self, values: Mapping[str, float | str], scores: Sequence[str]) -> None:
-        """Enter the settings into the table that compares runs, beside the last values of the tags in `scores`.
+    def hparams(self, values: Mapping[str, float | str]) -> None:
+        """Enter the settings into the table that compares runs; TensorBoard puts every scalar's last value beside them.
 
-        `SummaryWriter.add_hparams` would put them into a run of their own, apart from the curves.
+        `SummaryWriter.add_hparams` would make a run of its own, apart from the curves, and fix the columns to the first
+        run's; left to itself TensorBoard shows first what differs between runs.
         """
         if self._writer:
             from torch.utils.tensorboard.summary import hparams
 
-            for summary in hparams(dict(values), dict.fromkeys(scores, 0.0))[:2]:
-                self._writer.file_writer.add_summary(summary)
+            _, start, _ = hparams(dict(values), {})
+            self._writer.file_writer.add_summary(start)
 
     def flush(self) -> None:
         """Put everything on disk now."""

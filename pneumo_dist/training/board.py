@@ -56,8 +56,9 @@ class Board:
             cuda = stepper.device.type == "cuda"
             log.text("run/about", ABOUT)
             log.layout(board.layout(cuda, stepper.scaler.is_enabled()))
-            log.hparams(board.hyperparameters(task.config, task.stage, task.fold), board.COMPARED)
-        start = f"attempt {log.attempt} from batch {begin} on, {task.ranks.world_size} ranks, {stepper.device.type}"
+            log.hparams(board.hyperparameters(task.config, task.stage, task.fold))
+        ranks = "1 rank" if task.ranks.world_size == 1 else f"{task.ranks.world_size} ranks"
+        start = f"attempt {log.attempt} from batch {begin} on, {ranks}, {stepper.device.type}"
         log.text("run/attempts", f"{start}, torch {torch.__version__}", begin)
         log.text("run/config", f"```yaml\n{to_yaml(task.config)}```", begin)
         log.scalars(begin, {"run/attempt": log.attempt})
@@ -105,7 +106,7 @@ class Board:
             threshold = self.task.config.evaluate.threshold
             board.scores(self.log, step, found.scores, found.records, threshold)
             last = row["epoch"] == self.stage.epochs
-            if last or row["epoch"] % max(1, self.stage.epochs // OVERLAYS) == 0:
+            if last or row["epoch"] % -(-self.stage.epochs // OVERLAYS) == 0:
                 board.films(self.log, step, self.shown, found.masks, found.records, reader, threshold)
         self.log.scalars(step, values)
         self.log.flush()
