@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ from pneumo_dist.data.cases import HOLDOUT, Case, read_cases
 from pneumo_dist.data.decoding import cores
 from pneumo_dist.data.loaders import fold_cases
 from pneumo_dist.model.modelfile import load_model, portable, save_model
-from pneumo_dist.prediction import scorecard
+from pneumo_dist.prediction import board, scorecard
 from pneumo_dist.prediction.forward import Predictor, predict_records
 from pneumo_dist.prediction.notes import FilmNotes
 from pneumo_dist.prediction.report import Evaluation, read_curves, write_report
@@ -203,12 +204,10 @@ def _write(task: Task, evaluation: Evaluation) -> dict[str, Path]:
     shown = scorecard.summary_text(result, evaluation.title)
     write_text(out / "summary.txt", shown)
     overlays = write_report(out, evaluation, task.config)
-    events = RunLog(out / "tensorboard", purge_step=0)
-    for label, entry in scorecard.headline_lines(result):
-        events.scalars(0, {f"{key}/{label}": entry[key] for key in scorecard.SIDE_BY_SIDE if entry[key] is not None})
+    shutil.rmtree(out / "tensorboard", ignore_errors=True)  # one evaluation, one set of events
+    events = RunLog(out / "tensorboard")
+    board.evaluated(events, evaluation, task.config, task.stage, task.fold, list(overlays.values()))
     events.text("summary", f"```\n{shown}```")
-    for i, image in enumerate(overlays.values()):
-        events.image(f"worst/{i}", image[:, :, ::-1].copy(), 0)
     events.close()
     log.info("%s\n%s", out, shown)
     names = {

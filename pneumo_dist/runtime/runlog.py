@@ -10,7 +10,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -66,17 +66,20 @@ class RunLog:
     """TensorBoard events of one stage, written by rank 0; on other ranks every call does nothing.
 
     Events are for looking at: where they cannot be written (disk full), that is said once and the work goes on.
+    `attempt` counts the starts of the stage that have written events, this one included.
     """
 
     def __init__(self, folder: Path, first: bool = True, purge_step: int | None = None) -> None:
         """Open the events in `folder`; `purge_step` hides what a lost attempt wrote from that step on."""
         self._folder = folder
         self._writer: Any = None
+        self.attempt = 1 + len(list(folder.glob("events.*")))
         if first:
             from torch.utils.tensorboard import SummaryWriter
 
             try:
-                self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=15)
+                # The queue is long so that a slow file system does not hold up the training.
+                self._writer = SummaryWriter(str(folder), purge_step=purge_step, max_queue=1000, flush_secs=15)
             except OSError as error:
                 self._give_up(error)
 
@@ -85,20 +88,48 @@ class RunLog:
         log.warning("no TensorBoard events from here on in %s: %s", self._folder, error.strerror or error)
 
     @_for_show
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Add one point per tag."""
+    def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Add one point per tag; what is undefined (None) is left out."""
         for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
+            if value is not None:
+                self._writer.add_scalar(tag, value, step)
 
     @_for_show
-    def image(self, tag: str, image: np.ndarray, step: int) -> None:
-        """Add a uint8 image of shape (rows, columns, 3)."""
-        self._writer.add_image(tag, image, step, dataformats="HWC")
+    def image(self, tag: str, jpeg: bytes, shape: tuple[int, int], step: int) -> None:
+        """Add an encoded colour picture of `shape` (rows, columns): a JPEG takes a tenth of what `add_image` writes."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        picture = Summary.Image(height=shape[0], width=shape[1], colorspace=3, encoded_image_string=jpeg)
+        self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
 
     @_for_show
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """Add a text (Markdown)."""
         self._writer.add_text(tag, text, step)
+
+    @_for_show
+    def pr_curve(self, tag: str, truth: np.ndarray, scores: np.ndarray, step: int) -> None:
+        """Add the precision-recall curve of scores in 0..1 (n,) against boolean truth (n,)."""
+        # Finer than the default: highest scores of films crowd near 1.
+        self._writer.add_pr_curve(tag, truth, scores, step, num_thresholds=501)
+
+    @_for_show
+    def layout(self, pages: Mapping[str, Mapping[str, list[str]]]) -> None:
+        """Set the page of custom scalars: {heading: {chart: regular expressions of tags}}."""
+        charts = {page: {name: ["Multiline", tags] for name, tags in of.items()} for page, of in pages.items()}
+        self._writer.add_custom_scalars(charts)
+
+    @_for_show
+    def hparams(self, values: Mapping[str, float | str]) -> None:
+        """Enter the settings into the table that compares runs; TensorBoard puts every scalar's last value beside them.
+
+        `SummaryWriter.add_hparams` would make a run of its own, apart from the curves, and fix the columns to the first
+        run's; left to itself TensorBoard shows first what differs between runs.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        _, start, _ = hparams(dict(values), {})
+        self._writer.file_writer.add_summary(start)
 
     @_for_show
     def flush(self) -> None:

@@ -35,7 +35,14 @@ class BCEDice:
 
     config: Loss
 
+    def parts(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the two terms of each image before they are weighted, both float32 (N,)."""
+        return bce_and_dice(logits, masks, self.config.smooth)
+
+    def weighted(self, bce: Tensor, dice: Tensor) -> Tensor:
+        """Return the loss from its two terms."""
+        return self.config.bce * bce + self.config.dice * dice
+
     def per_image(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Return the loss of each image, float32 (N,); a batch's loss is the sum over its images / global batch."""
-        bce, dice = bce_and_dice(logits, masks, self.config.smooth)
-        return self.config.bce * bce + self.config.dice * dice
+        return self.weighted(*self.parts(logits, masks))

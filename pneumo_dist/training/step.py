@@ -38,6 +38,8 @@ class StepResult:
     """What one step gave; tensors stay on the device until somebody looks."""
 
     loss: Tensor  # this rank's share of the global batch's loss, float32 scalar
+    bce: Tensor  # its cross-entropy and 1 - soft Dice, before they are weighted
+    dice: Tensor
     grad_norm: Tensor  # of the whole gradient, the same on every rank
     finite: Tensor  # bool scalar: whether the weights were updated; the same on every rank
     rate: Tensor  # learning rate, float32 (1,)
@@ -129,16 +131,18 @@ class Stepper:
             yield images[part], masks[part], i == count - 1
 
     def _backward(self, images: Tensor, masks: Tensor, global_batch: int) -> Tensor:
-        total = torch.zeros((), device=self.device)
+        """Add up the gradient; return this rank's share of the loss and of its two terms, float32 (3,)."""
+        total = torch.zeros(3, device=self.device)
         for image, mask, last in self.micro_batches(images, masks):
             image = image.to(self.device, non_blocking=True)
             mask = mask.to(self.device, non_blocking=True)
             with self._quiet(not last):
                 with autocast(self.dtype, self.device):
                     logits = self.ddp(normalise(image).contiguous(memory_format=torch.channels_last))
-                loss = self.loss.per_image(logits, mask).sum() / global_batch
+                bce, dice = self.loss.parts(logits, mask)
+                loss = self.loss.weighted(bce, dice).sum() / global_batch
                 self.scaler.scale(loss * self.ranks.world_size).backward()
-            total += loss.detach()
+            total += torch.stack([loss, bce.sum() / global_batch, dice.sum() / global_batch]).detach()
         return total
 
     def _quiet(self, yes: bool) -> AbstractContextManager[Any]:
@@ -154,7 +158,7 @@ class Stepper:
         rate = self.rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self._backward(images, masks, self.stage.batch_size)
+        loss, bce, dice = self._backward(images, masks, self.stage.batch_size)
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = get_total_norm(gradients)
@@ -167,7 +171,7 @@ class Stepper:
         self.scaler.update()
         self.optimizer.zero_grad()
         self._done += finite
-        return StepResult(loss, norm, finite, rate)
+        return StepResult(loss, bce, dice, norm, finite, rate)
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights, optimizer, scaler and the count of steps; the batch-norm buffers are this rank's."""

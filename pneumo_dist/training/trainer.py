@@ -22,12 +22,14 @@ from pneumo_dist.config import ConfigError
 from pneumo_dist.data.augment import Augmenter
 from pneumo_dist.data.cases import read_cases
 from pneumo_dist.data.loaders import FilmDataset, TrainBatches, fold_cases, make_loader, stage_shards
+from pneumo_dist.data.shards import ShardReader
 from pneumo_dist.model.modelfile import save_model
 from pneumo_dist.runtime import ranks as ranks_module
 from pneumo_dist.runtime.runlog import RunLog
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.runtime.task import Task
 from pneumo_dist.training import history
+from pneumo_dist.training.board import Board, say_speed
 from pneumo_dist.training.boundary import Boundary, Late, Wishes
 from pneumo_dist.training.checkpoint import CheckpointStore
 from pneumo_dist.training.machine import set_threads, warn_if_bits_may_differ
@@ -88,6 +90,7 @@ class Trainer:
         self._set_rates()
         self.log = RunLog(task.out / "tensorboard", ranks.first, purge_step=self._batches_done + 1)
         self.live = history.Live(task.out, ranks.first)
+        self.board = Board(self.log, task, self.stepper, self.validation_cases, self._batches_done)
         self._saved_at = time.monotonic()
         self._bad_steps = 0
         self._bad = Late()
@@ -290,7 +293,7 @@ class Trainer:
                 self.live.note(
                     epoch=self.progress.epoch + 1,
                     epochs=self.stage.epochs,
-                    step=self.progress.step,
+                    step=self._batches_done,
                     steps=self.total_steps,
                     images_per_s=seen * self.stage.batch_size / max(time.monotonic() - begin, 1e-9),
                 )
@@ -321,16 +324,7 @@ class Trainer:
 
     def _report_step(self, result: StepResult, begin: float, waited: float, seen: int) -> None:
         took = max(time.monotonic() - begin, 1e-9)
-        values = {
-            "train/loss_of_rank_0": float(result.loss) * self.ranks.world_size,
-            "train/lr": float(result.rate),
-            "train/grad_norm": float(result.grad_norm),
-            "speed/images_per_s": seen * self.stage.batch_size / took,
-            "speed/wait_share": waited / took,
-        }
-        if self.stepper.scaler.is_enabled():
-            values["train/amp_scale"] = self.stepper.scaler.get_scale()
-        self.log.scalars(self._batches_done, values)
+        self.board.step(self._batches_done, result, seen * self.stage.batch_size / took, waited / took)
 
     def _end_epoch(self, begin: float, waited: float, seen: int) -> None:
         """Validate where it is due, let the plateau rule look, note the epoch, and go to the next one."""
@@ -357,13 +351,13 @@ class Trainer:
             "train_loss": sum(losses or []),
             "best_dice": self.progress.best,
             "best_epoch": self.progress.best_epoch,
-        } | (asdict(found) if found else {})
-        self.ranks.on_first(lambda: self._note_epoch(row, better))
+        } | (found.row() if found else {})
+        self.ranks.on_first(lambda: self._note_epoch(row, found, better))
         self.progress.epoch, self.progress.batch = number, 0
 
     def _validated(self) -> Validation:
         """Validate; the end of an epoch is a step boundary too, where signals are obeyed at any film."""
-        while (found := validate(self.task, self.stepper, self.validation_cases, self.shards)) is None:
+        while (found := validate(self.task, self.stepper, self.validation_cases, self.shards, self.board.ids)) is None:
             leave = self.ranks.maximum([self.task.stop.leave])[0]
             if leave:
                 self._save_and_leave(leave)
@@ -371,13 +365,12 @@ class Trainer:
             log.info(_GOING_ON, self._batches_done)
         return found
 
-    def _note_epoch(self, row: dict[str, Any], better: bool) -> None:
+    def _note_epoch(self, row: dict[str, Any], found: Validation | None, better: bool) -> None:
         """Rank 0: keep the best weights, and the epoch's numbers where displays and reports look for them."""
         if better:
             self._weights_file("best", self.stepper.model.state_dict())
+        self.board.epoch(self._batches_done, row, found, ShardReader(self.shards, self.stage.size))
         history.append(self.task.out / "metrics.jsonl", row)
-        shown = {f"epoch/{k}": v for k, v in row.items() if isinstance(v, float) and k != "lr"}
-        self.log.scalars(self._batches_done, shown)
         log.info("%s", history.line(row))
 
     def finish(self) -> dict[str, Path]:
@@ -401,6 +394,9 @@ def run(task: Task) -> dict[str, Path]:
     try:
         trainer = Trainer(task)
         trainer.train()
-        return trainer.finish()
+        outputs = trainer.finish()
     finally:
         faulthandler.cancel_dump_traceback_later()
+    if task.ranks.first:
+        say_speed(task.stage, history.read(task.out / "metrics.jsonl"))
+    return outputs

@@ -1,4 +1,4 @@
-"""Validation while training: competition Dice at the recipe's fixed threshold and the loss, the same on any ranks.
+"""Validation while training: every score at the recipe's fixed threshold and the loss, the same on any ranks.
 
 Scores come through the same functions as the final evaluation's. A copy of the network with rank 0's batch-norm
 buffers is evaluated, so that nothing of the training is touched.
@@ -9,41 +9,55 @@ from __future__ import annotations
 import copy
 import faulthandler
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from pneumo_dist.config import Loss
 from pneumo_dist.data.cases import Case
+from pneumo_dist.prediction.board import SCORES, panel_shape
 from pneumo_dist.prediction.forward import Predictor, predict_records
+from pneumo_dist.prediction.pictures import fit_mask
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.runtime.stopping import StopSignal
 from pneumo_dist.runtime.task import Task
-from pneumo_dist.scoring.metrics import dice
-from pneumo_dist.scoring.records import Records, Triplet
+from pneumo_dist.scoring.metrics import Records, Triplet, apply_triplet, summary
 from pneumo_dist.training.step import Stepper
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Validation:
-    """What one validation found; the same on every rank."""
+    """What one validation found, the same on every rank; films stay with rank 0."""
 
-    dice: float  # competition Dice, mean over films
-    dice_positive: float  # over the films that have a mask; 0 where the fold has none
-    loss: float
+    scores: dict[str, Any]  # `summary` at the fixed threshold
+    loss: float  # mean over films, at film size
+    loss_bce: float  # its parts, before they are weighted
+    loss_dice: float
+    records: Records | None = None  # of all films; None on ranks other than 0
+    masks: dict[str, NDArray[np.bool_]] = field(default_factory=dict)  # shown film id -> prediction at panel size
+
+    @property
+    def dice(self) -> float:
+        """Competition Dice, mean over films."""
+        return float(self.scores["dice"])
+
+    def row(self) -> dict[str, float | None]:
+        """Return what is noted of an epoch; Dice on positives is 0 where the fold has none, other scores are None."""
+        named = {name: self.scores[name] for name in SCORES} | {"dice_positive": self.scores["dice_positive"] or 0.0}
+        return named | {"loss": self.loss, "loss_bce": self.loss_bce, "loss_dice": self.loss_dice}
 
 
-def film_loss(prob: NDArray[np.float32], truth: NDArray[np.bool_], loss: Loss) -> float:
-    """Return the training loss of one film from float32 probabilities at film size (clipped at 1e-7)."""
+def film_losses(prob: NDArray[np.float32], truth: NDArray[np.bool_], smooth: float) -> tuple[float, float]:
+    """Return cross-entropy and 1 - soft Dice of one film from float32 probabilities at film size (clipped at 1e-7)."""
     right = np.clip(np.where(truth, prob, 1 - prob), 1e-7, 1)
     bce = -float(np.log(right).mean(dtype=np.float64))
     hit = float(prob.sum(where=truth, dtype=np.float64))
     total = float(prob.sum(dtype=np.float64)) + float(np.count_nonzero(truth))
-    return loss.bce * bce + loss.dice * (1 - (2 * hit + loss.smooth) / (total + loss.smooth))
+    return bce, 1 - (2 * hit + smooth) / (total + smooth)
 
 
 def evaluation_copy(model: nn.Module, ranks: Ranks) -> nn.Module:
@@ -67,16 +81,24 @@ class _UntilAsked(StopSignal):
         return self._stop.requested or self._stop.save_due
 
 
-def validate(task: Task, stepper: Stepper, cases: Sequence[Case], shard_dir: Path) -> Validation | None:
-    """Validate on every rank's share of the fixed batches; None when some rank was asked to leave or save meanwhile."""
+def validate(
+    task: Task, stepper: Stepper, cases: Sequence[Case], shard_dir: Path, shown: Container[str] = ()
+) -> Validation | None:
+    """Validate on every rank's share of the fixed batches; None when some rank was asked to leave or save meanwhile.
+
+    shown: ids of the films whose predictions rank 0 wants to draw.
+    """
     ranks, config, stop = task.ranks, task.config, _UntilAsked(task.stop)
-    losses: dict[str, float] = {}
+    rule = Triplet(0.0, 0, config.evaluate.threshold)
+    losses: dict[str, tuple[float, float]] = {}
+    masks: dict[str, NDArray[np.bool_]] = {}
 
     def note(case: Case, prob: NDArray[np.float32], truth: NDArray[np.bool_]) -> None:
-        losses[case.id] = film_loss(prob, truth, config.loss)
+        losses[case.id] = film_losses(prob, truth, config.loss.smooth)
+        if case.id in shown:
+            masks[case.id] = fit_mask(apply_triplet(prob, rule), *panel_shape(case))
         faulthandler.dump_traceback_later(config.train.timeout_s / 2)  # the watchdog: a film is progress
 
-    rule = Triplet(0.0, 0, config.evaluate.threshold)
     predictor = Predictor(
         [evaluation_copy(stepper.model, ranks)], stepper.stage.size, stepper.device, "none", config.train.amp
     )
@@ -86,17 +108,18 @@ def validate(task: Task, stepper: Stepper, cases: Sequence[Case], shard_dir: Pat
     )  # fmt: skip
     if ranks.any(stop.requested):
         return None
-    shares = ranks.gather((records, losses))
+    shares = ranks.gather((records, losses, masks))
     found = None
     if shares is not None:
-        joined = Records.concatenate([share for share, _ in shares])
-        every = {name: value for _, share in shares for name, value in share.items()}
-        scores = dice(joined, rule)
-        positive = joined.truth_px > 0
+        records = Records.concatenate([share for share, _, _ in shares])
+        every = {name: value for _, share, _ in shares for name, value in share.items()}
+        masks = {name: mask for _, _, share in shares for name, mask in share.items()}
+        parts = [every[name] for name in records.ids]
         found = Validation(
-            dice=float(scores.mean()),
-            dice_positive=float(scores[positive].mean()) if positive.any() else 0.0,
-            loss=math.fsum(every[name] for name in joined.ids) / len(joined),
+            scores=summary(records, rule),
+            loss=math.fsum(config.loss.bce * bce + config.loss.dice * dice for bce, dice in parts) / len(records),
+            loss_bce=math.fsum(bce for bce, _ in parts) / len(records),
+            loss_dice=math.fsum(dice for _, dice in parts) / len(records),
         )
-    result: Validation | None = ranks.broadcast(found)
-    return result
+    agreed: Validation | None = ranks.broadcast(found)
+    return replace(agreed, records=records, masks=masks) if agreed and ranks.first else agreed
