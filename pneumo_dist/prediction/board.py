@@ -34,7 +34,7 @@ def layout(cuda: bool, scaled: bool) -> dict[str, dict[str, list[str]]]:
     cuda, scaled: whether there are GPU memory and a gradient scaler to show.
     """
     health = {
-        "Gradient norm": ["optimizer/grad_norm"],
+        "Gradient norm": ["train/grad_norm"],
         "Images per second": [r"speed/.*images_per_s"],
         "Share of the time that a step waits for data": [r"speed/.*wait_share"],
         "Attempts: a rise is a restart": ["run/attempt"],
@@ -42,7 +42,7 @@ def layout(cuda: bool, scaled: bool) -> dict[str, dict[str, list[str]]]:
     if cuda:
         health["Highest GPU memory so far, MiB"] = ["speed/gpu_memory_mib"]
     if scaled:
-        health["Scale of the mixed-precision gradients"] = ["optimizer/amp_scale"]
+        health["Scale of the mixed-precision gradients"] = ["train/amp_scale"]
     return {
         "Does it learn?": {
             "Dice: all films, with pneumothorax, all called empty": [
@@ -52,7 +52,7 @@ def layout(cuda: bool, scaled: bool) -> dict[str, dict[str, list[str]]]:
             "Sensitivity, specificity, AUC": [f"evaluation/{name}$" for name in ("sensitivity", "specificity", "auc")],
             "Loss of single steps: sum, cross-entropy, Dice": ["loss/step"],
             "Loss on validation films: sum, cross-entropy, Dice": ["loss/validation"],
-            "Learning rate": ["optimizer/lr"],
+            "Learning rate": ["train/lr"],
         },
         "Does it run well?": health,
     }

@@ -32,7 +32,7 @@ ABOUT = """The horizontal axis counts global batches, from the stage's start ove
 * `loss/train`: mean over an epoch and all ranks. `loss/validation`: mean over the validation films, at film size.
   `loss/step`: mean over rank 0's films of one batch. `_bce` and `_dice` are the parts before they are weighted.
 * `overlay/`: always the same films. Blue: annotation; orange: prediction at the fixed threshold.
-* `optimizer/`, `speed/`: of one step; speed counts from the epoch's start, `speed/epoch_` over the whole epoch.
+* `train/`, `speed/`: of one step; speed counts from the epoch's start, `speed/epoch_` over the whole epoch.
 * `run/attempt`: 1, 2, ...; a rise is a restart. What lies behind the checkpoint it started from is hidden.
 * `threshold/`, `rule/` (evaluate): thresholds in use; scores of the other decision rules."""
 
@@ -76,14 +76,14 @@ class Board:
             "loss/step": loss * share,
             "loss/step_bce": bce * share,
             "loss/step_dice": dice * share,
-            "optimizer/lr": rate,
-            "optimizer/grad_norm": norm,
+            "train/lr": rate,
+            "train/grad_norm": norm,
             "speed/images_per_s": images_per_s,
             "speed/wait_share": wait_share,
             "run/attempt": self.log.attempt,
         }
         if self.stepper.scaler.is_enabled():
-            values["optimizer/amp_scale"] = self.stepper.scaler.get_scale()
+            values["train/amp_scale"] = self.stepper.scaler.get_scale()
         if self.stepper.device.type == "cuda":
             values["speed/gpu_memory_mib"] = torch.cuda.max_memory_allocated(self.stepper.device) / 2**20
         self.log.scalars(step, values)

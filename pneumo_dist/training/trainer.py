@@ -290,19 +290,18 @@ class Trainer:
                 result = self.stepper.step(images, masks)
                 self._after_step(result, indices)
                 seen += 1
+                took = max(time.monotonic() - begin, 1e-9)
+                rate = seen * self.stage.batch_size / took
                 self.live.note(
-                    epoch=self.progress.epoch + 1,
-                    epochs=self.stage.epochs,
-                    step=self._batches_done,
-                    steps=self.total_steps,
-                    images_per_s=seen * self.stage.batch_size / max(time.monotonic() - begin, 1e-9),
-                )
+                    epoch=self.progress.epoch + 1, epochs=self.stage.epochs, step=self._batches_done,
+                    steps=self.total_steps, images_per_s=rate,
+                )  # fmt: skip
                 if first:
                     ranks_module.shorten_timeout(self.ranks, self.config.train.timeout_s)
                     first = False
                 faulthandler.dump_traceback_later(self.config.train.timeout_s / 2)
                 if self.progress.batch % self.config.train.log_every == 0:
-                    self._report_step(result, begin, waited, seen)
+                    self.board.step(self._batches_done, result, rate, waited / took)
                 self._at_boundary()
             self._end_epoch(begin, waited, seen)
             self._loss_sum.zero_()
@@ -321,10 +320,6 @@ class Trainer:
         if self.swa and self.average is not None:
             if swa_due(self._batches_done, self.total_steps, self.steps_per_epoch, self.swa) and bool(result.finite):
                 self.average.update_parameters(self.stepper.model)  # a skipped step is not averaged
-
-    def _report_step(self, result: StepResult, begin: float, waited: float, seen: int) -> None:
-        took = max(time.monotonic() - begin, 1e-9)
-        self.board.step(self._batches_done, result, seen * self.stage.batch_size / took, waited / took)
 
     def _end_epoch(self, begin: float, waited: float, seen: int) -> None:
         """Validate where it is due, let the plateau rule look, note the epoch, and go to the next one."""

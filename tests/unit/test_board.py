@@ -25,12 +25,12 @@ from pneumo_dist.runtime.runlog import RunLog
 from pneumo_dist.runtime.stopping import Stopped, StopSignal
 from pneumo_dist.training import history, trainer
 from pneumo_dist.training.board import Board, say_speed
-from pneumo_dist.training.step import Stepper
+from pneumo_dist.training.step import Stepper, StepResult
 from tests.dist import small_run
 
 WORDS = ("stages=1,swa", "stage1.epochs=3", "train.log_every=1", "evaluate.threshold=0.5")
 STEPS, EPOCH_ENDS = list(range(1, 7)), [2, 4, 6]  # 10 training films in batches of 4
-STEP_TAGS = {"loss/step", "loss/step_bce", "loss/step_dice", "optimizer/lr", "optimizer/grad_norm",
+STEP_TAGS = {"loss/step", "loss/step_bce", "loss/step_dice", "train/lr", "train/grad_norm",
              "speed/images_per_s", "speed/wait_share"}  # fmt: skip
 SCORE_TAGS = {f"evaluation/{name}" for name in board.SCORES}
 EPOCH_TAGS = {"loss/train", "loss/validation", "loss/validation_bce", "loss/validation_dice", "evaluation/best_dice",
@@ -130,9 +130,9 @@ def test_the_values_are_those_of_the_training(run_dir, trained):
         assert np.mean(steps) == pytest.approx(row["train_loss"])
     loss, bce, dice = (points(trained, f"loss/step{name}") for name in ("", "_bce", "_dice"))
     assert all(loss[s] == pytest.approx(bce[s] + dice[s]) and bce[s] > 0.1 and 0.1 < dice[s] < 1 for s in STEPS)
-    rates = points(trained, "optimizer/lr")
+    rates = points(trained, "train/lr")
     assert rates[1] == pytest.approx(config.stage1.lr) and rates == dict(sorted(rates.items(), key=lambda r: -r[1]))
-    assert all(value > 0 for tag in ("optimizer/grad_norm", "speed/images_per_s") for value in points(trained, tag).values())
+    assert all(value > 0 for tag in ("train/grad_norm", "speed/images_per_s") for value in points(trained, tag).values())
     assert all(0 <= share <= 1 for share in points(trained, "speed/wait_share").values())
     assert set(points(trained, "threshold/fixed").values()) == {0.5}
 
@@ -194,7 +194,7 @@ def test_every_chart_of_the_first_page_has_something_to_show(trained):
         for pattern in chart.multiline.tag:
             assert any(re.match(pattern, tag) for tag in trained.Tags()["scalars"]), (chart.title, pattern)
     more = board.layout(cuda=True, scaled=True)["Does it run well?"].values()
-    assert ["speed/gpu_memory_mib"] in more and ["optimizer/amp_scale"] in more
+    assert ["speed/gpu_memory_mib"] in more and ["train/amp_scale"] in more
 
 
 def test_the_evaluation_shows_what_scores_json_says(run_dir, evaluated):
@@ -257,17 +257,18 @@ def test_a_steps_loss_is_the_mean_of_rank_0s_own_films():
     ranks = SimpleNamespace(first=True, world_size=4)
     mute = SimpleNamespace(attempt=1, scalars=lambda step, values: shown.update(values))
     stepper = SimpleNamespace(
-        parts=torch.tensor([4 / 14, 2 / 14]), scaler=SimpleNamespace(is_enabled=lambda: True, get_scale=lambda: 512.0),
-        device=torch.device("cpu"),
-    )  # fmt: skip
+        scaler=SimpleNamespace(is_enabled=lambda: True, get_scale=lambda: 512.0), device=torch.device("cpu")
+    )
     told = Board.__new__(Board)
     told.log, told.stepper = mute, stepper
     told.task, told.stage = SimpleNamespace(ranks=ranks), SimpleNamespace(batch_size=14)
-    result = SimpleNamespace(loss=torch.tensor(6 / 14), grad_norm=torch.tensor(3.0))
-    told.step(7, result, 0.1, 10.0, 0.5)  # 14 films on 4 ranks: 4 of them on rank 0, with a loss of 1.5 each
+    loss, bce, dice, norm = torch.tensor([6 / 14, 4 / 14, 2 / 14, 3.0])
+    result = StepResult(loss, bce, dice, norm, finite=torch.tensor(True), rate=torch.tensor([0.1]))
+    told.step(7, result, 10.0, 0.5)  # 14 films on 4 ranks: 4 of them on rank 0, with a loss of 1.5 each
     assert shown["loss/step"] == pytest.approx(1.5)
     assert shown["loss/step_bce"] == pytest.approx(1.0) and shown["loss/step_dice"] == pytest.approx(0.5)
-    assert shown["optimizer/amp_scale"] == 512.0 and "speed/gpu_memory_mib" not in shown
+    assert shown["train/lr"] == pytest.approx(0.1) and shown["train/grad_norm"] == 3.0
+    assert shown["train/amp_scale"] == 512.0 and "speed/gpu_memory_mib" not in shown
 
 
 def film(name, area):
