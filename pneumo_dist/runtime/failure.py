@@ -17,7 +17,16 @@ class Failure(RuntimeError):
     """Something outside the program went wrong; the text says what, where, and what to do."""
 
 
+def disk_error(error: BaseException | None) -> OSError | None:
+    """Return what the disk answered, where an error is that or was raised in its wake; None for any other."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            return error
+        error = error.__context__
+    return None
+
+
 def told(error: BaseException) -> str | None:
     """Return the one line that says it all, or None for an error that needs its traceback."""
-    disk = isinstance(error, OSError) and error.errno in _DISK
-    return " ".join(str(error).split()) if disk or isinstance(error, (Failure, FloatingPointError)) else None
+    known = disk_error(error) is error or isinstance(error, (Failure, FloatingPointError))
+    return " ".join(str(error).split()) if known else None

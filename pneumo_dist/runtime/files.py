@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pneumo_dist.runtime.failure import disk_error
+
 
 def _fsync_folder(folder: Path) -> None:
     """Make a rename durable; file systems that cannot sync a directory are left as they are."""
@@ -46,12 +48,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _fsync_folder(path.parent)
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
-        if cause is None or cause.filename not in (None, temporary, str(temporary)):
+        disk = disk_error(error)
+        if disk is None or disk.filename not in (None, temporary, str(temporary)):
             raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise OSError(disk.errno, disk.strerror, str(path)) from error
     finally:
         with suppress(OSError):  # a read-only disk: the error above says it
             temporary.unlink(missing_ok=True)
