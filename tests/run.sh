@@ -1,7 +1,8 @@
 #!/bin/bash
 # Every test, with the set-up a fresh machine needs: `bash tests/run.sh`. With arguments: pytest alone, for example
 # `bash tests/run.sh tests/unit -k rle`. PNEUMO_REQUIRE_SLURM=1: a SLURM test that cannot run here is a failure.
-# Nothing outside the checkout is changed, except that root on a Debian without SLURM gets its packages.
+# Nothing outside the checkout is changed, except that root on a Debian gets the packages that tests need and lack:
+# SLURM, a browser that opens the reports, a validator of DICOM objects.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
@@ -14,13 +15,25 @@ if ! cmp -s tests/requirements.txt "$marker"; then
     cp tests/requirements.txt "$marker"
 fi
 
-if ! command -v sbatch >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    echo "installing SLURM for the tests on a private cluster"
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     log=$(mktemp)
-    if ! bash slurm/devcluster/install-packages.sh >"$log" 2>&1; then
-        tail -n 20 "$log" >&2
-        echo "SLURM could not be installed: its tests will say so" >&2
+    if ! command -v sbatch >/dev/null; then
+        echo "installing SLURM for the tests on a private cluster"
+        if ! bash slurm/devcluster/install-packages.sh >"$log" 2>&1; then
+            tail -n 20 "$log" >&2
+            echo "SLURM could not be installed: its tests will say so" >&2
+        fi
     fi
+    missing=()
+    command -v chromium >/dev/null || missing+=(chromium)
+    command -v dciodvfy >/dev/null || missing+=(dicom3tools)
+    for package in "${missing[@]}"; do
+        echo "installing $package"
+        if ! { apt-get update -qq && apt-get install -y -qq --no-install-recommends "$package"; } >"$log" 2>&1 </dev/null; then
+            tail -n 5 "$log" >&2
+            echo "$package could not be installed: the tests that need it are skipped" >&2
+        fi
+    done
     rm -f "$log"
 fi
 

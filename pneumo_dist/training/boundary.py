@@ -1,4 +1,4 @@
-"""Where the ranks agree: once a step, on the CPU, without waiting for one another.
+"""Where the ranks agree: once a step, on the CPU, without waiting for one another or for a GPU.
 
 Each rank states its wishes; everybody learns the maximum of all wishes one step later. The exchange runs while
 the step computes, so it stalls neither the CPU nor a GPU, and all ranks act at the same step.
@@ -23,6 +23,27 @@ class Wishes:
     save: int = 0
     failed: int = 0  # a checkpoint could not be written
     bad_loss: int = 0  # this rank's last loss was not finite
+
+
+class Late:
+    """A flag from the device that the host reads one step late: it waits for the step before, not for this one."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[torch.Tensor, torch.cuda.Event | None, Any] | None = None
+
+    def exchange(self, flag: torch.Tensor, about: Any) -> tuple[bool, Any]:
+        """Leave a step's flag (bool scalar); return the flag before it, at first False, with what it was `about`."""
+        before, event, host = self._pending, None, flag
+        if flag.is_cuda:
+            host = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True).copy_(flag, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending = (host, event, about)
+        if before is None:
+            return False, None
+        if before[1] is not None:
+            before[1].synchronize()
+        return bool(before[0]), before[2]
 
 
 class Boundary:

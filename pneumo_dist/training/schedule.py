@@ -14,16 +14,15 @@ _PLATEAU_EPS = 1e-8
 
 
 def swa_start(total_steps: int, swa: Swa) -> int:
-    """Return the number of successful optimizer steps after which weight averaging begins."""
+    """Return the number of optimizer steps after which weight averaging begins."""
     return math.ceil(swa.start * total_steps)
 
 
 def swa_due(step: int, total_steps: int, steps_per_epoch: int, swa: Swa) -> bool:
-    """Tell whether the weights after `step` successful steps (1, 2, ...) enter the average.
+    """Tell whether the weights after `step` steps (1, 2, ..., skipped ones included) enter the average.
 
-    Counted back from the last step, so that the last weights always enter and an interval of one epoch means
-    epoch ends. A run that skipped steps (fp16) ends before `total_steps`: if nothing has been averaged by
-    then, the caller averages its last weights.
+    Counted back from the last step, so that the last weights enter and an interval of one epoch means epoch ends.
+    Where the step before such a point was skipped (fp16), the caller leaves the point out.
     """
     interval = swa.interval or steps_per_epoch
     return step > 0 and step >= swa_start(total_steps, swa) and (total_steps - step) % interval == 0

@@ -2,12 +2,15 @@
 
 The gradient is that of the global batch whatever the number of ranks or micro-batches: every rank sums its
 images' losses, divides by the global batch, and multiplies by the ranks that DDP averages over.
+
+Nothing in a step waits for the device: whether the gradient was finite, how many steps counted and which learning
+rate that gives are decided there. The host may be a step ahead; it reads a value when it needs one.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +39,8 @@ class StepResult:
 
     loss: Tensor  # this rank's share of the global batch's loss, float32 scalar
     grad_norm: Tensor  # of the whole gradient, the same on every rank
-    finite: bool  # whether the weights were updated; the same on every rank
+    finite: Tensor  # bool scalar: whether the weights were updated; the same on every rank
+    rate: Tensor  # learning rate, float32 (1,)
 
 
 def wants_sync_bn(config: Config, stage: TrainStage, ranks: Ranks) -> bool:
@@ -85,7 +89,23 @@ class Stepper:
             )
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=stage.lr, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        self._done = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.set_rates([stage.lr])
         self._rehearse()
+
+    @property
+    def steps(self) -> int:
+        """Steps that changed the weights so far; reading it waits for the device."""
+        return int(self._done)
+
+    @property
+    def rate(self) -> Tensor:
+        """The learning rate of the next step, float32 (1,) on the device."""
+        return self._rates.index_select(0, self._done.clamp(max=len(self._rates) - 1))
+
+    def set_rates(self, rates: Sequence[float]) -> None:
+        """Give the learning rate of every step by the number of steps that counted before it; the last one stays."""
+        self._rates = torch.tensor(rates, dtype=torch.float32, device=self.device)
 
     def _rehearse(self) -> None:
         """Run one backward on blank films and forget it.
@@ -125,29 +145,34 @@ class Stepper:
         """Keep DDP from exchanging gradients; it must surround the forward pass too."""
         return self.ddp.no_sync() if yes and isinstance(self.ddp, DistributedDataParallel) else nullcontext()
 
-    def step(self, images: Tensor, masks: Tensor, lr: float) -> StepResult:
+    def step(self, images: Tensor, masks: Tensor) -> StepResult:
         """Train on this rank's uint8 (n, 1, S, S) images and masks of one global batch.
 
-        A gradient that is not finite is so on every rank, because gradients are averaged: all skip alike.
+        A gradient that is not finite is so on every rank, because gradients are averaged: all skip alike, and a
+        skipped step does not count for the schedule.
         """
+        rate = self.rate
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = rate
         loss = self._backward(images, masks, self.stage.batch_size)
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = get_total_norm(gradients)
         if self.clip_norm:
             clip_grads_with_norm_(self.model.parameters(), self.clip_norm, norm)
-        finite = bool(torch.isfinite(norm))
-        if finite or self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # an enabled scaler skips by itself, and must be told to learn
+        finite = torch.isfinite(norm)
+        # Fused Adam looks at this flag on the device; an enabled scaler puts its own in its place.
+        self.optimizer.found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]
+        self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        return StepResult(loss, norm, finite)
+        self._done += finite
+        return StepResult(loss, norm, finite, rate)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return weights, optimizer and scaler; the batch-norm buffers are this rank's."""
+        """Return weights, optimizer, scaler and the count of steps; the batch-norm buffers are this rank's."""
         return {
+            "steps": self.steps,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -157,5 +182,6 @@ class Stepper:
         """Continue from `state_dict`; a scaler state is taken where both runs have one (fp16 may come or go)."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._done.fill_(state["steps"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])

@@ -28,7 +28,7 @@ from pneumo_dist.runtime.runlog import RunLog
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.runtime.task import Task
 from pneumo_dist.training import history
-from pneumo_dist.training.boundary import Boundary, Wishes
+from pneumo_dist.training.boundary import Boundary, Late, Wishes
 from pneumo_dist.training.checkpoint import CheckpointStore
 from pneumo_dist.training.machine import set_threads, warn_if_bits_may_differ
 from pneumo_dist.training.schedule import Plateau, learning_rate, swa_due
@@ -41,11 +41,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """Where the training is. `batch` counts within the epoch, `step` only steps that changed the weights."""
+    """Where the training is; `batch` counts within the epoch."""
 
     epoch: int = 0
     batch: int = 0
-    step: int = 0
     samples: int = 0
     best: float = -1.0
     best_epoch: int = -1
@@ -82,14 +81,17 @@ class Trainer:
         self.progress = Progress()
         self.boundary = Boundary(ranks)
         self.store = CheckpointStore(task.out / "checkpoints", config.train.keep, task.attempt)
-        self._loss_sum = 0.0  # of this epoch's steps, this rank's share
+        # Of this epoch's steps, this rank's share; float64 on the device, read when somebody asks.
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.stepper.device)
         self._resume()
+        self._set_rates()
         self.log = RunLog(task.out / "tensorboard", ranks.first, purge_step=self._batches_done + 1)
         self.live = history.Live(task.out, ranks.first)
         self._saved_at = time.monotonic()
         self._bad_steps = 0
-        self._bad_ids: list[str] = []
-        self._bad_loss = False
+        self._bad = Late()
+        self._bad_loss = False  # the last step of this rank that is known about
+        self._bad_films: list[str] = []
         self._term_saved = False
 
     def _staged(self) -> Path:
@@ -130,9 +132,9 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         if state["world_size"] == self.ranks.world_size:
             torch.set_rng_state(state["rng"][self.ranks.rank])
-            self._loss_sum = state["loss_sums"][self.ranks.rank]
+            self._loss_sum.fill_(state["loss_sums"][self.ranks.rank])
         elif self.ranks.first:
-            self._loss_sum = sum(state["loss_sums"])
+            self._loss_sum.fill_(sum(state["loss_sums"]))
         if self.ranks.first:
             log.info(
                 "resuming at epoch %d, batch %d of %d",
@@ -144,7 +146,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Copy the state now and let a thread write it; collective, because every rank gives its random state."""
-        own = self.ranks.gather((torch.get_rng_state(), self._loss_sum))
+        own = self.ranks.gather((torch.get_rng_state(), float(self._loss_sum)))
         self._saved_at = time.monotonic()
         if not self.ranks.first:
             return
@@ -173,6 +175,7 @@ class Trainer:
                 "fold": self.task.fold,
                 "result_hash": self.task.result_hash,
                 "weights": name,
+                "step": self.stepper.steps,
             }
             | asdict(self.progress),
         }
@@ -217,11 +220,12 @@ class Trainer:
     def _count_bad(self, bad: bool) -> None:
         self._bad_steps = self._bad_steps + 1 if bad else 0
         if not bad and not self._bad_loss:
-            self._bad_ids = []
+            self._bad_films = []
         if self._bad_steps >= self.config.train.max_nonfinite:
             raise FloatingPointError(
-                f"stage {self.task.stage}, epoch {self.progress.epoch + 1}, batch {self.progress.batch}: the loss was "
-                f"not finite {self._bad_steps} times in a row; this rank's films: {', '.join(self._bad_ids) or 'fine'}"
+                f"stage {self.task.stage}, epoch {self.progress.epoch + 1}, seen at batch {self.progress.batch}: the "
+                f"loss was not finite {self._bad_steps} times in a row; this rank's films of "
+                f"{' '.join(self._bad_films) or 'these steps: fine'}"
             )
 
     # --- epochs ------------------------------------------------------------------------------------------------
@@ -249,8 +253,13 @@ class Trainer:
             )
         )
 
-    def _learning_rate(self) -> float:
-        return learning_rate(self.progress.step, self.total_steps, self.stage, self.swa, self.plateau.lr)
+    def _set_rates(self) -> None:
+        """Lay out the learning rate of every step; anew when the plateau rule has lowered it."""
+        rates = [
+            learning_rate(step, self.total_steps, self.stage, self.swa, self.plateau.lr)
+            for step in range(self.total_steps + 1)
+        ]
+        self.stepper.set_rates(rates)
 
     def train(self) -> None:
         """Run the epochs that are left; stacks are dumped when no step ends for half a time-out."""
@@ -271,8 +280,7 @@ class Trainer:
                 asked = time.monotonic()
                 images, masks, indices = next(batches)
                 waited += time.monotonic() - asked
-                lr = self._learning_rate()
-                result = self.stepper.step(images, masks, lr)
+                result = self.stepper.step(images, masks)
                 self._after_step(result, indices)
                 seen += 1
                 self.live.note(
@@ -287,31 +295,31 @@ class Trainer:
                     first = False
                 faulthandler.dump_traceback_later(self.config.train.timeout_s / 2)
                 if self.progress.batch % self.config.train.log_every == 0:
-                    self._report_step(result, lr, begin, waited, seen)
+                    self._report_step(result, begin, waited, seen)
                 self._at_boundary()
             self._end_epoch(begin, waited, seen)
-            self._loss_sum = 0.0
+            self._loss_sum.zero_()
 
     def _after_step(self, result: StepResult, indices: torch.Tensor) -> None:
+        """Count the step; nothing here waits for it, except where its weights enter the average."""
         self.progress.batch += 1
         self.progress.samples += self.stage.batch_size
-        self._loss_sum += float(result.loss) if torch.isfinite(result.loss) else 0.0
-        self._bad_loss = not bool(torch.isfinite(result.loss)) or (
-            not result.finite and not self.stepper.scaler.is_enabled()
-        )
+        finite_loss = torch.isfinite(result.loss)
+        self._loss_sum += torch.where(finite_loss, result.loss, 0.0)
+        bad = ~finite_loss if self.stepper.scaler.is_enabled() else ~(finite_loss & result.finite)
+        self._bad_loss, about = self._bad.exchange(bad, (self.progress.batch, indices))
         if self._bad_loss:
-            self._bad_ids = [self.train_cases[i].id for i in indices.tolist()]
-        if result.finite:  # a skipped step is neither counted by the schedule nor averaged
-            self.progress.step += 1
-            if self.swa and self.average is not None:
-                if swa_due(self.progress.step, self.total_steps, self.steps_per_epoch, self.swa):
-                    self.average.update_parameters(self.stepper.model)
+            batch, films = about
+            self._bad_films = [f"batch {batch}:", *(self.train_cases[i].id for i in films.tolist())]
+        if self.swa and self.average is not None:
+            if swa_due(self._batches_done, self.total_steps, self.steps_per_epoch, self.swa) and bool(result.finite):
+                self.average.update_parameters(self.stepper.model)  # a skipped step is not averaged
 
-    def _report_step(self, result: StepResult, lr: float, begin: float, waited: float, seen: int) -> None:
+    def _report_step(self, result: StepResult, begin: float, waited: float, seen: int) -> None:
         took = max(time.monotonic() - begin, 1e-9)
         values = {
             "train/loss_of_rank_0": float(result.loss) * self.ranks.world_size,
-            "train/lr": lr,
+            "train/lr": float(result.rate),
             "train/grad_norm": float(result.grad_norm),
             "speed/images_per_s": seen * self.stage.batch_size / took,
             "speed/wait_share": waited / took,
@@ -332,16 +340,17 @@ class Trainer:
                 return
             if self.stage.schedule == "plateau":
                 self.plateau.step(found.loss)
-        losses = self.ranks.gather(self._loss_sum / self.steps_per_epoch)
+                self._set_rates()
+        losses = self.ranks.gather(float(self._loss_sum) / self.steps_per_epoch)
         better = found is not None and found.dice > self.progress.best
         if found is not None and better:
             self.progress.best, self.progress.best_epoch = found.dice, number
         row: dict[str, Any] = {
             "epoch": number,
             "epochs": self.stage.epochs,
-            "step": self.progress.step,
+            "step": self.stepper.steps,
             "steps": self.total_steps,
-            "lr": self._learning_rate(),
+            "lr": float(self.stepper.rate),
             "images_per_s": round(seen * self.stage.batch_size / took, 2),
             "wait_share": round(waited / took, 4),
             "train_loss": sum(losses or []),
@@ -369,7 +378,7 @@ class Trainer:
         last = self._weights_file("last", self.stepper.model.state_dict())
         outputs = {"best": self.task.out / "best.pt", "last": last}
         if self.average is not None:
-            if not int(self.average.n_averaged):  # fp16 skipped steps, so the last averaging point was not reached
+            if not int(self.average.n_averaged):  # every step before an averaging point was skipped (fp16)
                 self.average.update_parameters(self.stepper.model)
             outputs["swa"] = self._weights_file("swa", self.average.module.state_dict())
         return outputs
