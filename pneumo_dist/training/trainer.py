@@ -286,7 +286,7 @@ class Trainer:
                 self.live.note(
                     epoch=self.progress.epoch + 1,
                     epochs=self.stage.epochs,
-                    step=self.progress.step,
+                    step=self._batches_done,  # counted here: the device is not asked
                     steps=self.total_steps,
                     images_per_s=seen * self.stage.batch_size / max(time.monotonic() - begin, 1e-9),
                 )
