@@ -203,8 +203,8 @@ def _local_state(run_dir: Path, node: Node, entries: Sequence[Entry]) -> tuple[s
 
 
 def _with_error(row: Row, logs: Sequence[Path]) -> Row:
-    """Add to a failed job the line that tells why, and the log in which it stands."""
-    if not row.failed or row.state in ("CANCELLED", "INTERRUPTED"):
+    """Add to a failed job, or one of unknown state, the line that tells why, and the log in which it stands."""
+    if not (row.failed or row.state == "UNKNOWN") or row.state in ("CANCELLED", "INTERRUPTED"):
         return row
     said = why([row.log, *logs] if row.log else logs)
     return replace(row, error=said[0], log=said[1]) if said else row
