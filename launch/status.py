@@ -136,8 +136,9 @@ def _row(run: Run, node: Node) -> Row:
     except ConfigError:
         record = None
     row = Row(node=node, state="done" if record else "-", score=_score(run, node))
-    if last is None:
+    if last is None:  # waits in a chain on this machine, or was started by a plain script
         held = None if record else holder(lock_path(run.folder, node.key))
+        row = replace(row, progress=progress.of(run.config, run.folder, node))
         return replace(row, state="PENDING", reason=f"its turn comes; {held}") if held else row
     command = tuple(map(str, last.extra.get("command") or ()))
     attempts = sum(e.event == "submitted" for e in mine)

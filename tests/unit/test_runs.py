@@ -174,7 +174,8 @@ def test_progress_and_time_left(run_dir: Path) -> None:
     metrics = run_dir / "fold0" / "stage1" / "metrics.jsonl"
     metrics.write_text(json.dumps(line) + "\n")
     found = row(run_dir, "stage1-fold0")
-    assert found.score == "Dice 0.4000, best 0.5000 (epoch 1)" and found.progress is None  # never submitted
+    assert found.score == "Dice 0.4000, best 0.5000 (epoch 1)"
+    assert found.progress and found.progress.text.startswith("epoch 2/10")  # by a plain script: never submitted
     add(run_dir, "stage1-fold0", cluster="local")
     held = lock(lock_path(run_dir, "stage1-fold0"))
     assert str(row(run_dir, "stage1-fold0").progress) == "epoch 2/10, step 200/1000, 64.0 images/s, 13 min left"
