@@ -112,7 +112,8 @@ def _sources(plan: Plan) -> Iterator[str]:
         from pneumo_dist.data.source import check_source
 
         yield from _said(lambda: check_source(config, run_dir))
-    if "infer" in stages and (config.infer.dir or not config.phantom.films):
+    listed = config.phantom.films or "preprocess" in stages  # without infer.dir the same films once more
+    if "infer" in stages and (config.infer.dir or not listed):
         from pneumo_dist.prediction.plan import check_source as check_infer
 
         yield from _said(lambda: check_infer(config, run_dir))

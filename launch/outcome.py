@@ -16,14 +16,19 @@ TAIL_BYTES = 64 * 1024
 # The last line of a traceback, our own one-line errors, and what SLURM and the kernel say about a killed job.
 _TELLING = re.compile(
     r"^error: |^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Timeout|Stale)\b|^slurmstepd: error|^srun: error|oom.kill|"
-    r"Out Of Memory|No space left|CUDA out of memory",
+    r"Out Of Memory|No space left|CUDA out of memory|: No such file or directory$|: Permission denied$|"
+    r"command not found$",
     re.IGNORECASE,
 )
+_OURS = re.compile(r"^(error: |pneumo_dist\.\S*ConfigError: )")  # what follows is a sentence of its own
 # Follow-ups of another rank's end: worth telling only when nothing else was said.
 _FOLLOWS = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|remote process exited|\bDist(Backend|Network|Store)Error\b|"
     r"^srun: error: .*: task|Terminating StepId|CANCELLED AT"
 )
+
+# The cause itself, wherever it stands in the chain of exceptions: what came of it says less.
+_CAUSES = re.compile(r"No space left|Disk quota exceeded|Read-only file system|out of memory|oom.kill", re.IGNORECASE)
 
 
 def why(logs: Iterable[Path]) -> tuple[str, Path] | None:
@@ -32,12 +37,15 @@ def why(logs: Iterable[Path]) -> tuple[str, Path] | None:
     A rank's own trouble goes before what it says of another one's end; logs that come first go before later ones.
     """
     found = [(line, path) for path in logs for line in _telling(path)[-1:]]
-    first_hand = [entry for entry in found if not _FOLLOWS.search(entry[0])]
-    return next(iter(first_hand or found), None)
+    return max(found, key=lambda entry: _weight(entry[0]), default=None)
+
+
+def _weight(line: str) -> int:
+    return 0 if _FOLLOWS.search(line) else 2 if _CAUSES.search(line) else 1
 
 
 def _telling(path: Path) -> list[str]:
-    """Return the telling lines of the newest attempt; what only follows from another rank's end comes first."""
+    """Return the telling lines of the newest attempt, the most telling one last."""
     try:
         with open(path, "rb") as log:
             log.seek(max(0, os.fstat(log.fileno()).st_size - TAIL_BYTES))
@@ -51,8 +59,8 @@ def _telling(path: Path) -> list[str]:
         if re.match(r"--- \d{4}-|.*submitit INFO .*Starting with JobEnvironment", line)
     ]
     lines = lines[starts[-1] :] if starts else lines
-    telling = [line.removeprefix("error: ")[:300] for line in lines if _TELLING.search(line)]
-    return sorted(telling, key=lambda line: not _FOLLOWS.search(line))
+    telling = [_OURS.sub("", line)[:300] for line in lines if _TELLING.search(line)]
+    return sorted(telling, key=_weight)
 
 
 # slurmstepd's last words in a log, and SLURM's state for them.

@@ -136,8 +136,9 @@ def _row(run: Run, node: Node) -> Row:
     except ConfigError:
         record = None
     row = Row(node=node, state="done" if record else "-", score=_score(run, node))
-    if last is None:
+    if last is None:  # waits in a chain on this machine, or was started by a plain script
         held = None if record else holder(lock_path(run.folder, node.key))
+        row = replace(row, progress=progress.of(run.config, run.folder, node))
         return replace(row, state="PENDING", reason=f"its turn comes; {held}") if held else row
     command = tuple(map(str, last.extra.get("command") or ()))
     attempts = sum(e.event == "submitted" for e in mine)
@@ -203,8 +204,8 @@ def _local_state(run_dir: Path, node: Node, entries: Sequence[Entry]) -> tuple[s
 
 
 def _with_error(row: Row, logs: Sequence[Path]) -> Row:
-    """Add to a failed job the line that tells why, and the log in which it stands."""
-    if not row.failed or row.state in ("CANCELLED", "INTERRUPTED"):
+    """Add to a failed job, or one of unknown state, the line that tells why, and the log in which it stands."""
+    if not (row.failed or row.state == "UNKNOWN") or row.state in ("CANCELLED", "INTERRUPTED"):
         return row
     said = why([row.log, *logs] if row.log else logs)
     return replace(row, error=said[0], log=said[1]) if said else row

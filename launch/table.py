@@ -68,12 +68,12 @@ def trouble(rows: Sequence[Row]) -> str:
     from_outside = True
     for row in rows:
         advice = _HELP.get(row.state) or next((text for word, text in _HELP.items() if word in row.reason), "")
-        if (not row.failed and not advice) or row.swept_along:
+        if not (row.failed or row.error or advice) or row.swept_along:
             continue
         job = "" if row.job_id in ("", "local") else f" (job {row.job_id})"
         state = row.state + (f" ({row.reason})" if row.reason else "")
         lines += ["", f"{row.node.key}{job}: {state}" + (f": {row.error}" if row.error else "")]
-        lines += [f"  log:  {shown(row.log)}"] if row.failed and row.log else []
+        lines += [f"  log:  {shown(row.log)}"] if row.log else []
         lines += [f"  help: {advice}"] if advice else []
         if row.failed:
             commands[_again(row.command)] = None

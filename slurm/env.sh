@@ -24,6 +24,7 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 
 # A rank that dies takes the others along, so that the job fails instead of waiting for it.
 srun=(srun --kill-on-bad-exit=1)
+python=("$PYTHON")
 
 # task STAGE RUN_DIR [--fold K | --part I/N]: one process for each task of the job. `env` blocks the signals until
 # Python has its handlers: one that comes in the first second would otherwise kill the job without a requeue.
@@ -31,5 +32,5 @@ task() {
     local stage=$1 run=$2
     shift 2
     "${srun[@]}" env --block-signal=USR2 --block-signal=TERM \
-        "$PYTHON" -m pneumo_dist.stages --stage "$stage" --run-dir "$run" "$@"
+        "${python[@]}" -m pneumo_dist.stages --stage "$stage" --run-dir "$run" "$@"
 }

@@ -89,13 +89,13 @@ def _files(folder: str) -> Iterator[str]:
     """Yield relative paths, through links as well, each real directory once. Strings: pathlib costs more than stat."""
     seen = set()
     for parent, names, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:
             names.clear()
             continue
-        seen.add(real)
+        seen.add((status.st_dev, status.st_ino))
         names.sort()
-        below = "" if parent == folder else os.path.relpath(parent, folder) + "/"
+        below = "" if parent == folder else parent[len(folder) :].lstrip("/") + "/"
         yield from (below + name for name in sorted(files) if os.path.isfile(os.path.join(parent, name)))
 
 

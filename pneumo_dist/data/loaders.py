@@ -5,8 +5,12 @@ Orders are pure functions of (seed, epoch), never of ranks or workers; nothing h
 
 from __future__ import annotations
 
+import atexit
+import functools
 import math
+import multiprocessing
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -193,11 +197,28 @@ def _as_is(batch: Batch) -> Batch:
     return batch
 
 
+@functools.cache
+def _let_nobody_wait_for_workers() -> None:
+    """Kill workers that are left when this process ends.
+
+    After an error the traceback keeps the loader's iterator alive, so that its workers are not told to leave; to the
+    SIGTERM that Python then sends them they are deaf, and it would wait for them for ever.
+    """
+
+    def kill() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+    atexit.register(kill)
+
+
 class _StartWorker:
     """Set up one loader worker: it ends with its parent and only then, and leaves the other cores alone."""
 
     def __init__(self) -> None:
         self.parent = os.getpid()
+        _let_nobody_wait_for_workers()
 
     def __call__(self, worker: int) -> None:
         stopping.ignore()

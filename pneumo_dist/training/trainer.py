@@ -293,7 +293,7 @@ class Trainer:
                 took = max(time.monotonic() - begin, 1e-9)
                 rate = seen * self.stage.batch_size / took
                 self.live.note(
-                    epoch=self.progress.epoch + 1, epochs=self.stage.epochs, step=self._batches_done,
+                    epoch=self.progress.epoch + 1, epochs=self.stage.epochs, step=self._batches_done,  # the device is not asked
                     steps=self.total_steps, images_per_s=rate,
                 )  # fmt: skip
                 if first:

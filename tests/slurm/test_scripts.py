@@ -36,7 +36,7 @@ def test_scripts_alone_reach_the_same_bits_as_submit(
         ("preprocess", "--array=0-1"),
         ("preprocess",),
         ("train", "1"),
-        ("train", "2"),
+        ("torchrun", "2"),
         ("swa",),
         ("evaluate",),
         ("infer", "--array=0-1"),

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -277,3 +279,20 @@ def test_an_unset_variable_or_a_small_disk_is_one_line(shards, tmp_path, monkeyp
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: staging.shutil._ntuple_diskusage(1, 1, 10))
     with pytest.raises(ConfigError, match="GB free, the shards need"):
         stage_shards(shards, tmp_path / "small")
+
+
+def test_process_that_fails_while_its_workers_wait_ends() -> None:
+    """The traceback keeps the loader alive, and workers are deaf to the signal with which Python ends its children."""
+    script = """
+from pneumo_dist.data.loaders import make_loader
+class Films:
+    def __getitems__(self, keys):
+        return keys
+def train():
+    batches = iter(make_loader(Films(), [[0]] * 100, workers=1, seed=0))
+    next(batches)
+    raise SystemError("broken on purpose")
+train()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.strip().endswith("broken on purpose"), done.stderr

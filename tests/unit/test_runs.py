@@ -14,6 +14,7 @@ from launch.ledger import Entry, Ledger, lock
 from launch.outcome import score_table, why
 from launch.prepare import lock_path
 from launch.runs import main
+from launch.table import trouble
 from pneumo_dist import config as configuration
 from pneumo_dist.chain import Node
 from pneumo_dist.data.shards import HEADER_BYTES, image_name, size_name
@@ -131,6 +132,19 @@ def test_a_failed_job_is_shown_with_its_last_error_and_its_log(
     assert "cancelled because a job before did not end well: stage2-fold0" in shown
 
 
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [("BadConstraints", "constraint, gres and mem_gb"), ("JobHeldAdmin", "scontrol release"), ("Priority", "")],
+)
+def test_a_job_that_waits_in_vain_is_said_to(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str, said: str
+) -> None:
+    add(run_dir, "stage1-fold0", job_id="4", name="stage1-fold0.chest")
+    fake(tmp_path, monkeypatch, [f"4|stage1-fold0.chest|PENDING|{reason}|"])
+    text = trouble(status.collect(run_dir)[0])
+    assert said in text and bool(text) == bool(said) and "next:" not in text
+
+
 def test_slurm_that_does_not_answer_is_said(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add(run_dir, "stage1-fold0", job_id="4", name="stage1-fold0.chest")
     fake(tmp_path, monkeypatch, [])
@@ -174,7 +188,8 @@ def test_progress_and_time_left(run_dir: Path) -> None:
     metrics = run_dir / "fold0" / "stage1" / "metrics.jsonl"
     metrics.write_text(json.dumps(line) + "\n")
     found = row(run_dir, "stage1-fold0")
-    assert found.score == "Dice 0.4000, best 0.5000 (epoch 1)" and found.progress is None  # never submitted
+    assert found.score == "Dice 0.4000, best 0.5000 (epoch 1)"
+    assert found.progress and found.progress.text.startswith("epoch 2/10")  # by a plain script: never submitted
     add(run_dir, "stage1-fold0", cluster="local")
     held = lock(lock_path(run_dir, "stage1-fold0"))
     assert str(row(run_dir, "stage1-fold0").progress) == "epoch 2/10, step 200/1000, 64.0 images/s, 13 min left"
@@ -228,6 +243,13 @@ def test_the_line_that_tells_why_is_the_newest_attempts_first_hand_one(tmp_path:
         "RuntimeError: [x] Connection closed by peer [127.0.0.1]:4\nsrun: error: node2: task 1: Exited with 1\n"
     )
     assert why([log]) == ("ValueError: the real reason", log)
+    log.write_text(
+        "OSError: [Errno 28] No space left on device\nDuring handling of the above exception, another one occurred:\n"
+        "RuntimeError: [enforce fail at inline_container.cc:672] . unexpected pos 28045824 vs 28045720\n"
+    )
+    assert why([log]) == ("OSError: [Errno 28] No space left on device", log)
+    log.write_text("/usr/bin/env: '/opt/python': No such file or directory\nsrun: error: n1: task 0: Exited with 127\n")
+    assert why([log]) == ("/usr/bin/env: '/opt/python': No such file or directory", log)
     log.write_text("all is well\n")
     assert why([log, tmp_path / "none"]) is None
 
