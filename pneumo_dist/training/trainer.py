@@ -293,9 +293,12 @@ class Trainer:
                 took = max(time.monotonic() - begin, 1e-9)
                 rate = seen * self.stage.batch_size / took
                 self.live.note(
-                    epoch=self.progress.epoch + 1, epochs=self.stage.epochs, step=self._batches_done,  # the device is not asked
-                    steps=self.total_steps, images_per_s=rate,
-                )  # fmt: skip
+                    epoch=self.progress.epoch + 1,
+                    epochs=self.stage.epochs,
+                    step=self._batches_done,  # the device is not asked
+                    steps=self.total_steps,
+                    images_per_s=rate,
+                )
                 if first:
                     ranks_module.shorten_timeout(self.ranks, self.config.train.timeout_s)
                     first = False

@@ -14,7 +14,7 @@ from pneumo_dist.model.unet import IMAGENET_MEAN, IMAGENET_STD, ResNet34UNet, no
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[ResNet34UNet, nn.Module]:
-    """Our network and segmentation_models_pytorch's with our weights; statistics away from their start."""
+    """Our network and segmentation_models_pytorch's with our weights; statistics measured, so that logits are moderate."""
     torch.set_num_threads(1)
     import_torchvision()  # the peer imports torchvision itself, which a CPU torch needs help with
     smp = pytest.importorskip("segmentation_models_pytorch")
@@ -22,10 +22,14 @@ def pair() -> tuple[ResNet34UNet, nn.Module]:
     generator = torch.Generator().manual_seed(4)
     for module in ours.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.copy_(0.2 * torch.randn(module.num_features, generator=generator))
-            module.running_var.copy_(0.5 + torch.rand(module.num_features, generator=generator))
+            module.momentum = 0.9
             module.weight.data.copy_(0.5 + torch.rand(module.num_features, generator=generator))
             module.bias.data.copy_(0.2 * torch.randn(module.num_features, generator=generator))
+    with torch.no_grad():
+        ours(torch.randn(2, 3, 64, 64, generator=generator))
+    for module in ours.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1
     theirs = smp.Unet("resnet34", encoder_weights=None, decoder_channels=(256, 128, 64, 32, 16), classes=1)
     theirs.load_state_dict({peer_name(key): value for key, value in ours.state_dict().items()})
     return ours, theirs
