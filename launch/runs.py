@@ -198,6 +198,8 @@ def _cancel(found: argparse.Namespace) -> int:
         raise ConfigError(f"SLURM does not answer ({error}): nothing has been cancelled") from None
     for key, job_id in live.items():
         print(f"{key}: job {job_id} cancelled")
+    if live and found.stage:
+        print("jobs that wait for it are cancelled with it")
     local = {held for key in keys if (held := holder(lock_path(run_dir, key)))}
     for held in sorted(local):
         print(f"{held} runs jobs of this run in the foreground: stop it there with Ctrl-C")
