@@ -95,7 +95,7 @@ def paper(size: int, global_batch: int, device: str, steps: int) -> list[Table]:
     tables = [paper_model.table(step, global_batch, compression) for compression in (1, 2)]
     for table in tables:
         table.title += f" ({size} px, this {device.upper()})"
-    return tables
+    return [*tables, paper_model.exchange_table(gradient)]
 
 
 def main() -> int:

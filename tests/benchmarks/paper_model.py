@@ -94,3 +94,18 @@ def table(step: Step, global_batch: int, compression: float = 1) -> Table:
         f"20 us a hop; it shows where it lengthens the step by {SHOWS:.0%}"
     )
     return found
+
+
+def exchange_table(gradient_bytes: float, bucket_bytes: float = Step.bucket_bytes) -> Table:
+    """Return the exchange's own time for all links and numbers of nodes: what a backward pass must last to hide it."""
+    found = Table(
+        f"On paper: exchanging {gradient_bytes / 1e6:.1f} MB of gradients, ms (as bf16)",
+        ["link", *(f"N={n}" for n in NODES[1:])],
+    )
+    buckets = max(1.0, gradient_bytes / bucket_bytes)
+    for name, bytes_s in LINKS.items():
+        pairs = [
+            [1000 * ring_seconds(n, gradient_bytes / c, Link(bytes_s), buckets) for c in (1, 2)] for n in NODES[1:]
+        ]
+        found.rows.append([name, *(f"{whole:.1f} ({half:.1f})" for whole, half in pairs)])
+    return found
