@@ -91,6 +91,8 @@ class Stepper:
             )
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=stage.lr, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        # Where float16 overflows in the forward pass, batch norm's running statistics would keep the infinity for ever.
+        self._fragile = [b for b in self.model.buffers() if b.is_floating_point()] if self.scaler.is_enabled() else []
         self._done = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.set_rates([stage.lr])
         self._rehearse()
@@ -158,6 +160,7 @@ class Stepper:
         rate = self.rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        statistics = [buffer.clone() for buffer in self._fragile]
         loss, bce, dice = self._backward(images, masks, self.stage.batch_size)
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -171,6 +174,8 @@ class Stepper:
         self.scaler.update()
         self.optimizer.zero_grad()
         self._done += finite
+        for buffer, before in zip(self._fragile, statistics, strict=True):
+            buffer.copy_(torch.where(finite, buffer, before))
         return StepResult(loss, bce, dice, norm, finite, rate)
 
     def state_dict(self) -> dict[str, Any]:

@@ -60,6 +60,26 @@ def test_a_gradient_that_is_not_finite_changes_no_weight_and_does_not_count(step
     assert {float(state["step"]) for state in stepper.optimizer.state.values()} == {1.0}
 
 
+def test_an_overflow_of_float16_leaves_the_running_statistics_finite_and_lowers_the_scale(films):
+    words = [f"stage1.size={SIZE}", "stage1.batch_size=4", "model.pretrained=none", "train.amp=fp16"]
+    config = configuration.load(None, words)
+    torch.set_num_threads(1)
+    stepper = Stepper(ResNet34UNet(1), config, config.stage1, Ranks())
+    weight = stepper.model.encoder.layer1[0].conv1.weight
+    with torch.no_grad():
+        weight *= 1e6  # the feature map behind it does not fit into float16
+    scale = stepper.scaler.get_scale()
+    assert not bool(stepper.step(*films).finite) and stepper.steps == 0
+    assert all(bool(buffer.isfinite().all()) for buffer in stepper.model.buffers())
+    assert stepper.scaler.get_scale() == scale / 2
+    with torch.no_grad():
+        weight /= 1e6
+    while stepper.scaler.get_scale() > 256:  # the usual search for a scale that fits
+        stepper.step(*films)
+    before = stepper.model.encoder.bn1.running_mean.clone()
+    assert bool(stepper.step(*films).finite) and not torch.equal(stepper.model.encoder.bn1.running_mean, before)
+
+
 def test_state_carries_the_count_of_steps(stepper, films):
     stepper.set_rates([0.1, 0.2])
     stepper.step(*films)
