@@ -101,9 +101,7 @@ class Model:
 
     pretrained: str = "imagenet"
     weights: Optional[str] = None  # a file with torchvision's resnet34 weights, for nodes without internet
-    # Without it batch norm sees each rank's share by itself: the one thing by which other numbers of ranks train other
-    # weights (micro-batches of stageN.accumulate are always seen by themselves). auto: on CUDA below 4 samples a rank.
-    sync_bn: str = "auto"
+    sync_bn: str = "auto"  # auto: on CUDA below 4 samples a rank; without it other numbers of ranks train other weights (README)
 
     def __post_init__(self) -> None:
         _one_of("model.pretrained", self.pretrained, ("imagenet", "none"))
