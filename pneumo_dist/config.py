@@ -101,7 +101,7 @@ class Model:
 
     pretrained: str = "imagenet"
     weights: Optional[str] = None  # a file with torchvision's resnet34 weights, for nodes without internet
-    sync_bn: str = "auto"  # auto: on CUDA below 4 samples a rank; without it other numbers of ranks train other weights (README)
+    sync_bn: str = "auto"  # auto: on CUDA below 4 samples a rank; off: the number of ranks tells (README)
 
     def __post_init__(self) -> None:
         _one_of("model.pretrained", self.pretrained, ("imagenet", "none"))
