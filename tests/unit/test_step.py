@@ -74,10 +74,9 @@ def test_an_overflow_of_float16_leaves_the_running_statistics_finite_and_lowers_
     assert stepper.scaler.get_scale() == scale / 2
     with torch.no_grad():
         weight /= 1e6
-    while stepper.scaler.get_scale() > 256:  # the usual search for a scale that fits
-        stepper.step(*films)
     before = stepper.model.encoder.bn1.running_mean.clone()
-    assert bool(stepper.step(*films).finite) and not torch.equal(stepper.model.encoder.bn1.running_mean, before)
+    assert any(bool(stepper.step(*films).finite) for _ in range(16))  # the usual search for a scale that fits
+    assert not torch.equal(stepper.model.encoder.bn1.running_mean, before)
 
 
 def test_state_carries_the_count_of_steps(stepper, films):
