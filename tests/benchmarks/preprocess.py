@@ -15,7 +15,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
@@ -49,22 +50,27 @@ def plain_loop(folder: Path, job: FilmJob) -> None:
 
 
 def contestants(folder: Path, jobs: list[FilmJob]) -> dict[str, Callable[[], object]]:
-    """Return what is measured by name; each call handles every film once."""
+    """Return what is measured by name; each call handles every film once and keeps none of them."""
     frames = [get_frame(pydicom.dcmread(folder / job.path).PixelData, 0, number_of_frames=1) for job in jobs]
     half = [dict(min_height=pixels.shape[0] // 2, min_width=pixels.shape[1] // 2) for pixels in map(_exact, frames)]
+    images = {size: np.empty((size, size), np.uint8) for size in SIZES}
+
+    def each(handle: Callable[..., object], *items: Sequence[object]) -> Callable[[], object]:
+        return lambda: deque(map(handle, *items), maxlen=0)
+
     return {
-        "decoding alone, libjpeg-turbo through Pillow": lambda: [np.asarray(Image.open(io.BytesIO(f))) for f in frames],
-        "decoding alone, libjpeg-turbo through OpenCV": lambda: [
-            cv2.imdecode(np.frombuffer(f, np.uint8), cv2.IMREAD_GRAYSCALE) for f in frames
-        ],
-        "decoding alone, libjpeg-turbo through simplejpeg": lambda: [_exact(f) for f in frames],
-        "pneumo_dist, file to two sizes and masks": lambda: [
-            decoding._facts(job, folder, SIZES, LIMIT) for job in jobs
-        ],
-        "pydicom, its default decoder, cv2.resize": lambda: [plain_loop(folder, job) for job in jobs],
-        "decoding at half size in the DCT (not offered)": lambda: [
-            simplejpeg.decode_jpeg(f, "GRAY", min_factor=1, **size) for f, size in zip(frames, half, strict=True)
-        ],
+        "decoding alone, libjpeg-turbo through Pillow": each(lambda f: np.asarray(Image.open(io.BytesIO(f))), frames),
+        "decoding alone, libjpeg-turbo through OpenCV": each(
+            lambda f: cv2.imdecode(np.frombuffer(f, np.uint8), cv2.IMREAD_GRAYSCALE), frames
+        ),
+        "decoding alone, libjpeg-turbo through simplejpeg": each(_exact, frames),
+        "pneumo_dist, file to two sizes and masks": each(
+            lambda job: decoding.decode_film(job, folder, LIMIT, images), jobs
+        ),
+        "pydicom, its default decoder, cv2.resize": each(lambda job: plain_loop(folder, job), jobs),
+        "decoding at half size in the DCT (not offered)": each(
+            lambda f, size: simplejpeg.decode_jpeg(f, "GRAY", min_factor=1, **size), frames, half
+        ),
     }
 
 
