@@ -303,7 +303,7 @@ class Trainer:
                     ranks_module.shorten_timeout(self.ranks, self.config.train.timeout_s)
                     first = False
                 faulthandler.dump_traceback_later(self.config.train.timeout_s / 2)
-                if self.progress.batch % self.config.train.log_every == 0:
+                if self._batches_done % self.config.train.log_every == 0:
                     self.board.step(self._batches_done, result, rate, waited / took)
                 self._at_boundary()
             self._end_epoch(begin, waited, seen)
