@@ -44,7 +44,8 @@ def set_threads(train: Train) -> dict[str, str | int]:
         keep_memory(512 << 20)  # feature maps of tens of megabytes come and go in every step: 3 to 5 % of its time
     # warn_only: the backward of nearest-neighbour up-sampling has no deterministic form on CUDA.
     torch.use_deterministic_algorithms(train.deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid: 6 % of a step, and no bit of it
+    # A debugging aid that costs 6 % of a step and changes no bit of it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not train.deterministic
     return describe_machine()
 
