@@ -40,11 +40,13 @@ def scaling(case: Case, rounds: int, steps: int) -> list[Table]:
     )
     pair = 2 * case.batch
     median = statistics.median
+    quiet = [median(max(p) for p in zip(*(rank["alone"] for rank in ranks), strict=True)) for ranks in turns["two"]]
     table.rows = [
         [f"1 rank of {case.batch}", median(one), case.batch / median(one), None],
         [f"1 rank of {pair}", median(big), pair / median(big), None],
         [f"2 ranks of {case.batch}, over 1 rank of {case.batch}", median(two), pair / median(two), frame.ratio(one, two)],
         [f"2 ranks of {case.batch}, over 1 rank of {pair}", median(two), pair / median(two), frame.ratio(big, two) / 2],
+        ["the same without any exchange: what two processes get here", median(quiet), pair / median(quiet), frame.ratio(one, quiet)],
     ]  # fmt: skip
     return [table, split(case, one, two, turns["two"])]
 

@@ -23,6 +23,7 @@ Values = dict[str, list[float]]
 PACKAGES = (
     "torch", "numpy", "segmentation-models-pytorch", "lightning", "monai", "nnunetv2", "mosaicml-streaming", "webdataset",
 )  # fmt: skip
+LOAD_BEFORE = os.getloadavg()[0]  # above 0 others use the machine, and clock figures are worth little
 
 
 @dataclass
@@ -102,14 +103,15 @@ def cores() -> int:
 
 
 def machine() -> dict[str, str]:
-    """Return processor, cores and kernel; the GPU is added by those who use one."""
+    """Return processor, cores, kernel and load; the GPU is added by those who use one."""
     model = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             model = line.split(":", 1)[1].strip()
             break
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"processor": model, "cores": str(cores()), "memory": f"{gigabytes:.0f} GiB", "system": platform.platform()}
+    found = {"processor": model, "cores": str(cores()), "memory": f"{gigabytes:.0f} GiB", "system": platform.platform()}
+    return found | {"load before": f"{LOAD_BEFORE:.2f}"}
 
 
 def versions() -> dict[str, str]:
