@@ -103,7 +103,7 @@ class Ours:
 
     def step(self) -> object:
         """Train one step."""
-        return self.stepper.step(self.images, self.masks, 1e-3)
+        return self.stepper.step(self.images, self.masks)
 
     def __call__(self, steps: int) -> float:
         with self.settings():

@@ -30,7 +30,7 @@ class Variant:
     fused: bool = True
     uint8: bool = True  # one byte a pixel to the device, normalised there; else three floats
     deterministic: bool = True
-    fill: bool = True  # torch's default under determinism: fresh memory is filled with NaN
+    fill: bool = False  # torch's default under determinism: fresh memory is filled with NaN
     ddp: dict[str, Any] = field(default_factory=lambda: {"gradient_as_bucket_view": True})
     hook: Callable[..., Any] | None = None
 
@@ -79,7 +79,7 @@ ALONE = {  # name -> the base with one option the other way
     "Adam not fused": Variant(fused=False),
     "float32 batches of three channels instead of uint8": Variant(uint8=False),
     "deterministic=false": Variant(deterministic=False),
-    "deterministic, fresh memory not filled": Variant(fill=False),
+    "fresh memory filled with NaN": Variant(fill=True),
 }
 VIEW = {"gradient_as_bucket_view": True}
 DISTRIBUTED = {  # torch refuses its bf16 hook without NCCL
