@@ -75,11 +75,8 @@ def run(task: Task) -> dict[str, Path]:
         if chosen and holdout:
             log.info("evaluating %s on %d holdout films", name, len(holdout))
             held = _score(task, path, holdout, None)
-    shares = ranks.gather(notes)
-    if shares is None:
-        return {}
-    notes.join(shares[1:])
-    return _write_fold(task, files, every, held, notes, cases)
+    notes.join((ranks.gather(notes) or [])[1:])
+    return ranks.on_first(lambda: _write_fold(task, files, every, held, notes, cases)) or {}
 
 
 def _score(task: Task, path: Path, cases: Sequence[Case], notes: FilmNotes | None) -> Records:
