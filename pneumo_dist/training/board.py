@@ -52,7 +52,7 @@ class Board:
         # shown it already, and nothing hides that.
         self.begin = begin
         self._noted = {row["epoch"] for row in history.read(task.out / "metrics.jsonl")}
-        if log.attempt == 1:
+        if log.attempt == 1 or begin == 0:  # a first attempt may have been killed before it was written
             cuda = stepper.device.type == "cuda"
             log.text("run/about", ABOUT)
             log.layout(board.layout(cuda, stepper.scaler.is_enabled()))
@@ -94,8 +94,8 @@ class Board:
             return
         values = {
             "loss/train": row["train_loss"],
-            "speed/epoch_images_per_s": row["images_per_s"],
-            "speed/epoch_wait_share": row["wait_share"],
+            "speed/epoch_images_per_s": row["images_per_s"] or None,
+            "speed/epoch_wait_share": row["wait_share"] if row["images_per_s"] else None,
         }
         if found is not None and found.records is not None:
             values |= {

@@ -28,6 +28,14 @@ def append(path: Path, row: dict[str, Any]) -> None:
     write_text(path, "".join(json.dumps(r) + "\n" for r in [*rows, row]))
 
 
+def speed(path: Path, epoch: int, images: int, seconds: float, waited_s: float) -> dict[str, float]:
+    """Return an epoch's images/s and share of waiting; without images (only its validation was left) the noted ones."""
+    if images:
+        return {"images_per_s": round(images / seconds, 2), "wait_share": round(waited_s / seconds, 4)}
+    noted = next((row for row in read(path) if row["epoch"] == epoch), {})
+    return {name: noted.get(name, 0.0) for name in ("images_per_s", "wait_share")}
+
+
 def line(row: dict[str, Any]) -> str:
     """Return a row as one line for people."""
     text = f"epoch {row['epoch']}/{row['epochs']}  loss {row['train_loss']:.4f}"

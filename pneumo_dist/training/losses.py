@@ -40,9 +40,5 @@ class BCEDice:
         return bce_and_dice(logits, masks, self.config.smooth)
 
     def weighted(self, bce: Tensor, dice: Tensor) -> Tensor:
-        """Return the loss from its two terms."""
-        return self.config.bce * bce + self.config.dice * dice
-
-    def per_image(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Return the loss of each image, float32 (N,); a batch's loss is the sum over its images / global batch."""
-        return self.weighted(*self.parts(logits, masks))
+        return self.config.bce * bce + self.config.dice * dice

@@ -202,13 +202,14 @@ class Trainer:
             Wishes(leave=stop.leave, save=int(due or once), failed=int(self.store.failed), bad_loss=int(self._bad_loss))
         )
         if agreed.failed:
-            self._give_up_writing()
+            self.ranks.on_first(self.store.wait)  # rank 0's error stops all: training on unsaved would be lost work
         self._count_bad(bool(agreed.bad_loss))
         if agreed.leave:
             self._save_and_leave(agreed.leave)
         if agreed.save:
+            asked = stop.save_due
             self._save()
-            if stop.save:
+            if asked:
                 log.info(_GOING_ON, self._batches_done)
 
     def _save_and_leave(self, signum: int) -> None:
@@ -218,10 +219,6 @@ class Trainer:
         self.log.close()
         log.info("state saved at epoch %d, batch %d", self.progress.epoch + 1, self.progress.batch)
         raise Stopped(signum)
-
-    def _give_up_writing(self) -> None:
-        """All ranks stop with rank 0's error: training on without checkpoints would be lost work."""
-        self.ranks.on_first(self.store.wait)
 
     def _count_bad(self, bad: bool) -> None:
         self._bad_steps = self._bad_steps + 1 if bad else 0
@@ -343,9 +340,8 @@ class Trainer:
             "epochs": self.stage.epochs,
             "step": self.stepper.steps,
             "steps": self.total_steps,
-            "lr": float(self.stepper.rate),
-            "images_per_s": round(seen * self.stage.batch_size / took, 2),
-            "wait_share": round(waited / took, 4),
+            "lr": float(f"{float(self.stepper.rate):.7g}"),  # float32 on the device
+            **history.speed(self.task.out / "metrics.jsonl", number, seen * self.stage.batch_size, took, waited),
             "train_loss": sum(losses or []),
             "best_dice": self.progress.best,
             "best_epoch": self.progress.best_epoch,

@@ -55,7 +55,7 @@ def step_of(variant: Variant, case: Case, ranks: int = 1) -> Run:
         x, y = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
         with autocast(case.dtype, device):
             logits = wrapped((normalise(x) if variant.uint8 else x).contiguous(memory_format=layout))
-        loss_of.per_image(logits, y).mean().backward()
+        loss_of.weighted(*loss_of.parts(logits, y)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -70,6 +70,9 @@ def train(disk: str, moment: str | None = None, how: str = "") -> int:
         def spoiling(*arguments: Any) -> Any:
             calls.append(1)
             if len(calls) == at:
+                store = getattr(arguments[0], "store", None)
+                if store is not None:
+                    store._join()  # its thread has a file open: read-only would be refused, or a piece stay behind
                 _spoil(Path(disk), how)
             result = original(*arguments)
             if moment == "a checkpoint":

@@ -58,6 +58,27 @@ def test_1_2_and_3_ranks_write_the_same_bytes(template, tmp_path):
         assert [name for name in found if found[name] != wanted[name]] == []
 
 
+def failing(ranks, run: str) -> str:
+    """On a rank: evaluate while rank 0 cannot write; what this rank says."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    evaluate._write_fold = full
+    try:
+        evaluate.run(task(Path(run), "evaluate", WORDS, fold=0, ranks=ranks))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_an_error_of_rank_0s_files_reaches_every_rank(template, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(template, run)
+    first, other = on_ranks(failing, 2, str(run))
+    assert first.startswith("OSError") and "rank 0 failed" in other and "No space left" in other
+
+
 def test_a_signal_on_one_rank_stops_all_of_them(template, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(template, run)

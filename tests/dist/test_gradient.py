@@ -58,7 +58,8 @@ def reference():
         model = ResNet34UNet(seed=3).eval().to(memory_format=torch.channels_last)
         images, masks = _films(batch)
         inputs = normalise(images).contiguous(memory_format=torch.channels_last)
-        BCEDice(Loss()).per_image(model(inputs), masks).mean().backward()
+        loss = BCEDice(Loss())
+        loss.weighted(*loss.parts(model(inputs), masks)).mean().backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()]).numpy()
 
     return {batch: compute(batch) for batch in (14, 16)}

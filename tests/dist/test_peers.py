@@ -85,12 +85,12 @@ def be_overtaken_at_3(run_dir: Path) -> None:
 
 def diverge_from_3(_run_dir: Path) -> None:
     if os.environ["RANK"] == "1":
-        original = BCEDice.per_image
+        original = BCEDice.weighted
 
         def broken(*arguments: Any) -> torch.Tensor:
             return original(*arguments) * float("nan")
 
-        _before_step(3, lambda: setattr(BCEDice, "per_image", broken))
+        _before_step(3, lambda: setattr(BCEDice, "weighted", broken))
 
 
 def signalled_while_saving(_run_dir: Path) -> None:
@@ -114,7 +114,7 @@ def train(run_dir: str, prepare: Callable[[Path], None]) -> int:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_run.prepare(tmp_path_factory.mktemp("prepared"), "train.timeout_s=4", "train.max_nonfinite=3")
+    return small_run.prepare(tmp_path_factory.mktemp("prepared"), "train.max_nonfinite=3")
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +148,12 @@ def test_another_number_of_ranks_continues_in_the_same_order_and_says_so(run_dir
 
 
 def test_a_hanging_rank_is_seen_before_the_time_out_and_ends_the_job(run_dir: Path) -> None:
+    config = configuration.load(run_dir / "config.yaml", ["train.timeout_s=8"])
+    (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
     codes, printed = exits(train, 2, str(run_dir), hang_at_5)
     assert codes[0] == 1 and codes[1] != 0, printed
     for text in printed:  # both ranks show where they stand
-        assert "Timeout (0:00:02)" in text and "stages.py" in text, text
+        assert "Timeout (0:00:04)" in text and "stages.py" in text, text
     assert "rank 0 of 2 on " in printed[0] and re.search("timed out|time out|timeout", printed[0], re.I), printed[0]
 
 

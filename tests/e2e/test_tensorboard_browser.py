@@ -19,6 +19,7 @@ from tests.dist import small_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = "[...document.querySelectorAll('scalar-card tb-data-table-content-cell')].map(cell => cell.textContent.trim())"
+LIMIT_S = 120  # several megabytes of scripts, on a machine that may be busy
 IMAGES = "[...document.querySelectorAll('image-card img')]"
 # Custom scalars are web components: their charts lie in shadow trees.
 CHARTS = """(function count(root) {
@@ -32,11 +33,13 @@ CHARTS = """(function count(root) {
 def run_dir(tmp_path_factory):
     channels, widths = ResNet34Encoder.channels, ResNet34UNet.widths
     small_run.thin()
-    words = ("stages=1,swa", "stage1.epochs=2", "train.log_every=1")
-    run_dir = small_run.prepare(tmp_path_factory.mktemp("made"), *words)
-    for stage in ("1", "swa", "evaluate"):
-        stages.run_stage(stage, run_dir, fold=0)
-    ResNet34Encoder.channels, ResNet34UNet.widths = channels, widths
+    try:
+        words = ("stages=1,swa", "stage1.epochs=2", "train.log_every=1")
+        run_dir = small_run.prepare(tmp_path_factory.mktemp("made"), *words)
+        for stage in ("1", "swa", "evaluate"):
+            stages.run_stage(stage, run_dir, fold=0)
+    finally:
+        ResNet34Encoder.channels, ResNet34UNet.widths = channels, widths
     return run_dir
 
 
@@ -80,12 +83,12 @@ def test_scalars_images_and_the_first_page_load(run_dir, served, tmp_path):
     with Browser(tmp_path / "profile") as browser:
         address = f"http://localhost:{port}/"
         browser.call("Page.navigate", url=f"{address}?tagFilter=evaluation%2Fdice_all_empty%7Coverlay#timeseries")
-        browser.until(f"{CELLS}.includes('fold0/stage1/tensorboard')")
-        assert f"{scores['dice_all_empty']:.4g}" in browser.run(CELLS)
-        browser.until(f"{IMAGES}.length > 1 && {IMAGES}.every(image => image.complete)")
+        browser.until(f"{CELLS}.includes('fold0/stage1/tensorboard')", LIMIT_S)
+        browser.until(f"{CELLS}.includes('{scores['dice_all_empty']:.4g}')", LIMIT_S)
+        browser.until(f"{IMAGES}.length > 1 && {IMAGES}.every(image => image.complete)", LIMIT_S)
         assert set(browser.run(f"{IMAGES}.map(image => image.naturalWidth)")) == {3 * board.PANEL_PX}
         browser.call("Page.navigate", url=f"{address}#custom_scalars")
-        browser.until(f"{CHARTS} >= {len(board.layout(False, False)['Does it learn?'])}")
+        browser.until(f"{CHARTS} >= {len(board.layout(False, False)['Does it learn?'])}", LIMIT_S)
         assert all(url.startswith((address, "data:", "blob:", "chrome:", "about:")) for url in browser.requests)
 
 

@@ -47,7 +47,16 @@ class Run:
         stage, _, fold = key.partition("-fold")
         log, name = f"{'%A_%a' if elements > 1 else '%j'}_0_log.out", f"{key}.{self.folder.name}"
         array = [f"--array=0-{elements - 1}"] if elements > 1 else []
-        fixed = ["--parsable", "--mem=50M", "--requeue", "--open-mode=append", "-J", name, "-o", self.folder / "jobs" / log]
+        fixed = [
+            "--parsable",
+            "--mem=50M",
+            "--requeue",
+            "--open-mode=append",
+            "-J",
+            name,
+            "-o",
+            self.folder / "jobs" / log,
+        ]
         job_id = self.cluster.command("sbatch", *fixed, *array, *options, "--wrap", command).stdout.strip()
         log = log.replace("%A", job_id).replace("%j", job_id)
         Ledger(self.folder).append(

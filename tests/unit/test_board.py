@@ -132,7 +132,9 @@ def test_the_values_are_those_of_the_training(run_dir, trained):
     assert all(loss[s] == pytest.approx(bce[s] + dice[s]) and bce[s] > 0.1 and 0.1 < dice[s] < 1 for s in STEPS)
     rates = points(trained, "train/lr")
     assert rates[1] == pytest.approx(config.stage1.lr) and rates == dict(sorted(rates.items(), key=lambda r: -r[1]))
-    assert all(value > 0 for tag in ("train/grad_norm", "speed/images_per_s") for value in points(trained, tag).values())
+    assert all(
+        value > 0 for tag in ("train/grad_norm", "speed/images_per_s") for value in points(trained, tag).values()
+    )
     assert all(0 <= share <= 1 for share in points(trained, "speed/wait_share").values())
     assert set(points(trained, "threshold/fixed").values()) == {0.5}
 
@@ -160,7 +162,9 @@ def test_the_ranking_of_the_films_is_a_precision_recall_curve(trained, evaluated
     for found, steps in ((trained, EPOCH_ENDS), (evaluated, [0])):
         curves = found.Tensors("films by highest score")
         assert [c.step for c in curves] == steps
-        curve = np.array(curves[-1].tensor_proto.float_val or np.frombuffer(curves[-1].tensor_proto.tensor_content, np.float32))
+        curve = np.array(
+            curves[-1].tensor_proto.float_val or np.frombuffer(curves[-1].tensor_proto.tensor_content, np.float32)
+        )
         true_positives, false_positives = curve.reshape(6, -1)[:2]
         assert (true_positives[0], false_positives[0]) == (4, 6)  # at threshold 0 every validation film is called
 

@@ -294,5 +294,7 @@ def train():
     raise SystemError("broken on purpose")
 train()
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 1 and done.stderr.strip().endswith("broken on purpose"), done.stderr

@@ -15,6 +15,12 @@ Array = NDArray[np.float64]
 SCALE = 2.0**14
 
 
+def per_image(config, logits, masks):
+    """The loss of each image as a training step computes it."""
+    loss = BCEDice(config)
+    return loss.weighted(*loss.parts(logits, masks))
+
+
 def by_hand(x: Array, t: Array, bce: float, dice: float, smooth: float) -> tuple[Array, Array]:
     """Loss (N,) and its derivative by the logits, in float64, from the formulas and not from autograd."""
     axes = (1, 2, 3)
@@ -40,7 +46,7 @@ def films(n: int, size: int, seed: int, spread: float = 4.0) -> tuple[torch.Tens
 def compare(logits: torch.Tensor, masks: torch.Tensor, loss: Loss) -> None:
     """float32 against float64: sums of up to a million terms, taken pairwise, keep about six digits."""
     logits = logits.clone().requires_grad_()
-    found = BCEDice(loss).per_image(logits, masks)
+    found = per_image(loss, logits, masks)
     assert found.dtype == torch.float32 and found.shape == (len(logits),)
     (SCALE * found).sum().backward()
     assert logits.grad is not None
@@ -87,28 +93,28 @@ def test_a_film_of_ones_does_not_overflow_where_float16_would() -> None:
     logits = torch.full((1, 1, 512, 512), 20.0, dtype=torch.float16)
     masks = torch.ones(1, 1, 512, 512, dtype=torch.uint8)
     assert torch.isinf(logits.sigmoid().sum(dtype=torch.float16))
-    assert BCEDice(Loss()).per_image(logits, masks).item() == pytest.approx(0.0, abs=1e-6)
+    assert per_image(Loss(), logits, masks).item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_autocast_around_the_loss_changes_no_bit() -> None:
     logits, masks = films(2, 64, seed=4)
-    outside = BCEDice(Loss()).per_image(logits, masks)
+    outside = per_image(Loss(), logits, masks)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = BCEDice(Loss()).per_image(logits, masks)
+        inside = per_image(Loss(), logits, masks)
     assert inside.dtype == torch.float32 and torch.equal(inside, outside)
 
 
 def test_an_images_loss_does_not_depend_on_its_batch() -> None:
     logits, masks = films(5, 64, seed=5)
-    whole = BCEDice(Loss()).per_image(logits, masks)
-    parts = torch.cat([BCEDice(Loss()).per_image(logits[i], masks[i]) for i in (slice(0, 2), slice(2, 5))])
+    whole = per_image(Loss(), logits, masks)
+    parts = torch.cat([per_image(Loss(), logits[i], masks[i]) for i in (slice(0, 2), slice(2, 5))])
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0)  # float32 sums
 
 
 def test_extreme_logits_stay_finite() -> None:
     logits = torch.tensor([-1e4, 1e4]).view(2, 1, 1, 1).expand(2, 1, 32, 32).clone().requires_grad_()
     for masks in (torch.zeros(2, 1, 32, 32), torch.ones(2, 1, 32, 32)):
-        found = BCEDice(Loss()).per_image(logits, masks)
+        found = per_image(Loss(), logits, masks)
         assert torch.isfinite(found).all() and (found >= 0).all()
         (gradient,) = torch.autograd.grad(found.sum(), logits)
         assert torch.isfinite(gradient).all()

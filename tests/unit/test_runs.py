@@ -217,7 +217,9 @@ def test_films_of_an_array_are_counted_from_its_files(run_dir: Path, monkeypatch
     monkeypatch.setattr(time, "time", lambda: begin + 40)
     found = progress.of(config, run_dir, node, begin)
     assert str(found) == "15 of about 40 films (shard 3 of 8), 0.5 films/s, 50 s left"
-    assert str(progress.of(config, run_dir, node, begin + 35)) == "15 of about 40 films (shard 3 of 8)"  # of an earlier job
+    assert (
+        str(progress.of(config, run_dir, node, begin + 35)) == "15 of about 40 films (shard 3 of 8)"
+    )  # of an earlier job
 
 
 def test_films_of_an_inference_are_counted_by_finished_parts(run_dir: Path) -> None:

@@ -51,7 +51,9 @@ def test_a_gradient_that_is_not_finite_changes_no_weight_and_does_not_count(step
     before = {name: value.clone() for name, value in stepper.model.named_parameters()}
     result = stepper.step(*films)
     assert not bool(result.finite) and not bool(result.loss.isfinite())
-    assert all(torch.equal(value, before[name]) for name, value in stepper.model.named_parameters() if name != "head.bias")
+    assert all(
+        torch.equal(value, before[name]) for name, value in stepper.model.named_parameters() if name != "head.bias"
+    )
     assert stepper.steps == 0
     with torch.no_grad():
         stepper.model.head.bias.zero_()

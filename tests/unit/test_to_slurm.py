@@ -187,9 +187,7 @@ def test_the_speed_of_an_earlier_run_of_the_same_kind_counts_for_a_new_one(
     assert "the same command has to be repeated about 3 times" in said
 
 
-def test_shards_larger_than_a_node_are_remarked(
-    tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_shards_larger_than_a_node_are_remarked(tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL)
     finished(made, "finalize")
     with open(tmp_path / "a" / "shards" / f"images-{made.recipe.config.stage1.size}-0.npy", "wb") as sparse:
