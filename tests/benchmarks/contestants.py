@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pneumo_dist import config as configuration
+from pneumo_dist.data.decoding import keep_memory
 from pneumo_dist.model.pretrained import import_torchvision
 from pneumo_dist.model.unet import ResNet34UNet, normalise
 from pneumo_dist.runtime.ranks import Ranks
@@ -122,6 +123,7 @@ class Settings:
     def __exit__(self, *_: object) -> None:
         torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.benchmark = False
+        keep_memory(32 << 20)  # the most that glibc keeps by itself
 
 
 def smp_unet() -> nn.Module:
