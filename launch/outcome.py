@@ -27,7 +27,7 @@ _FOLLOWS = re.compile(
     r"^srun: error: .*: task|Terminating StepId|CANCELLED AT"
 )
 # Among them, of several tasks that ended together, the one that was killed from outside.
-_KILLED = re.compile(r"^srun: error: .*: tasks? .*: (?!Exited)")
+_KILLED = re.compile(r"^srun: error: .*: tasks? .*: (?!Exited|Terminated)")
 # The cause itself, wherever it stands in the chain of exceptions: what came of it says less.
 _CAUSES = re.compile(r"No space left|Disk quota exceeded|Read-only file system|out of memory|oom.kill", re.IGNORECASE)
 
