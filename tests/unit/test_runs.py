@@ -319,7 +319,8 @@ def test_the_line_that_tells_why_is_the_newest_attempts_first_hand_one(tmp_path:
     log.write_text("/usr/bin/env: '/opt/python': No such file or directory\nsrun: error: n1: task 0: Exited with 127\n")
     assert why([log]) == ("/usr/bin/env: '/opt/python': No such file or directory", log)
     told = "srun: error: n2: task 1: Killed"
-    log.write_text(f"RuntimeError: [x] Connection closed by peer\n{told}\nsrun: error: n1: task 0: Exited with 1\n")
+    after = "srun: error: n1: task 0: Exited with 1\nsrun: error: n3: task 2: Terminated\n"
+    log.write_text(f"RuntimeError: [x] Connection closed by peer\n{told}\n{after}")
     assert why([log]) == (told, log)
     log.write_text("all is well\n")
     assert why([log, tmp_path / "none"]) is None
