@@ -234,12 +234,7 @@ def test_g_killed_controller_comes_back_and_the_training_never_notices(disturbed
 def test_h_site_without_requeueing_goes_on_with_the_repeated_command(disturbed: Training, reference: Path) -> None:
     disturbed.profile.write_text(f"{disturbed.profile.read_text()}requeue: false\n")
     job, child = disturbed.begin()
-    # Held until the signal is there, so that the training cannot end before it.
-    ranks = ranks_of(job)
-    hold(ranks)
     disturbed.cluster.command("scancel", "--signal=USR2", job)
-    until(lambda: all(map(warned, ranks)), 40, "the signal")
-    hold(ranks, signal.SIGCONT)
     assert disturbed.cluster.wait_for(job, within_s=90) == "FAILED"
     assert disturbed.cluster.wait_for(child, within_s=60) == "CANCELLED"
     assert "state is saved, but SLURM refused to requeue" in disturbed.log(job)
