@@ -86,7 +86,7 @@ def _paths(plan: Plan) -> Iterator[str]:
     config = plan.recipe.config
     stages = {node.stage for node in plan.todo}
     if "1" in stages and config.model.weights and not Path(config.model.weights).is_file():
-        fetch = "`python -m pneumo_dist.model.pretrained` fetches them and prints their place"
+        fetch = "`.venv/bin/python -m pneumo_dist.model.pretrained` fetches them and prints their place"
         yield f"model.weights={config.model.weights}: no such file: give torchvision's resnet34 weights; {fetch}"
     for stage in stages & set(TRAIN_STAGES):
         start = config.train_stage(stage).init_from

@@ -9,10 +9,11 @@ from launch import progress, slurm
 from launch.arguments import Request
 from launch.display import Display
 from launch.outcome import tell
-from launch.plan import Plan, closing
+from launch.plan import Plan
 from launch.status import collect
 from launch.table import trouble
 from pneumo_dist import done
+from pneumo_dist.chain import closing
 
 POLL_S = (2.0, 10.0)  # first and longest pause between two looks
 SETTLE_S = 20.0  # how long a shared file system may take to show the last DONE.json
@@ -61,6 +62,7 @@ def follow(request: Request, made: Plan, submitted: dict[str, str]) -> int:
             display.progress({key: (at.share, str(at)) for key, at in running.items() if at})
             quiet_looks = 0 if any(row.live for row in rows) else quiet_looks + 1
     except KeyboardInterrupt:
+        display.close()  # it would take away what is written below it
         print(
             f"\nno longer waiting; the jobs go on (python launch/runs.py cancel {made.recipe.word} stops them)",
             file=sys.stderr,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -39,23 +38,22 @@ class Job:
         _say_once()
         from pneumo_dist.config import ConfigError
         from pneumo_dist.runtime.failure import told
+        from pneumo_dist.runtime.ranks import discover
         from pneumo_dist.stages import run_stage
 
-        rank = os.environ.get("SLURM_PROCID", "0")
-        first = rank == "0"
+        me = discover()
         try:
             run_stage(self.stage, Path(self.run_dir), self.fold, self.part, stop=stop)
         except stopping.Stopped as stopped:
-            leave(stopped, before if callable(before) else None, first)
+            leave(stopped, before if callable(before) else None, me.first)
         except ConfigError as error:
-            if first:
+            if me.first:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
         except Exception as error:
             line = told(error)
             said = line or " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            where = f"rank {rank} of {os.environ.get('SLURM_NTASKS', '1')} on {socket.gethostname()}"
-            print(f"error: {where}: {said}", file=sys.stderr, flush=True)
+            print(f"error: {me.place}: {said}", file=sys.stderr, flush=True)
             if line is None:
                 raise  # submitit writes the traceback into the log and into its result
             sys.exit(1)

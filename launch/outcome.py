@@ -26,7 +26,8 @@ _FOLLOWS = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|remote process exited|\bDist(Backend|Network|Store)Error\b|"
     r"^srun: error: .*: task|Terminating StepId|CANCELLED AT"
 )
-
+# Among them, of several tasks that ended together, the one that was killed from outside.
+_KILLED = re.compile(r"^srun: error: .*: tasks? .*: (?!Exited|Terminated)")
 # The cause itself, wherever it stands in the chain of exceptions: what came of it says less.
 _CAUSES = re.compile(r"No space left|Disk quota exceeded|Read-only file system|out of memory|oom.kill", re.IGNORECASE)
 
@@ -41,7 +42,9 @@ def why(logs: Iterable[Path]) -> tuple[str, Path] | None:
 
 
 def _weight(line: str) -> int:
-    return 0 if _FOLLOWS.search(line) else 2 if _CAUSES.search(line) else 1
+    if _FOLLOWS.search(line):
+        return 1 if _KILLED.search(line) else 0
+    return 3 if _CAUSES.search(line) else 2
 
 
 def _telling(path: Path) -> list[str]:

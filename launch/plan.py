@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.arguments import Request
+from launch.profile import FAMILY
 from pneumo_dist import config as configuration
 from pneumo_dist import done
-from pneumo_dist.chain import STAGES, Node, jobs_of
+from pneumo_dist.chain import STAGES, Node, closing, jobs_of
 from pneumo_dist.config import Config, ConfigError
 from pneumo_dist.runtime.task import stage_dir
 
@@ -67,14 +68,9 @@ def title(stage: str, fold: int | None, folds: int = 1) -> str:
     return f"{name} of fold {fold}" if fold is not None and folds > 1 else name
 
 
-def closing(stage: str) -> str:
-    """Return the job whose DONE.json speaks for `stage`: an array's is written by the job that merges it."""
-    return next((row.name for row in STAGES.values() if row.closes == stage), stage)
-
-
 def command_stage(stage: str) -> str:
     """Return the word for --stage that runs `stage`."""
-    return {"phantom": "preprocess", "finalize": "preprocess", "pool": "evaluate", "merge": "infer"}.get(stage, stage)
+    return FAMILY.get(stage, stage)
 
 
 def _absolute(config: Config, root: Path) -> Config:

@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from launch import slurm
+from launch import progress, slurm
 from launch.ledger import Ledger
 from launch.place import Site
 from launch.plan import Plan, title
@@ -15,7 +16,6 @@ from pneumo_dist import config as configuration
 from pneumo_dist.chain import Node
 from pneumo_dist.config import TRAIN_STAGES, Config, ConfigError
 from pneumo_dist.runtime.task import shard_dir
-from pneumo_dist.training import history
 
 LOOK_BACK = 5  # earlier runs that are looked at
 
@@ -51,7 +51,7 @@ def _download(config: Config) -> Iterator[str]:
     if not any(folder.glob("resnet34-*.pth")):
         yield (
             f"the ImageNet weights are not in {folder}: the job will fetch them; if its nodes have no internet, run "
-            "`python -m pneumo_dist.model.pretrained` here first"
+            "`.venv/bin/python -m pneumo_dist.model.pretrained` here first"
         )
 
 
@@ -64,12 +64,13 @@ def _time(made: Plan, node: Node, nodes: int, site: Site) -> Iterator[str]:
     times = int(need // limit)
     if times < 1:
         return
+    often = f"{times} times" if times > 1 else "once"
     if not site.profile.requeue:
-        then = f"the profile forbids requeueing, so the same command has to be repeated about {times} times"
+        then = f"the profile forbids requeueing, so the same command has to be repeated about {often}"
     elif times > site.profile.max_timeouts:
-        then = f"it would be requeued about {times} times, more than max_timeouts={site.profile.max_timeouts} allows"
+        then = f"it would be requeued about {often}, more than max_timeouts={site.profile.max_timeouts} allows"
     else:
-        then = f"it will be requeued about {times} times"
+        then = f"it will be requeued about {often}"
     speed = f"{known.images_per_s:.1f} images/s measured in run {known.run}"
     yield f"needs about {need:.0f} more minutes at the {speed} and has {limit}: {then}"
 
@@ -79,16 +80,14 @@ def measured(made: Plan, node: Node, site: Site, nodes: int) -> Measured | None:
     recipe = made.recipe
     settings = recipe.config.train_stage(node.stage)
     own = _rows(recipe.run_dir, node)
-    if own:
-        images = (own[-1]["steps"] - own[-1]["step"]) * settings.batch_size
-        return Measured(images, own[-1]["images_per_s"], recipe.run)
+    if own and _alike(recipe.run_dir, node, site, nodes):
+        steps = own[-1]["steps"] - own[-1]["step"] or own[-1]["steps"]  # all of them again with --redo
+        return Measured(steps * settings.batch_size, own[-1]["images_per_s"], recipe.run)
     files = list(recipe.run_dir.parent.glob(f"*/fold*/stage{node.stage}/metrics.jsonl"))
     for path in sorted(files, key=lambda p: p.stat().st_mtime, reverse=True)[:LOOK_BACK]:
         run_dir = path.parents[2]
         other = Node(node.stage, int(path.parents[1].name.removeprefix("fold")), ())
-        job = Ledger(run_dir).latest().get(other.key)
-        profile = str(site.profile_path) if site.profile_path else None
-        if not job or job.processes != site.ranks(nodes) or job.extra.get("profile") != profile:
+        if not _alike(run_dir, other, site, nodes):
             continue
         try:
             its = configuration.load(run_dir / "config.yaml").train_stage(node.stage)
@@ -101,12 +100,15 @@ def measured(made: Plan, node: Node, site: Site, nodes: int) -> Measured | None:
     return None
 
 
-def _rows(run_dir: Path, node: Node) -> list[dict[str, float]]:
-    try:
-        rows = history.read(run_dir / f"fold{node.fold}" / f"stage{node.stage}" / "metrics.jsonl")
-    except (OSError, ValueError):
-        return []
-    return [row for row in rows if row.get("images_per_s")]
+def _alike(run_dir: Path, node: Node, site: Site, nodes: int) -> bool:
+    """Tell whether a training was last submitted with as many ranks and the same profile."""
+    job = Ledger(run_dir).latest().get(node.key)
+    profile = str(site.profile_path) if site.profile_path else None
+    return job is not None and job.processes == site.ranks(nodes) and job.extra.get("profile") == profile
+
+
+def _rows(run_dir: Path, node: Node) -> list[dict[str, Any]]:
+    return [row for row in progress.epochs(run_dir, node) if row.get("images_per_s")]
 
 
 def _memory(made: Plan, node: Node, site: Site) -> Iterator[str]:
@@ -123,6 +125,6 @@ def _memory(made: Plan, node: Node, site: Site) -> Iterator[str]:
         memory, what = (facts.memory_mb / 1024 if facts else 0), "the partition's nodes have"
     if memory and held / 2**30 > memory:
         yield (
-            f"reads shards of {size} px of {held / 2**30:.1f} GB, {what} {memory:.3g} GB: "
+            f"reads shards of {size} px of {held / 2**30:.1f} GiB, {what} {memory:.3g} GiB: "
             "they will be read from the disk again in every epoch"
         )

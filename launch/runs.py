@@ -119,12 +119,13 @@ def _status(found: argparse.Namespace) -> int:
     from launch.outcome import outcome_text
     from launch.status import collect, folds_of
     from launch.table import heading, table, trouble
-    from pneumo_dist import config as configuration
+    from pneumo_dist.stages import submitted_config
 
     run_dir = _run_dir(found)
     rows, note = collect(run_dir)
     entries = Ledger(run_dir).entries()
-    outcome = outcome_text(configuration.load(run_dir / "config.yaml"), run_dir, tuple(folds_of(run_dir, entries)))
+    newest = submitted_config(run_dir, "merge")  # names the folder that was inferred last
+    outcome = outcome_text(newest, run_dir, tuple(folds_of(run_dir, entries)))
     parts = [heading(run_dir, entries), table(rows), note, trouble(rows), outcome.strip("\n")]
     print("\n\n".join(filter(None, parts)))
     return 0
@@ -152,13 +153,25 @@ def _entries(found: argparse.Namespace) -> list:  # type: ignore[type-arg]
     return chosen
 
 
+def _newest(entries: list) -> list:  # type: ignore[type-arg]
+    """Return the jobs of the newest submission, newest first: an earlier one of the same job ends it."""
+    found: dict = {}  # type: ignore[type-arg]
+    for entry in reversed(entries):
+        if entry.key in found:
+            break
+        found[entry.key] = entry
+    return list(found.values())
+
+
 def _logs(found: argparse.Namespace) -> int:
     from launch.status import logs_of
     from pneumo_dist.config import ConfigError
 
     run_dir = _run_dir(found)
     while True:
-        entry = next((e for e in reversed(_entries(found)) if logs_of(run_dir, e)), None)
+        entries = _entries(found)
+        looked_at = _newest(entries) if found.follow else reversed(entries)
+        entry = next((e for e in looked_at if logs_of(run_dir, e)), None)
         if entry or not found.follow:
             break
         time.sleep(2)  # the job has not started yet
@@ -244,7 +257,8 @@ def _validate(found: argparse.Namespace) -> int:
     problems = validate_submission(Path(found.submission), Path(found.against))
     for problem in problems:
         print(problem)
-    print(f"{found.submission}: {len(problems)} problems" if problems else f"{found.submission}: valid")
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    print(f"{found.submission}: {count}" if problems else f"{found.submission}: valid")
     return 1 if problems else 0
 
 

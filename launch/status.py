@@ -12,12 +12,11 @@ from pathlib import Path
 from launch import progress, slurm
 from launch.ledger import Entry, Ledger, holder
 from launch.outcome import requeued_for, why
-from launch.plan import closing
 from launch.prepare import lock_path
 from launch.progress import Progress
 from pneumo_dist import chain, done
 from pneumo_dist import config as configuration
-from pneumo_dist.chain import Node
+from pneumo_dist.chain import STAGES, Node, closing
 from pneumo_dist.config import Config, ConfigError
 from pneumo_dist.runtime.files import read_json
 from pneumo_dist.runtime.task import stage_dir
@@ -67,6 +66,7 @@ class Run:
     """What all rows of a run are made from."""
 
     config: Config
+    text: str  # the same, as it stands in config.yaml
     folder: Path
     entries: Sequence[Entry]
     states: Mapping[str, slurm.JobState]
@@ -118,17 +118,27 @@ def collect(run_dir: Path, asked: tuple[dict[str, slurm.JobState], str] | None =
     """
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir}: no such run (no config.yaml): python launch/runs.py list shows what there is")
-    config = configuration.load(run_dir / "config.yaml")
+    config, text = configuration.load(run_dir / "config.yaml"), (run_dir / "config.yaml").read_text()
     entries = Ledger(run_dir).entries()
     folds = [k for k in folds_of(run_dir, entries) if k < config.data.folds] or [0]
     states, note = asked or ask([run_dir])
     # Without accounting the controller forgets a job some minutes after its end: then only the files can tell.
     unknown = "UNKNOWN" if note else "ENDED"
-    run = Run(config=config, folder=run_dir, entries=entries, states=states, unknown=unknown)
+    run = Run(config=config, text=text, folder=run_dir, entries=entries, states=states, unknown=unknown)
     return [_row(run, node) for node in chain.jobs_of(config, "all", folds)], note
 
 
+def _config_of(run: Run, node: Node) -> Config:
+    """Return the configuration of a job's newest submission, as the job reads it; else the run's."""
+    path = run.folder / "jobs" / f"{node.key}.yaml"
+    try:
+        return run.config if path.read_text() == run.text else configuration.load(path)  # reading one takes a while
+    except (OSError, ConfigError):
+        return run.config
+
+
 def _row(run: Run, node: Node) -> Row:
+    run = replace(run, config=_config_of(run, node))
     mine = [e for e in run.entries if e.key == node.key]
     last = next((e for e in reversed(mine) if e.event == "submitted"), None)
     try:
@@ -144,13 +154,13 @@ def _row(run: Run, node: Node) -> Row:
     attempts = sum(e.event == "submitted" for e in mine)
     row = replace(row, job_id=last.job_id if last.cluster == "slurm" else "local", attempts=attempts, command=command)
     logs = logs_of(run.folder, last)
-    row = replace(row, log=logs[0] if logs else None)
+    at = progress.of(run.config, run.folder, node, submitted_at(last))
+    row = replace(row, log=logs[0] if logs else None, progress=at)
     if last.cluster == "slurm":
         row = _on_slurm(run, row, last, logs, bool(record))
     elif not record:
         state, reason = _local_state(run.folder, node, mine)
         row = replace(row, state=state, reason=reason, nodes=last.host)
-    row = replace(row, progress=progress.of(run.config, run.folder, node, submitted_at(last)))
     return _with_error(row, logs)
 
 
@@ -158,7 +168,9 @@ def _on_slurm(run: Run, row: Row, last: Entry, logs: Sequence[Path], is_done: bo
     """Add what SLURM says of the newest submission; of an ended job its result on disk counts more."""
     found = [s for s in run.states.values() if s.parent == last.job_id and s.name in (last.name, "")]
     if not found:
-        return row if is_done else replace(row, state=run.unknown)
+        # An array is forgotten while the job that joins it still waits.
+        whole = STAGES[row.node.stage].shape == "array" and row.progress and row.progress.share >= 1
+        return row if is_done else replace(row, state="COMPLETED" if whole else run.unknown)
     restarts = max(s.restarts for s in found)
     nodes = ",".join(dict.fromkeys(s.nodes for s in found if s.nodes))
     row = replace(row, attempts=row.attempts + restarts, nodes=nodes)
@@ -194,8 +206,11 @@ def _local_state(run_dir: Path, node: Node, entries: Sequence[Entry]) -> tuple[s
     """Return state and reason of a job that last ran on this machine (or another one without SLURM)."""
     held = holder(lock_path(run_dir, node.key))
     last = entries[-1]
-    if held:
-        return ("RUNNING", held) if last.event == "submitted" else ("PENDING", held)
+    own = held == f"process {last.job_id} on {last.host}"  # as ledger.lock writes it
+    if held and not own:  # a later submit.py, which may be at another job
+        return "PENDING", f"its turn comes; {held}"
+    if held and last.event == "submitted":
+        return "RUNNING", held
     if last.event == "submitted":
         return "KILLED", "submit.py was killed"
     if last.status == 0:

@@ -61,7 +61,8 @@ def _verify(request: Request) -> int:
     problems = verify(folder)
     for problem in problems:
         print(problem, file=sys.stderr)
-    print(f"{folder}: {len(problems)} problems" if problems else f"{folder}: every shard is as it was written")
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    print(f"{folder}: {count}" if problems else f"{folder}: every shard is as it was written")
     return 1 if problems else 0
 
 

@@ -67,7 +67,8 @@ def trouble(rows: Sequence[Row]) -> str:
     commands: dict[str, None] = {}
     from_outside = True
     for row in rows:
-        advice = _HELP.get(row.state) or next((text for word, text in _HELP.items() if word in row.reason), "")
+        told = "" if row.active else row.reason.partition("after ")[0]  # what it has recovered from needs no help
+        advice = _HELP.get(row.state) or next((text for word, text in _HELP.items() if word in told), "")
         if not (row.failed or row.error or advice) or row.swept_along:
             continue
         job = "" if row.job_id in ("", "local") else f" (job {row.job_id})"

@@ -67,6 +67,11 @@ def _rows() -> Iterator[Stage]:
 STAGES: dict[str, Stage] = {stage.name: stage for stage in _rows()}
 
 
+def closing(stage: str) -> str:
+    """Return the job whose DONE.json speaks for `stage`: an array's is written by the job that merges it."""
+    return next((row.name for row in STAGES.values() if row.closes == stage), stage)
+
+
 @dataclass(frozen=True)
 class Node:
     """One job of a chain; `after` lists the (stage, fold) that must have ended well."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from pneumo_dist import config as configuration
 from pneumo_dist import done
-from pneumo_dist.chain import STAGES, Node
+from pneumo_dist.chain import STAGES, Node, closing
 from pneumo_dist.config import Config, ConfigError
 from pneumo_dist.runtime import ranks as ranks_module
 from pneumo_dist.runtime import stopping
@@ -104,10 +104,9 @@ def _decide(
 ) -> tuple[dict[str, Any], dict[str, str]] | str | None:
     """Return what determines the result, None when it is there already, or the line that says why it cannot run."""
     try:
-        closing = next((s.name for s in STAGES.values() if s.closes == stage), stage)
-        keys = done.differences(config, run_dir, closing, fold)
+        keys = done.differences(config, run_dir, closing(stage), fold)
         if keys:
-            done.refuse_difference(config, run_dir, closing, fold, keys)
+            done.refuse_difference(config, run_dir, closing(stage), fold, keys)
         if keys == []:
             return None
         return done.settings_of(config, stage), done.inputs_of(config, run_dir, stage, fold)
@@ -161,9 +160,9 @@ def guarded(work: Callable[[], None]) -> int:
     except Exception as error:
         line = told(error)
         if line is None:
-            log.exception("rank %d of %d on %s failed", me.rank, me.world_size, ranks_module.host())
+            log.exception("%s failed", me.place)
         else:
-            print(f"error: rank {me.rank} of {me.world_size} on {ranks_module.host()}: {line}", file=sys.stderr)
+            print(f"error: {me.place}: {line}", file=sys.stderr)
         return 1
 
 

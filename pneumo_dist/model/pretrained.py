@@ -20,8 +20,8 @@ from pneumo_dist.runtime.files import sha256_file
 
 _CONNECT_TIMEOUT_S = 20.0  # compute nodes often drop packets silently; without this the job would hang for minutes
 _HOW = (
-    "on a machine with internet run `python -m pneumo_dist.model.pretrained` (a shared home directory is enough), "
-    "or copy {url} and set model.weights=PATH, or start from random weights with model.pretrained=none"
+    "on a machine with internet run `.venv/bin/python -m pneumo_dist.model.pretrained` (a shared home directory is "
+    "enough), or copy {url} and set model.weights=PATH, or start from random weights with model.pretrained=none"
 )
 _declared: torch.library.Library | None = None  # kept alive: its operators vanish with it
 

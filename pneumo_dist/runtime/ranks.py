@@ -38,6 +38,11 @@ class Ranks:
         return self.rank == 0
 
     @property
+    def place(self) -> str:
+        """Rank and node for messages: "rank 1 of 4 on node2"."""
+        return f"rank {self.rank} of {self.world_size} on {host()}"
+
+    @property
     def device(self) -> torch.device:
         """The rank's GPU where there are any, else the CPU."""
         import torch

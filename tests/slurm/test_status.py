@@ -27,7 +27,9 @@ def site(request: pytest.FixtureRequest) -> Iterator[PrivateCluster]:
         return
     folder = Path(f"/tmp/pneumo-bare-{os.getpid()}")
     try:
-        devcluster("start", "--dir", folder, "--no-accounting", "--owner", os.getpid())
+        started = devcluster("start", "--dir", folder, "--no-accounting", "--owner", os.getpid(), check=False)
+        if started.returncode:
+            pytest.skip((started.stderr.strip().splitlines() or ["devcluster start failed"])[-1])
         yield PrivateCluster(folder)
     finally:
         devcluster("stop", "--dir", folder)
@@ -117,11 +119,11 @@ def test_status_of_every_state(site: PrivateCluster, tmp_path: Path) -> None:
         "merge CANCELLED",
     )
     try:
-        until(lambda: run.shows(*wanted), 45, "every state in the table", every_s=2)
+        until(lambda: run.shows(*wanted), 150, "every state in the table", every_s=2)
+        text = run.status()
+        assert f"swa-fold0 (job {failed}): FAILED (exit 3:0): the film is upside down" in text
+        assert f"{failed}_0_log.out" in text and "--stage all --run every" in text
     except AssertionError as error:
         raise AssertionError(f"{error}\n{run.status()}") from None
-    text = run.status()
-    assert f"swa-fold0 (job {failed}): FAILED (exit 3:0): the film is upside down" in text
-    assert f"{failed}_0_log.out" in text and "--stage all --run every" in text
-    print(text)
-    site.command("scancel", "--user", "root")
+    finally:
+        site.command("scancel", "--user", "root")

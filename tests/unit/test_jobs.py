@@ -97,6 +97,7 @@ def test_other_ranks_leave_with_0_and_do_not_requeue(monkeypatch: pytest.MonkeyP
     signal.signal(signal.SIGUSR2, lambda *_: pytest.fail("only rank 0 may requeue"))
     run_raises(monkeypatch, Stopped(signal.SIGUSR2))
     monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     with pytest.raises(SystemExit) as left:
         JOB()
     assert left.value.code == 0
@@ -140,7 +141,7 @@ def test_what_lies_outside_the_program_is_one_line_naming_rank_and_node(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLURM_PROCID", "1")
-    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     run_raises(monkeypatch, Failure("the disk is full"))
     with pytest.raises(SystemExit) as left:
         JOB()
@@ -152,7 +153,7 @@ def test_a_mistake_in_the_program_names_rank_and_node_and_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLURM_PROCID", "1")
-    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     run_raises(monkeypatch, ValueError("one\ntwo"))
     with pytest.raises(ValueError):
         JOB()

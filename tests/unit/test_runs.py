@@ -52,6 +52,15 @@ def fake(folder: Path, monkeypatch: pytest.MonkeyPatch, queue: list[str], sacct:
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
+def inferred(run_dir: Path, films: Path) -> Path:
+    """Plan an inference of seven films in three parts."""
+    films.mkdir()
+    for i in range(7):
+        (films / f"{i}.png").write_bytes(b"x")
+    plan(configuration.load(run_dir / "config.yaml", [f"infer.dir={films}", "infer.part_size=3"]), run_dir)
+    return films
+
+
 def row(run_dir: Path, key: str) -> status.Row:
     rows, _ = status.collect(run_dir)
     return next(row for row in rows if row.node.key == key)
@@ -164,6 +173,60 @@ def test_a_job_that_slurm_has_forgotten_is_told_by_its_files(
     assert found.state == "ENDED" and found.failed and "TIME LIMIT" in found.error
 
 
+@pytest.mark.parametrize(("parts", "state"), [(3, "COMPLETED"), (2, "ENDED")])
+def test_an_array_that_slurm_has_forgotten_ended_well_where_all_its_parts_are_there(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int, state: str
+) -> None:
+    films = inferred(run_dir, tmp_path / "films")
+    for part in range(parts):
+        (run_dir / "infer" / "films" / "parts" / f"part-{part:05d}").mkdir(parents=True)
+    add(run_dir, "infer", job_id="8", name="infer.chest", elements=3)
+    add(run_dir, "merge", job_id="9", name="merge.chest")
+    fake(tmp_path, monkeypatch, ["9|merge.chest|PENDING|Priority|"])
+    config = configuration.load(run_dir / "config.yaml", [f"infer.dir={films}", "infer.part_size=3"])
+    (run_dir / "jobs" / "infer.yaml").write_text(configuration.to_yaml(config))
+    assert row(run_dir, "infer").state == state
+    assert bool(trouble(status.collect(run_dir)[0])) == (state == "ENDED")
+
+
+def test_a_job_is_read_with_the_settings_of_its_newest_submission(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Another folder to infer on stands in the job's own configuration only."""
+    for name in ("infer", "merge"):
+        add(run_dir, name, job_id="8", name=f"{name}.chest")
+    fake(tmp_path, monkeypatch, [], "8|FAILED|1:0|n1|infer.chest")
+    first = run_dir / "infer" / "dicom-images-train"
+    first.mkdir(parents=True)
+    (first / "DONE.json").write_text(json.dumps({"settings": {}, "inputs": {}, "outputs": {}}))
+    (first / "submission.csv").touch()
+    assert row(run_dir, "infer").state == row(run_dir, "merge").state == "done"
+    other = configuration.load(run_dir / "config.yaml", [f"infer.dir={tmp_path / 'other'}"])
+    for name in ("infer", "merge"):
+        (run_dir / "jobs" / f"{name}.yaml").write_text(configuration.to_yaml(other))
+    assert row(run_dir, "infer").state == "FAILED"
+    (run_dir / "infer" / "other").mkdir()
+    (run_dir / "infer" / "other" / "submission.csv").touch()
+    out = Shown(capfd, "status", run_dir).out
+    assert "infer/other/submission.csv" in out and "dicom-images-train/submission.csv" not in out
+    (run_dir / "jobs" / "infer.yaml").write_text("no: setting")
+    assert row(run_dir, "infer").state == "done"  # damaged: the run's own
+
+
+@pytest.mark.parametrize(("queued", "helped"), [("RUNNING|None|n2", False), ("PENDING|JobHeldAdmin|", True)])
+def test_what_a_job_has_recovered_from_needs_no_advice(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queued: str, helped: bool
+) -> None:
+    add(run_dir, "stage1-fold0", job_id="4", name="stage1-fold0.chest")
+    before = "4|NODE_FAIL|0:0|n1|stage1-fold0.chest\n"
+    state = queued.partition("|")[0]
+    fake(tmp_path, monkeypatch, [f"4|stage1-fold0.chest|{queued}|1"], f"{before}4|{state}|0:0|n2|stage1-fold0.chest")
+    rows, _ = status.collect(run_dir)
+    assert any("after NODE_FAIL" in r.reason for r in rows)
+    text = trouble(rows)
+    assert "a node died" not in text and ("scontrol release" in text) == helped
+
+
 @pytest.mark.parametrize(
     ("exit_status", "state"), [(0, "COMPLETED"), (1, "FAILED"), (130, "INTERRUPTED"), (None, "KILLED")]
 )
@@ -175,10 +238,19 @@ def test_how_a_local_job_ended(run_dir: Path, exit_status: int | None, state: st
 
 
 def test_a_local_job_that_runs(run_dir: Path) -> None:
-    add(run_dir, "swa-fold0", cluster="local")
+    add(run_dir, "swa-fold0", cluster="local", job_id=str(os.getpid()))
     held = lock(lock_path(run_dir, "swa-fold0"))
     assert row(run_dir, "swa-fold0").state == "RUNNING"
     held.release()
+
+
+def test_a_killed_local_job_waits_while_a_later_command_is_at_another_one(run_dir: Path) -> None:
+    add(run_dir, "swa-fold0", cluster="local", job_id="1")
+    held = lock(lock_path(run_dir, "swa-fold0"))
+    found = row(run_dir, "swa-fold0")
+    assert found.state == "PENDING" and found.reason.startswith(f"its turn comes; process {os.getpid()} on ")
+    held.release()
+    assert row(run_dir, "swa-fold0").state == "KILLED"
 
 
 def test_progress_and_time_left(run_dir: Path) -> None:
@@ -190,7 +262,7 @@ def test_progress_and_time_left(run_dir: Path) -> None:
     found = row(run_dir, "stage1-fold0")
     assert found.score == "Dice 0.4000, best 0.5000 (epoch 1)"
     assert found.progress and found.progress.text.startswith("epoch 2/10")  # by a plain script: never submitted
-    add(run_dir, "stage1-fold0", cluster="local")
+    add(run_dir, "stage1-fold0", cluster="local", job_id=str(os.getpid()))
     held = lock(lock_path(run_dir, "stage1-fold0"))
     assert str(row(run_dir, "stage1-fold0").progress) == "epoch 2/10, step 200/1000, 64.0 images/s, 13 min left"
     os.utime(metrics, (1, 1))
@@ -223,14 +295,10 @@ def test_films_of_an_array_are_counted_from_its_files(run_dir: Path, monkeypatch
 
 
 def test_films_of_an_inference_are_counted_by_finished_parts(run_dir: Path) -> None:
-    films = run_dir / "films"
-    films.mkdir()
-    for i in range(7):
-        (films / f"{i}.png").write_bytes(b"x")
-    config = configuration.load(run_dir / "config.yaml", [f"infer.dir={films}", "infer.part_size=3"])
+    config = configuration.load(run_dir / "config.yaml", [f"infer.dir={run_dir / 'films'}", "infer.part_size=3"])
     node = Node("infer", None, ())
     assert progress.of(config, run_dir, node) is None
-    plan(config, run_dir)
+    inferred(run_dir, run_dir / "films")
     for part in (0, 2):
         (run_dir / "infer" / "films" / "parts" / f"part-{part:05d}").mkdir(parents=True)
     found = progress.of(config, run_dir, node)
@@ -252,6 +320,10 @@ def test_the_line_that_tells_why_is_the_newest_attempts_first_hand_one(tmp_path:
     assert why([log]) == ("OSError: [Errno 28] No space left on device", log)
     log.write_text("/usr/bin/env: '/opt/python': No such file or directory\nsrun: error: n1: task 0: Exited with 127\n")
     assert why([log]) == ("/usr/bin/env: '/opt/python': No such file or directory", log)
+    told = "srun: error: n2: task 1: Killed"
+    after = "srun: error: n1: task 0: Exited with 1\nsrun: error: n3: task 2: Terminated\n"
+    log.write_text(f"RuntimeError: [x] Connection closed by peer\n{told}\n{after}")
+    assert why([log]) == (told, log)
     log.write_text("all is well\n")
     assert why([log, tmp_path / "none"]) is None
 
@@ -265,6 +337,27 @@ def test_logs_prints_a_ranks_newest_log(run_dir: Path, capfd: pytest.CaptureFixt
     wrong = Shown(capfd, "logs", run_dir, "1", "--rank", 11)
     assert wrong.status == 2 and "0 to 10" in wrong.errors
     assert Shown(capfd, "logs", run_dir, "swa").status == 2
+
+
+def test_following_a_log_waits_for_the_newest_submissions_own(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupted)  # where it would wait
+    for job in ("4", "5"):
+        add(run_dir, "stage1-fold0", job_id=job, log=f"{job}_%r_log.out")
+        add(run_dir, "stage2-fold0", job_id=f"{job}0", log=f"{job}0_%r_log.out")
+    for job in ("4", "40"):
+        (run_dir / "jobs" / f"{job}_0_log.out").write_text(f"of job {job}\n")
+    assert Shown(capfd, "logs", run_dir, "1").out == "of job 4\n"
+    for words in (["1"], []):
+        waiting = Shown(capfd, "logs", run_dir, *words, "-f")
+        assert waiting.status == 130 and waiting.out == ""
+    (run_dir / "jobs" / "5_0_log.out").write_text("of job 5\n")
+    for words in (["1"], []):  # stage 2 of the same submission has none yet
+        assert Shown(capfd, "logs", run_dir, *words, "-f").out == "of job 5\n"
 
 
 def test_list_and_wrong_names(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
