@@ -110,10 +110,13 @@ class Training:
 
 
 def training(shards: Path, cluster: PrivateCluster, root: Path, name: str, partition: str = "batch") -> Training:
-    """Describe a training of 24 steps on the shared shards, in a run of its own."""
+    """Describe a training of 48 steps on the shared shards, in a run of its own.
+
+    Long enough not to end in the seconds that SLURM leaves to what it kills.
+    """
     profile = root / f"{name}.profile.yaml"
     profile.write_text(f"{PROFILE.read_text()}\npartition: {partition}\n")
-    words = ("stages=1,swa", "stage1.epochs=6", "train.eval_every=6", "train.save_every_s=3")
+    words = ("stages=1,swa", "stage1.epochs=12", "train.eval_every=12", "train.save_every_s=3")
     fixed = ("--config", TINY, "--run", name, f"run_root={root}", f"data.shard_dir={shards}")
     return Training(cluster, root / name, profile, (*fixed, *words))
 
