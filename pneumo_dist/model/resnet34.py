@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pneumo_dist.model.layout import follow
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with a shortcut; `stride` 2 halves the map, a 1x1 convolution then fits the shortcut."""
@@ -25,6 +27,7 @@ class BasicBlock(nn.Module):
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = follow(x, self.conv1.weight)
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(x)) + shortcut)
@@ -57,7 +60,7 @@ class ResNet34Encoder(nn.Module):
         self.layer4 = _layer(widths[2], widths[3], 3, 2)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = [self.relu(self.bn1(self.conv1(x)))]
+        maps = [self.relu(self.bn1(self.conv1(follow(x, self.conv1.weight))))]
         x = self.maxpool(maps[0])
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = layer(x)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate
 
+from pneumo_dist.model.layout import follow, lay_out
 from pneumo_dist.model.resnet34 import ResNet34Encoder
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -29,13 +30,14 @@ class DecoderBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        x = interpolate(x, scale_factor=2.0, mode="nearest")
+        weight = self.conv1.weight
+        x = interpolate(follow(x, weight), scale_factor=2.0, mode="nearest")
         if skip is None:
             x = self.conv1(x)
         else:
             # The convolution of both maps joined, without writing the joined map (and its gradient) out.
-            grown, kept = self.conv1.weight.split([x.shape[1], skip.shape[1]], dim=1)
-            x = conv2d(x, grown, padding=1) + conv2d(skip, kept, padding=1)
+            grown, kept = weight.split([x.shape[1], skip.shape[1]], dim=1)
+            x = conv2d(x, grown, padding=1) + conv2d(follow(skip, weight), kept, padding=1)
         x = self.relu(self.bn1(x))
         return self.relu(self.bn2(self.conv2(x)))
 
@@ -63,6 +65,13 @@ class ResNet34UNet(nn.Module):
         for block in self.decoder:
             x = block(x, skips.pop() if skips else None)
         return self.head(x)
+
+    def lay_out(self, size: int, device: torch.device) -> None:
+        """Give the weights the memory layout in which `device` trains fastest on films of `size` pixels."""
+        encoder = self.encoder
+        down = (encoder.conv1, encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4)
+        up = (*self.decoder, self.head)
+        lay_out([*zip(down, (2, 4, 8, 16, 32), strict=True), *zip(up, (16, 8, 4, 2, 1, 1), strict=True)], size, device)
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:

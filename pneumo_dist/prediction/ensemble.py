@@ -95,7 +95,5 @@ def load_ensemble(
         origin = "median over the model files"
         log.warning("the models store different triplets and no pooled evaluation is there: using the median %s", rule)
     models = [model for model, _ in loaded]
-    if device.type == "cuda":
-        models = [model.to(memory_format=torch.channels_last) for model in models]  # type: ignore[call-overload]
     predictor = Predictor(models, [int(meta["size"]) for _, meta in loaded], device, chosen, amp)
     return Ensemble(predictor, rule, origin, tuple(sha256_file(path) for path in paths))

@@ -83,8 +83,6 @@ def _score(task: Task, path: Path, cases: Sequence[Case], notes: FilmNotes | Non
     """Score one model file on all ranks; the joined records on rank 0, this rank's own elsewhere."""
     config, ranks = task.config, task.ranks
     model, meta = load_model(path, ranks.device)
-    if ranks.device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = int(meta["size"])
     predictor = Predictor([model], size, ranks.device, config.evaluate.tta, config.train.amp)
     mine = predict_records(

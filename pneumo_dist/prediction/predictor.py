@@ -124,8 +124,6 @@ class Predictor:
         if self._closed:
             raise CancelledError
         inputs = normalise(images)
-        if self.device.type == "cuda":
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
         with autocast(None if exact else self.dtype, self.device):
             logits = model(inputs.flip(-1) if flip else inputs)
         chance = torch.sigmoid(logits.float()).squeeze(1)

@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from pneumo_dist.config import Config, ConfigError, TrainStage
 from pneumo_dist.data.loaders import split_batch
 from pneumo_dist.model.precision import amp_dtype, autocast
-from pneumo_dist.model.unet import normalise
+from pneumo_dist.model.unet import ResNet34UNet, normalise
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.training.losses import BCEDice
 
@@ -68,7 +68,7 @@ def check_statistics(stage: TrainStage, name: str, ranks: Ranks) -> None:
 class Stepper:
     """The network with its optimizer on this rank's device."""
 
-    def __init__(self, model: nn.Module, config: Config, stage: TrainStage, ranks: Ranks) -> None:
+    def __init__(self, model: ResNet34UNet, config: Config, stage: TrainStage, ranks: Ranks) -> None:
         """Move `model` to the device, wrap it for `ranks`, and rehearse one step that leaves no trace."""
         self.ranks, self.stage = ranks, stage
         self.device = ranks.device
@@ -77,8 +77,8 @@ class Stepper:
         self.dtype = amp_dtype(config.train.amp, self.device)
         if wants_sync_bn(config, stage, ranks):
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        # channels_last before DDP, which keeps the layout it finds.
-        self.model = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model.to(self.device)
+        self.model.lay_out(stage.size, self.device)  # before DDP, which keeps the layout it finds
         if config.train.compile:
             self.model.compile()  # in place: state-dict keys stay clean
         self.ddp: nn.Module = self.model
@@ -140,7 +140,7 @@ class Stepper:
             mask = mask.to(self.device, non_blocking=True)
             with self._quiet(not last):
                 with autocast(self.dtype, self.device):
-                    logits = self.ddp(normalise(image).contiguous(memory_format=torch.channels_last))
+                    logits = self.ddp(normalise(image))
                 bce, dice = self.loss.parts(logits, mask)
                 loss = self.loss.weighted(bce, dice).sum() / global_batch
                 self.scaler.scale(loss * self.ranks.world_size).backward()
@@ -191,6 +191,9 @@ class Stepper:
         """Continue from `state_dict`; a scaler state is taken where both runs have one (fp16 may come or go)."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for weight, kept in self.optimizer.state.items():  # saved on another device, it may be laid out otherwise
+            for name in ("exp_avg", "exp_avg_sq"):
+                kept[name] = torch.empty_like(weight).copy_(kept[name])
         self._done.fill_(state["steps"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])

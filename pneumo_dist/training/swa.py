@@ -77,7 +77,7 @@ def update_batch_norm(
         for images in batches:
             if stop.requested:
                 break
-            x = normalise(images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+            x = normalise(images.to(device, non_blocking=True))
             with autocast(dtype, device):
                 model(x)
             for total, layer in zip(sums, layers, strict=True):

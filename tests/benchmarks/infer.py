@@ -128,8 +128,7 @@ def main() -> int:
         file = folder / "model.pt"
         save_model(file, ResNet34UNet(0).state_dict(), {"size": asked.size, "threshold": 0.5, "tta": asked.tta})
         model, _ = load_model(file, device)
-        if device.type == "cuda":
-            model = model.to(memory_format=torch.channels_last)
+        plain = ResNet34UNet(0).eval().to(device)  # laid out as it is built
         predictor = Predictor([model], asked.size, device, asked.tta)
         images = torch.from_numpy(np.stack([to_size(read_film(path).pixels, asked.size) for path in paths]))[:, None]
         if device.type == "cuda":
@@ -138,7 +137,7 @@ def main() -> int:
         variants: dict[str, Callable[[], object]] = {
             BARE: lambda: bare(predictor, images, asked.batch),
             "end to end": lambda: end_to_end(folder / "run", folder / "films", file, asked),
-            "plain loop": lambda: plain_loop(model, paths, asked.size, device, asked.tta),
+            "plain loop": lambda: plain_loop(plain, paths, asked.size, device, asked.tta),
         }
 
         def turn(name: str) -> float:

@@ -23,16 +23,17 @@ def rank_turns(ranks: Ranks, case: Case, steps: int) -> Durations:
     """
     ours = Ours(case, ranks)
     ours(2)
-    begin = time.perf_counter()
-    ours(steps)
-    found = {"step": [(time.perf_counter() - begin) / steps]}
+    found = {"step": [ours(steps) / steps]}
     if ranks.world_size == 1:
         return found
     found |= {"alone": [], "exchange": []}
-    for _ in range(steps):
-        ranks.barrier()
-        with ours.stepper.ddp.no_sync():
-            found["alone"].append(ours(1))
+    with ours.settings(), ours.stepper.ddp.no_sync():
+        for _ in range(steps + 1):
+            ranks.barrier()
+            begin = time.perf_counter()
+            ours.step()
+            found["alone"].append(time.perf_counter() - begin)
+    del found["alone"][0]
     gradient = torch.zeros(sum(p.numel() for p in ours.stepper.model.parameters()))
     for _ in range(steps):
         ranks.barrier()

@@ -120,7 +120,8 @@ def child(options: argparse.Namespace) -> int:
         print(json.dumps({"imports_mb": imports, "peak_mb": frame.peak_memory_mb()}))
         return 0
     run = Ours(case, None, *WORDS[options.name])
-    run(1)
+    with run.settings():
+        run.step()
     first = time.perf_counter() - begin
     seconds = [run(1) for _ in range(4)]
     rate = case.batch / statistics.median(seconds)

@@ -26,7 +26,7 @@ from tests.benchmarks.contestants import Case, Run, films, timed
 class Variant:
     """How one loop differs from the others."""
 
-    channels_last: bool = True
+    layout: torch.memory_format | None = None  # of all weights; None: as training lays them out
     fused: bool = True
     uint8: bool = True  # one byte a pixel to the device, normalised there; else three floats
     deterministic: bool = True
@@ -37,8 +37,12 @@ class Variant:
 
 def step_of(variant: Variant, case: Case, ranks: int = 1) -> Run:
     """Return the loop of `variant`; with more than one rank the process group must exist."""
-    layout = torch.channels_last if variant.channels_last else torch.contiguous_format
-    model = ResNet34UNet(0).to(case.device).to(memory_format=layout)  # type: ignore[call-overload]
+    device = torch.device(case.device)
+    model = ResNet34UNet(0).to(device)
+    if variant.layout is None:
+        model.lay_out(case.size, device)
+    elif variant.layout is torch.channels_last:  # they are built contiguous
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     wrapped: torch.nn.Module = model
     if ranks > 1:
         wrapped = DistributedDataParallel(model, **_LEAVE_BUFFERS, **variant.ddp)
@@ -46,15 +50,14 @@ def step_of(variant: Variant, case: Case, ranks: int = 1) -> Run:
             wrapped.register_comm_hook(None, variant.hook)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=variant.fused)
     loss_of = BCEDice(Loss())
-    device = torch.device(case.device)
     images, masks = films(case)
     if not variant.uint8:
-        images = normalise(images).contiguous(memory_format=layout)
+        images = normalise(images)
 
     def step() -> None:
         x, y = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
         with autocast(case.dtype, device):
-            logits = wrapped((normalise(x) if variant.uint8 else x).contiguous(memory_format=layout))
+            logits = wrapped(normalise(x) if variant.uint8 else x)
         loss_of.weighted(*loss_of.parts(logits, y)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -75,7 +78,8 @@ def step_of(variant: Variant, case: Case, ranks: int = 1) -> Run:
 
 BASE = Variant()
 ALONE = {  # name -> the base with one option the other way
-    "contiguous instead of channels_last": Variant(channels_last=False),
+    "all weights channels_last": Variant(layout=torch.channels_last),
+    "all weights contiguous": Variant(layout=torch.contiguous_format),
     "Adam not fused": Variant(fused=False),
     "float32 batches of three channels instead of uint8": Variant(uint8=False),
     "deterministic=false": Variant(deterministic=False),

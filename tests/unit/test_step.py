@@ -1,5 +1,7 @@
 """One optimizer step on its own: what a gradient that is not finite leaves behind, and the rate of each step."""
 
+import copy
+
 import pytest
 import torch
 
@@ -88,6 +90,22 @@ def test_state_carries_the_count_of_steps(stepper, films):
     stepper.step(*films)
     stepper.load_state_dict(state)
     assert stepper.steps == 1 and float(stepper.rate) == pytest.approx(0.2)
+
+
+def test_a_state_from_another_device_is_laid_out_as_the_weights_here(stepper, films):
+    stepper.step(*films)
+    state = copy.deepcopy(stepper.state_dict())
+    stepper.step(*films)
+    wanted = {name: value.clone() for name, value in stepper.model.state_dict().items()}
+    for kept in state["optimizer"]["state"].values():  # a GPU keeps every weight channels_last
+        for name, value in kept.items():
+            if value.dim() == 4:
+                kept[name] = value.to(memory_format=torch.channels_last)
+    stepper.load_state_dict(state)
+    for weight, kept in stepper.optimizer.state.items():
+        assert {kept[name].stride() for name in ("exp_avg", "exp_avg_sq")} == {weight.stride()}
+    stepper.step(*films)
+    assert all(torch.equal(value, wanted[name]) for name, value in stepper.model.state_dict().items())
 
 
 def test_a_late_flag_is_read_one_step_after_it_was_left_with_what_it_was_about():
