@@ -63,6 +63,7 @@ def network(seed: int = 0, images: list[np.ndarray] | None = None) -> ResNet34UN
         scale = 1.5 / float(logits.std())
         model.head.weight.mul_(scale)
         model.head.bias.fill_(-float(logits.mean()) * scale - 1.0)
+    model.lay_out()  # as `load_model` does
     return model
 
 

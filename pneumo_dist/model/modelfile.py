@@ -105,7 +105,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Re
     # NumPy: 0.02 s, where torch's threads take half a second to meet at every small tensor of a busy machine.
     if not all(np.isfinite(value.numpy(force=True)).all() for value in model.state_dict().values()):
         raise ConfigError(f"{path} has weights that are not finite: every film would come out negative; train again")
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.lay_out()
     return model.eval(), payload.get("meta", {})
 
 

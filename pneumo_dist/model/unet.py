@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate
 
-from pneumo_dist.model.layout import follow, lay_out
+from pneumo_dist.model.layout import follow, layout_at
 from pneumo_dist.model.resnet34 import ResNet34Encoder
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -66,12 +66,13 @@ class ResNet34UNet(nn.Module):
             x = block(x, skips.pop() if skips else None)
         return self.head(x)
 
-    def lay_out(self, size: int, device: torch.device) -> None:
-        """Give the weights the memory layout in which `device` trains fastest on films of `size` pixels."""
+    def lay_out(self, size: int | None = None) -> None:
+        """Lay all weights out channels_last, or as a CPU trains them fastest on films of `size` pixels."""
         encoder = self.encoder
         down = (encoder.conv1, encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4)
         up = (*self.decoder, self.head)
-        lay_out([*zip(down, (2, 4, 8, 16, 32), strict=True), *zip(up, (16, 8, 4, 2, 1, 1), strict=True)], size, device)
+        for part, scale in zip((*down, *up), (2, 4, 8, 16, 32, 16, 8, 4, 2, 1, 1), strict=True):
+            part.to(memory_format=layout_at(size // scale) if size else torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:

@@ -78,7 +78,8 @@ class Stepper:
         if wants_sync_bn(config, stage, ranks):
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(self.device)
-        self.model.lay_out(stage.size, self.device)  # before DDP, which keeps the layout it finds
+        # Before DDP, which keeps the layout it finds. A compiled network is channels_last within, whatever it is given.
+        self.model.lay_out(stage.size if self.device.type == "cpu" and not config.train.compile else None)
         if config.train.compile:
             self.model.compile()  # in place: state-dict keys stay clean
         self.ddp: nn.Module = self.model
@@ -191,9 +192,11 @@ class Stepper:
         """Continue from `state_dict`; a scaler state is taken where both runs have one (fp16 may come or go)."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for weight, kept in self.optimizer.state.items():  # saved on another device, it may be laid out otherwise
-            for name in ("exp_avg", "exp_avg_sq"):
-                kept[name] = torch.empty_like(weight).copy_(kept[name])
+        # Saved on another device, it may be laid out otherwise, and fused Adam walks through memory, blind to strides.
+        for weight, kept in self.optimizer.state.items():
+            for name, value in kept.items():
+                if value.shape == weight.shape:
+                    kept[name] = torch.empty_like(weight).copy_(value)
         self._done.fill_(state["steps"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])

@@ -1,9 +1,9 @@
 """Two gloo ranks against one, one thread each; where the time goes; each option of DDP alone; the model on paper.
 
-    python -m tests.benchmarks ddp [--parts scaling,options,paper] [--case 128x4] [--paper 256x64]
+    python -m tests.benchmarks ddp [--parts scaling,options,paper] [--cases 128x8,256x4,...] [--paper 256x64]
 
 scaling: images a second of two ranks over twice those of one, and where their step goes: compute, waiting, exchange.
-options: one option of DDP the other way. All in turns. paper: step times on N nodes from steps measured here.
+options: one option of DDP the other way, at the last case. All in turns. paper: step times on N nodes from steps measured here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tests.benchmarks import frame, paper_model
 from tests.benchmarks.contestants import Case, Ours
 from tests.benchmarks.frame import Table
 from tests.benchmarks.rank_work import Durations, rank_options, rank_turns
+from tests.benchmarks.step import cases
 from tests.dist.spawn import on_ranks
 
 PARTS = "scaling,options,paper"
@@ -35,7 +36,7 @@ def scaling(case: Case, rounds: int, steps: int) -> list[Table]:
     big = [found[0]["step"][0] for found in turns["whole"]]
     two = [max(rank["step"][0] for rank in found) for found in turns["two"]]
     table = Table(
-        f"Scaling on one machine, gloo, one thread a rank: {case.size} px",
+        f"Scaling on one machine, gloo, one thread a rank: {case}",
         ["", "step s (median)", "images/s", "of twice one rank"],
     )
     pair = 2 * case.batch
@@ -58,7 +59,7 @@ def split(case: Case, one: list[float], two: list[float], found: list[list[Durat
     waiting = statistics.median(max(pair) - statistics.mean(pair) for pair in pairs)
     exchange = statistics.median(max(rank["exchange"]) for ranks in found for rank in ranks)
     step = statistics.median(two)
-    table = Table(f"The step of two ranks of {case.batch}, {case.size} px", ["", "s", "share"])
+    table = Table(f"The step of two ranks: {case}", ["", "s", "share"])
     rest = step - compute - waiting
     table.rows = [
         ["compute (the same ranks under no_sync, mean of both)", compute, compute / step],
@@ -104,17 +105,20 @@ def main() -> int:
     """Measure what the command line asks for."""
     parser = frame.arguments(__doc__)
     parser.add_argument("--parts", help=f"default: {PARTS}; on a GPU paper")
-    parser.add_argument("--case", default="128x4", help="image side x images of a rank")
+    parser.add_argument(
+        "--cases", default="128x8,256x4,128x4", help="image side x images of a rank; options take the last"
+    )
     parser.add_argument("--steps", type=int, default=4, help="steps in a turn")
     parser.add_argument("--paper", default="256x64", help="image side x global batch of the model on paper")
     asked = parser.parse_args()
     parts = (asked.parts or {"cpu": PARTS, "cuda": "paper"}[asked.device]).split(",")
-    size, batch = map(int, asked.case.split("x"))
+    wanted = cases(asked.cases, "cpu")
     tables: list[Table] = []
     if "scaling" in parts:
-        tables += scaling(Case(size, batch), asked.rounds, asked.steps)
+        for case in wanted:
+            tables += scaling(case, asked.rounds, asked.steps)
     if "options" in parts:
-        tables.append(options(Case(size, batch), asked.rounds, asked.steps))
+        tables.append(options(wanted[-1], asked.rounds, asked.steps))
     if "paper" in parts:
         size, batch = map(int, asked.paper.split("x"))
         tables += paper(size, batch, asked.device, 2)

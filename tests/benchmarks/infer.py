@@ -4,7 +4,7 @@
 
 CPU seconds (helpers included) are shown as well: on a machine that others use they tell more than the clock.
 
-All three use the same weights, flips and device; the variants take turns, so that a busy machine hits all alike.
+All three use the same weights, flips and device (the plain loop in the layout a network is built in); the variants take turns, so that a busy machine hits all alike.
 Bare: uint8 tensors already in memory, nothing read, nothing written. Plain loop: pydicom, resize, forward, one film
 after the other, mask and RLE kept in memory. End to end: `infer` with its files, from folder to merged submission.
 """

@@ -15,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from pneumo_dist.config import Loss
+from pneumo_dist.data.decoding import keep_memory
 from pneumo_dist.model.precision import autocast
 from pneumo_dist.model.unet import ResNet34UNet, normalise
 from pneumo_dist.training.losses import BCEDice
@@ -40,9 +41,9 @@ def step_of(variant: Variant, case: Case, ranks: int = 1) -> Run:
     device = torch.device(case.device)
     model = ResNet34UNet(0).to(device)
     if variant.layout is None:
-        model.lay_out(case.size, device)
-    elif variant.layout is torch.channels_last:  # they are built contiguous
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.lay_out(case.size if case.device == "cpu" else None)
+    else:
+        model.to(memory_format=variant.layout)  # type: ignore[call-overload]
     wrapped: torch.nn.Module = model
     if ranks > 1:
         wrapped = DistributedDataParallel(model, **_LEAVE_BUFFERS, **variant.ddp)
@@ -67,11 +68,13 @@ def step_of(variant: Variant, case: Case, ranks: int = 1) -> Run:
     def within_settings(steps: int) -> float:
         torch.use_deterministic_algorithms(variant.deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = variant.fill
+        keep_memory(512 << 20)
         try:
             return run(steps)
         finally:
             torch.use_deterministic_algorithms(False)
             torch.utils.deterministic.fill_uninitialized_memory = True
+            keep_memory(32 << 20)
 
     return within_settings
 

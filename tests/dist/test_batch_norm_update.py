@@ -43,7 +43,7 @@ def wanted():
 
 def _agree(found, wanted):
     for name, value in wanted.items():
-        # torch keeps a cumulative mean in float32, this a sum in float64; forward passes differ by memory layout.
+        # torch keeps a cumulative mean in float32, this a sum in float64.
         np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=2e-5, err_msg=name)
 
 
