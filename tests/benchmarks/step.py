@@ -4,7 +4,7 @@
     python -m tests.benchmarks step --device cuda      # on a GPU machine: the paper's stages, larger batches, options
 
 speed: images a second in turns of one process. memory: the peak of separate processes, in turns. options: one option
-the other way, in turns. arithmetic: bf16, compile() and huge pages as one sets them, in separate processes, in turns.
+the other way, in turns. arithmetic: bf16 and compile() through the configuration, in separate processes, in turns.
 schedule: the paper's stages in bf16 and fp16 beside a plain loop with autocast, and the time of the whole schedule.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -38,9 +37,7 @@ WORDS = {
     "bf16": ("train.amp=bf16",),
     "compile": ("train.amp=off", "train.compile=true"),
     "bf16 and compile": ("train.amp=bf16", "train.compile=true"),
-    "huge pages": ("train.amp=off",),
 }
-ENVIRONMENT = {"huge pages": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}  # glibc 2.35 and newer
 
 
 def cases(text: str, device: str) -> list[Case]:
@@ -93,7 +90,7 @@ def arithmetic(case: Case, rounds: int) -> Table:
     runs = {name: lambda name=name: _child("arithmetic", name, case) for name in WORDS}
     found = frame.in_turns(runs, rounds)
     table = Table(
-        f"Settings of a training, each in processes of its own: {case}",
+        f"Arithmetic and compilation through the configuration: {case}",
         ["", "images/s (median)", "over eager float32", "first step s", "peak MB"],
     )
     base = [v["images_s"] for v in found["float32, eager"]]
@@ -101,7 +98,6 @@ def arithmetic(case: Case, rounds: int) -> Table:
         rates = [v["images_s"] for v in values]
         first, peak = (statistics.median(v[key] for v in values) for key in ("first_s", "peak_mb"))
         table.rows.append([name, statistics.median(rates), frame.ratio(rates, base), first, peak])
-    table.notes.append(f"huge pages: {ENVIRONMENT['huge pages']}, where transparent_hugepage/enabled is madvise")
     return table
 
 
@@ -109,10 +105,7 @@ def _child(what: str, name: str, case: Case) -> dict[str, float]:
     """Run one contestant in a fresh process and return what it measured."""
     command = [sys.executable, "-m", "tests.benchmarks.step", "--child", what, "--name", name]
     command += ["--cases", f"{case.size}x{case.batch}", "--device", case.device]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | ENVIRONMENT.get(name, {}), stdout=subprocess.PIPE, text=True, check=True,
-        timeout=CHILD_LIMIT_S,
-    )  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=CHILD_LIMIT_S)
     return json.loads(done.stdout.splitlines()[-1])
 
 

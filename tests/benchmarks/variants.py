@@ -14,13 +14,13 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+from pneumo_dist import config as configuration
 from pneumo_dist.config import Loss
-from pneumo_dist.data.decoding import keep_memory
 from pneumo_dist.model.precision import autocast
 from pneumo_dist.model.unet import ResNet34UNet, normalise
 from pneumo_dist.training.losses import BCEDice
 from pneumo_dist.training.step import _LEAVE_BUFFERS
-from tests.benchmarks.contestants import Case, Run, films, timed
+from tests.benchmarks.contestants import Case, Run, Settings, films, timed
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,13 @@ def step_of(variant: Variant, case: Case, ranks: int = 1) -> Run:
         optimizer.zero_grad()
 
     run = timed(step, case.device)
+    words = [f"train.threads={torch.get_num_threads()}", f"train.deterministic={variant.deterministic}"]
+    settings = Settings(configuration.load(None, words))
 
     def within_settings(steps: int) -> float:
-        torch.use_deterministic_algorithms(variant.deterministic, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = variant.fill
-        keep_memory(512 << 20)
-        try:
+        with settings:
+            torch.utils.deterministic.fill_uninitialized_memory = variant.fill
             return run(steps)
-        finally:
-            torch.use_deterministic_algorithms(False)
-            torch.utils.deterministic.fill_uninitialized_memory = True
-            keep_memory(32 << 20)
 
     return within_settings
 
