@@ -89,7 +89,7 @@ def _run_dir(found: argparse.Namespace) -> Path:
 
 
 def _list(found: argparse.Namespace) -> int:
-    from launch.status import ask, collect
+    from launch.monitor.status import ask, collect
     from pneumo_dist.config import ConfigError
 
     root = Path(found.run_root).expanduser().absolute()
@@ -115,10 +115,10 @@ def _list(found: argparse.Namespace) -> int:
 
 
 def _status(found: argparse.Namespace) -> int:
-    from launch.ledger import Ledger
-    from launch.outcome import outcome_text
-    from launch.status import collect, folds_of
-    from launch.table import heading, table, trouble
+    from launch.monitor.outcome import outcome_text
+    from launch.monitor.status import collect, folds_of
+    from launch.monitor.table import heading, table, trouble
+    from launch.state.ledger import Ledger
     from pneumo_dist.stages import submitted_config
 
     run_dir = _run_dir(found)
@@ -133,8 +133,8 @@ def _status(found: argparse.Namespace) -> int:
 
 def _entries(found: argparse.Namespace) -> list:  # type: ignore[type-arg]
     """Return the run's submissions of the named stage, oldest first."""
-    from launch.ledger import Ledger
-    from launch.plan import command_stage
+    from launch.planning.plan import command_stage
+    from launch.state.ledger import Ledger
     from pneumo_dist.config import ConfigError
 
     run_dir = _run_dir(found)
@@ -164,7 +164,7 @@ def _newest(entries: list) -> list:  # type: ignore[type-arg]
 
 
 def _logs(found: argparse.Namespace) -> int:
-    from launch.status import logs_of
+    from launch.monitor.status import logs_of
     from pneumo_dist.config import ConfigError
 
     run_dir = _run_dir(found)
@@ -197,9 +197,9 @@ def _logs(found: argparse.Namespace) -> int:
 
 
 def _cancel(found: argparse.Namespace) -> int:
-    from launch import slurm
-    from launch.ledger import Ledger, holder
-    from launch.prepare import lock_path
+    from launch.backends.prepare import lock_path
+    from launch.state import slurm_client as slurm
+    from launch.state.ledger import Ledger, holder
     from pneumo_dist.config import ConfigError
 
     run_dir = _run_dir(found)
@@ -252,7 +252,7 @@ def _tensorboard(found: argparse.Namespace) -> int:
 
 
 def _validate(found: argparse.Namespace) -> int:
-    from pneumo_dist.prediction.outputs import validate_submission
+    from pneumo_dist.inference.outputs import validate_submission
 
     problems = validate_submission(Path(found.submission), Path(found.against))
     for problem in problems:
@@ -263,7 +263,7 @@ def _validate(found: argparse.Namespace) -> int:
 
 
 def _score(found: argparse.Namespace) -> int:
-    from pneumo_dist.prediction.outputs import score_submission
+    from pneumo_dist.inference.outputs import score_submission
 
     patients = Path(found.patients) if found.patients else None
     result = score_submission(Path(found.submission), Path(found.truth), patients)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from launch import bootstrap, checks, place, plan
-from launch.arguments import Request
-from launch.outcome import tell
-from launch.plan import Plan
-from launch.remarks import remarks
+from launch import bootstrap
+from launch.monitor.outcome import tell
+from launch.planning import checks, plan
+from launch.planning import site as place
+from launch.planning.arguments import Request
+from launch.planning.estimates import remarks
+from launch.planning.plan import Plan
 from pneumo_dist.config import ConfigError
 from pneumo_dist.runtime.task import shard_dir
 
@@ -38,10 +40,10 @@ def run(request: Request) -> int:
     print(chosen.line, flush=True)
     if chosen.slurm:
         bootstrap.ensure(slurm=True)
-        from launch.to_slurm import submit_chain
+        from launch.backends.slurm_chain import submit_chain
 
         return submit_chain(request, made, chosen)
-    from launch.here import run_here
+    from launch.backends.local_chain import run_here
 
     for node, job in made.missing:
         raise ConfigError(plan.missing_line(made, node, job))
@@ -52,7 +54,7 @@ def run(request: Request) -> int:
 
 
 def _verify(request: Request) -> int:
-    from pneumo_dist.data.manifest import verify
+    from pneumo_dist.data.preprocess.manifest import verify
 
     recipe = plan.resolve(request)
     folder = shard_dir(recipe.config, recipe.run_dir)
@@ -68,7 +70,7 @@ def _verify(request: Request) -> int:
 
 def _dry_run(request: Request, made: Plan) -> int:
     """Print the SLURM scripts, and as warnings what would keep them from being submitted; write nothing."""
-    from launch.to_slurm import render
+    from launch.backends.slurm_chain import render
 
     chosen = place.choose(request)
     warnings = [*checks.problems(made, request.nodes, chosen, probe=False)]

@@ -19,7 +19,7 @@ def main(words: list[str] | None = None) -> int:
     """Do what the command line asks and return the exit status: 0, 1 failed, 2 to be corrected, 130 or 143 stopped."""
     if sys.version_info < bootstrap.OLDEST:  # before anything that such a Python cannot read
         bootstrap.ensure()
-    from launch.arguments import UsageError, parse
+    from launch.planning.arguments import UsageError, parse
 
     try:
         request = parse(sys.argv[1:] if words is None else words)

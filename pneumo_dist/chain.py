@@ -51,17 +51,18 @@ _INFER = (
 
 
 def _rows() -> Iterator[Stage]:
-    data, training, prediction = "pneumo_dist.data.", "pneumo_dist.training.", "pneumo_dist.prediction."
-    yield Stage("phantom", data + "phantom:run", "single", ("phantom.",))
-    yield Stage("preprocess", data + "preprocess:run_part", "array", _SHARDS)
-    yield Stage("finalize", data + "preprocess:finalize", "single", _SHARDS, closes="preprocess")
+    preprocess, training = "pneumo_dist.data.preprocess.", "pneumo_dist.training."
+    evaluation, inference = "pneumo_dist.evaluation.evaluate:", "pneumo_dist.inference.infer:"
+    yield Stage("phantom", "pneumo_dist.data.phantom:run", "single", ("phantom.",))
+    yield Stage("preprocess", preprocess + "preprocess:run_part", "array", _SHARDS)
+    yield Stage("finalize", preprocess + "finalize:finalize", "single", _SHARDS, closes="preprocess")
     yield Stage("1", training + "trainer:run", "ranks", (*_TRAINING, "stage1."), per_fold=True)
     yield Stage("2", training + "trainer:run", "ranks", (*_TRAINING, "stage2."), per_fold=True)
     yield Stage("swa", training + "swa:run", "ranks", ("swa.bn_batches", "train.seed", "train.amp"), per_fold=True)
-    yield Stage("evaluate", prediction + "evaluate:run", "ranks", (*_SCORES, "train.amp"), per_fold=True)
-    yield Stage("pool", prediction + "evaluate:pool", "single", _SCORES)
-    yield Stage("infer", prediction + "infer:run_part", "array", _INFER)
-    yield Stage("merge", prediction + "infer:merge", "single", _INFER, closes="infer")
+    yield Stage("evaluate", evaluation + "run", "ranks", (*_SCORES, "train.amp"), per_fold=True)
+    yield Stage("pool", evaluation + "pool", "single", _SCORES)
+    yield Stage("infer", inference + "run_part", "array", _INFER)
+    yield Stage("merge", inference + "merge", "single", _INFER, closes="infer")
 
 
 STAGES: dict[str, Stage] = {stage.name: stage for stage in _rows()}

@@ -23,11 +23,10 @@ from pneumo_dist.chain import STAGES, Node, closing
 from pneumo_dist.config import Config, ConfigError
 from pneumo_dist.runtime import ranks as ranks_module
 from pneumo_dist.runtime import stopping
-from pneumo_dist.runtime.attempt import Attempt
 from pneumo_dist.runtime.failure import told
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.runtime.runlog import setup as setup_log
-from pneumo_dist.runtime.task import Task, stage_dir
+from pneumo_dist.runtime.task import Attempt, Task, stage_dir
 
 log = logging.getLogger("pneumo_dist.stages")
 

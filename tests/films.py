@@ -82,7 +82,8 @@ def task(run_dir: Path, stage: str, overrides: list[str], **place: Any) -> Task:
 
 def make_shards(run_dir: Path, overrides: list[str]) -> None:
     """Make phantom films and their shards in a run."""
-    from pneumo_dist.data import phantom, preprocess
+    from pneumo_dist.data import phantom
+    from pneumo_dist.data.preprocess import preprocess
 
     phantom.run(task(run_dir, "phantom", overrides))
     preprocess.run_part(task(run_dir, "preprocess", overrides))

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pneumo_dist.config import ConfigError
-from pneumo_dist.data.dicom import film_stem, looks_like_film
-from pneumo_dist.data.rle import RleError, runs
+from pneumo_dist.data.films.dicom import film_stem, looks_like_film
+from pneumo_dist.data.films.rle import RleError, runs
 from pneumo_dist.runtime.files import write_text
 
 HOLDOUT = -1  # the fold of films kept for a final evaluation

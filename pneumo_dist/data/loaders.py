@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from pneumo_dist.config import ConfigError
 from pneumo_dist.data.augment import Augmenter
 from pneumo_dist.data.cases import HOLDOUT, Case
-from pneumo_dist.data.decoding import die_with_parent, keep_memory
 from pneumo_dist.data.folds import check_folds
+from pneumo_dist.data.preprocess.decoding import die_with_parent, keep_memory
 from pneumo_dist.data.shards import ShardReader
 from pneumo_dist.data.staging import stage_shards
 from pneumo_dist.runtime import stopping

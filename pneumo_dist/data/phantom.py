@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pneumo_dist.config import ConfigError
-from pneumo_dist.data.rle import encode_rle
+from pneumo_dist.data.films.rle import encode_rle
 from pneumo_dist.runtime.files import write_bytes, write_text
 from pneumo_dist.runtime.task import Task
 

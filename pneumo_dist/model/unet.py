@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate
 
 from pneumo_dist.model.layout import follow, layout_at
-from pneumo_dist.model.resnet34 import ResNet34Encoder
+from pneumo_dist.model.resnet import ResNet34Encoder
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pneumo_dist.data.cases import Case
-from pneumo_dist.data.dicom import read_film
+from pneumo_dist.data.films.dicom import read_film
+from pneumo_dist.data.films.rle import decode_rle
 from pneumo_dist.data.loaders import deal, fixed_batches
-from pneumo_dist.data.rle import decode_rle
 from pneumo_dist.data.shards import ShardReader, to_size
 from pneumo_dist.model.modelfile import load_model
 from pneumo_dist.prediction.ensemble import stored_triplet

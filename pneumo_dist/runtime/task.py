@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pneumo_dist.config import Config, ConfigError
-from pneumo_dist.runtime.attempt import Attempt
+from pneumo_dist.runtime.failure import Failure
+from pneumo_dist.runtime.files import write_text
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.runtime.stopping import StopSignal
 
@@ -82,6 +85,34 @@ def stage_dir(config: Config, run_dir: Path, stage: str, fold: int | None) -> Pa
     if stage == "pool":
         return run_dir / "evaluate"
     return run_dir / f"fold{fold}" / {"1": "stage1", "2": "stage2"}.get(stage, stage)
+
+
+class Stale(Failure):
+    """A newer attempt has taken over this stage: leave without writing."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The token that this process wrote, and where."""
+
+    path: Path
+    token: str
+
+    @classmethod
+    def begin(cls, path: Path) -> Attempt:
+        """Take the stage over: write a fresh token into `path`."""
+        attempt = cls(path, f"{os.environ.get('SLURM_JOB_ID', 'local')}-{uuid.uuid4().hex}")
+        write_text(attempt.path, attempt.token + "\n")
+        return attempt
+
+    def check(self) -> None:
+        """Raise Stale when the token on disk is no longer this attempt's."""
+        try:
+            found = self.path.read_text().strip()
+        except FileNotFoundError:
+            found = ""
+        if found != self.token:
+            raise Stale(f"{self.path}: a newer attempt has taken over this stage; this one leaves without writing")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from pneumo_dist.runtime.attempt import Attempt, Stale
 from pneumo_dist.runtime.failure import Failure
 from pneumo_dist.runtime.files import atomic_path, read_json, sha256_file, write_json
+from pneumo_dist.runtime.task import Attempt, Stale
 
 log = logging.getLogger(__name__)
 

@@ -24,14 +24,14 @@ from pneumo_dist.data.cases import read_cases
 from pneumo_dist.data.loaders import FilmDataset, TrainBatches, fold_cases, make_loader, stage_shards
 from pneumo_dist.data.shards import ShardReader
 from pneumo_dist.model.modelfile import save_model
+from pneumo_dist.runtime import history
 from pneumo_dist.runtime import ranks as ranks_module
 from pneumo_dist.runtime.runlog import RunLog
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.runtime.task import Task
-from pneumo_dist.training import history
-from pneumo_dist.training.board import Board, say_speed
 from pneumo_dist.training.boundary import Boundary, Late, Wishes
 from pneumo_dist.training.checkpoint import CheckpointStore
+from pneumo_dist.training.events import Board, say_speed
 from pneumo_dist.training.machine import set_threads, warn_if_bits_may_differ
 from pneumo_dist.training.schedule import Plateau, learning_rate, swa_due
 from pneumo_dist.training.start import start_model

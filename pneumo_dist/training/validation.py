@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pneumo_dist.data.cases import Case
-from pneumo_dist.prediction.board import SCORES, panel_shape
 from pneumo_dist.prediction.forward import Predictor, predict_records
-from pneumo_dist.prediction.pictures import fit_mask
+from pneumo_dist.reports.pictures import fit_mask
+from pneumo_dist.reports.tensorboard import SCORES, panel_shape
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.runtime.stopping import StopSignal
 from pneumo_dist.runtime.task import Task

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pneumo_dist import config as configuration
-from pneumo_dist.data.decoding import keep_memory
+from pneumo_dist.data.preprocess.decoding import keep_memory
 from pneumo_dist.model.pretrained import import_torchvision
 from pneumo_dist.model.unet import ResNet34UNet, normalise
 from pneumo_dist.runtime.ranks import Ranks

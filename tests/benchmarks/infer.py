@@ -27,14 +27,14 @@ import torch
 
 from pneumo_dist.config import load
 from pneumo_dist.data.cases import find_films
-from pneumo_dist.data.dicom import read_film
+from pneumo_dist.data.films.dicom import read_film
+from pneumo_dist.data.films.rle import encode_rle
 from pneumo_dist.data.phantom import make_phantom
-from pneumo_dist.data.rle import encode_rle
 from pneumo_dist.data.shards import to_size
+from pneumo_dist.inference import infer
 from pneumo_dist.model.modelfile import load_model, save_model
 from pneumo_dist.model.precision import amp_dtype, autocast
 from pneumo_dist.model.unet import ResNet34UNet, normalise
-from pneumo_dist.prediction import infer
 from pneumo_dist.prediction.predictor import Predictor
 from pneumo_dist.runtime.task import Task
 from tests.benchmarks import frame

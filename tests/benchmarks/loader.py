@@ -27,13 +27,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pneumo_dist import config as configuration
-from pneumo_dist.data import preprocess
 from pneumo_dist.data.augment import Augmenter
 from pneumo_dist.data.cases import Case, read_cases
-from pneumo_dist.data.dicom import read_film
+from pneumo_dist.data.films.dicom import read_film
+from pneumo_dist.data.films.rle import decode_rle
 from pneumo_dist.data.loaders import FilmDataset, TrainBatches, make_loader
 from pneumo_dist.data.phantom import make_phantom
-from pneumo_dist.data.rle import decode_rle
+from pneumo_dist.data.preprocess import preprocess
 from pneumo_dist.data.shards import ShardReader, masks_to_sizes, to_size
 from pneumo_dist.runtime.task import Task
 from tests.benchmarks import contestants, frame

@@ -27,10 +27,10 @@ from PIL import Image
 from pydicom.encaps import get_frame
 
 from pneumo_dist import config as configuration
-from pneumo_dist.data import decoding, preprocess
+from pneumo_dist.data.films.rle import decode_union
 from pneumo_dist.data.phantom import make_phantom
-from pneumo_dist.data.rle import decode_union
-from pneumo_dist.data.source import FilmJob, read_source
+from pneumo_dist.data.preprocess import decoding, preprocess
+from pneumo_dist.data.preprocess.source import FilmJob, read_source
 from pneumo_dist.runtime.task import Task
 from tests.benchmarks import frame
 

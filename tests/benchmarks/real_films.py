@@ -30,10 +30,10 @@ from pneumo_dist.data.augment import Augmenter  # noqa: E402
 from pneumo_dist.data.cases import Case, read_cases  # noqa: E402
 from pneumo_dist.data.loaders import FilmDataset, TrainBatches, fold_cases, make_loader  # noqa: E402
 from pneumo_dist.model.pretrained import import_torchvision  # noqa: E402
-from pneumo_dist.prediction import scorecard  # noqa: E402
 from pneumo_dist.prediction.forward import Predictor, predict_records  # noqa: E402
 from pneumo_dist.runtime.files import write_json, write_text  # noqa: E402
 from pneumo_dist.runtime.ranks import Ranks  # noqa: E402
+from pneumo_dist.scoring import scorecard
 from pneumo_dist.scoring.records import Records, record_thresholds  # noqa: E402
 from pneumo_dist.stages import run_stage  # noqa: E402
 

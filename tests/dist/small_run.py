@@ -11,9 +11,9 @@ import torch
 
 from pneumo_dist import config as configuration
 from pneumo_dist import stages
-from pneumo_dist.model.resnet34 import ResNet34Encoder
+from pneumo_dist.model.resnet import ResNet34Encoder
 from pneumo_dist.model.unet import ResNet34UNet
-from pneumo_dist.training import history
+from pneumo_dist.runtime import history
 
 OVERRIDES = [
     "phantom.films=20", "phantom.size=96", "data.folds=2", "data.shards=2", "data.workers=1", "model.pretrained=none",

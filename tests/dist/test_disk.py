@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from pneumo_dist import stages
-from pneumo_dist.training import history, trainer
+from pneumo_dist.runtime import history
+from pneumo_dist.training import trainer
 from pneumo_dist.training.checkpoint import CheckpointStore
 from tests.dist import small_run
 from tests.dist.spawn import exits

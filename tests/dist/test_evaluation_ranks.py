@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pneumo_dist.prediction import evaluate
+from pneumo_dist.evaluation import evaluate
 from pneumo_dist.runtime.stopping import Stopped
 from tests.dist.spawn import on_ranks
 from tests.films import make_shards, task, write_model

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pneumo_dist import config as configuration
 from pneumo_dist import stages
-from pneumo_dist.runtime.attempt import Attempt
+from pneumo_dist.runtime.task import Attempt
 from pneumo_dist.training.checkpoint import CheckpointStore
 from pneumo_dist.training.losses import BCEDice
 from pneumo_dist.training.step import Stepper

@@ -8,7 +8,7 @@ import torch
 from pneumo_dist import config as configuration
 from pneumo_dist import stages
 from pneumo_dist.config import ConfigError
-from pneumo_dist.model.resnet34 import ResNet34Encoder
+from pneumo_dist.model.resnet import ResNet34Encoder
 from pneumo_dist.model.unet import ResNet34UNet
 from pneumo_dist.runtime.stopping import Stopped, StopSignal
 from pneumo_dist.training import trainer

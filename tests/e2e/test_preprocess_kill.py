@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from pneumo_dist import config as configuration
-from pneumo_dist.data import augment, picture, preprocess
+from pneumo_dist.data import augment
+from pneumo_dist.data.preprocess import contact_sheet as picture
+from pneumo_dist.data.preprocess import preprocess
 from pneumo_dist.runtime.task import Task
 from tests.film_files import small_set, words
 

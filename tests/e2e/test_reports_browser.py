@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pneumo_dist.prediction import evaluate, infer, pictures
-from pneumo_dist.prediction.worklist import write_worklist
+from pneumo_dist.evaluation import evaluate
+from pneumo_dist.inference import infer
+from pneumo_dist.inference.worklist import write_worklist
+from pneumo_dist.reports import pictures
 from tests.browser import CHROMIUM, Browser
 from tests.films import make_shards, picture, task, write_dicom, write_model
 

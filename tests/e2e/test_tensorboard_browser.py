@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from pneumo_dist import stages
-from pneumo_dist.model.resnet34 import ResNet34Encoder
+from pneumo_dist.model.resnet import ResNet34Encoder
 from pneumo_dist.model.unet import ResNet34UNet
-from pneumo_dist.prediction import board
+from pneumo_dist.reports import tensorboard as board
 from tests.browser import CHROMIUM, Browser
 from tests.dist import small_run
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from pneumo_dist.data.cases import find_films
-from pneumo_dist.data.dicom import read_film
+from pneumo_dist.data.films.dicom import read_film
 from pneumo_dist.data.phantom import make_phantom
 from pneumo_dist.data.shards import to_size
-from pneumo_dist.prediction import infer
+from pneumo_dist.inference import infer
 from pneumo_dist.prediction.forward import predict
-from pneumo_dist.prediction.submission import read_rows, validate_submission
+from pneumo_dist.scoring.submission_csv import read_rows, validate_submission
 from tests.films import task, write_model
 from tests.slurm.private import TINY, PrivateCluster, until
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.ledger import Entry, Ledger
+from launch.state.ledger import Entry, Ledger
 from pneumo_dist import config as configuration
 from tests.slurm.private import ROOT, TINY, PrivateCluster, devcluster, until
 

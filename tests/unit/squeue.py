@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launch.slurm import COLUMNS
+from launch.state.slurm_client import COLUMNS
 
 
 def squeue(*rows: str) -> str:

@@ -16,15 +16,16 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from pneumo_dist import stages
 from pneumo_dist.config import load
 from pneumo_dist.data.cases import Case, read_cases, read_patient_map
+from pneumo_dist.data.films.rle import encode_rle
 from pneumo_dist.data.loaders import fold_cases
-from pneumo_dist.data.rle import encode_rle
-from pneumo_dist.model.resnet34 import ResNet34Encoder
+from pneumo_dist.model.resnet import ResNet34Encoder
 from pneumo_dist.model.unet import ResNet34UNet
-from pneumo_dist.prediction import board
+from pneumo_dist.reports import tensorboard as board
+from pneumo_dist.runtime import history
 from pneumo_dist.runtime.runlog import RunLog
 from pneumo_dist.runtime.stopping import Stopped, StopSignal
-from pneumo_dist.training import history, trainer
-from pneumo_dist.training.board import Board, say_speed
+from pneumo_dist.training import trainer
+from pneumo_dist.training.events import Board, say_speed
 from pneumo_dist.training.step import Stepper, StepResult
 from tests.dist import small_run
 

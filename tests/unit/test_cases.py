@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from pneumo_dist.config import ConfigError
-from pneumo_dist.data.audit import describe
 from pneumo_dist.data.cases import (
     Case,
     find_films,
@@ -19,6 +18,7 @@ from pneumo_dist.data.cases import (
     read_patient_map,
     write_cases,
 )
+from pneumo_dist.data.preprocess.audit import describe
 
 REAL = Path(os.environ.get("PNEUMO_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 needs_real_films = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real films in {REAL} (PNEUMO_REAL_DATA)")

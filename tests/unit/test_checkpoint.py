@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from pneumo_dist.runtime.attempt import Attempt, Stale
+from pneumo_dist.runtime.task import Attempt, Stale
 from pneumo_dist.training import checkpoint
 from pneumo_dist.training.checkpoint import CheckpointError, CheckpointStore
 

@@ -21,8 +21,8 @@ from pydicom.uid import (
     JPEGBaseline8Bit,
 )
 
-from pneumo_dist.data import codecs, dicom
-from pneumo_dist.data.dicom import FilmError, looks_like_film, parse_film, read_film
+from pneumo_dist.data.films import codecs, dicom
+from pneumo_dist.data.films.dicom import FilmError, looks_like_film, parse_film, read_film
 from tests.film_files import COMPRESSED, dataset, film_bytes, grey, jpeg, written
 
 LIMIT = 64_000_000

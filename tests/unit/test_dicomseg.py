@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from pneumo_dist.prediction.dicomseg import SegError, SegJob, seg_bytes, try_write_seg
+from pneumo_dist.inference.dicomseg import SegError, SegJob, seg_bytes, try_write_seg
 from tests.films import PATIENT, SECRET, picture, write_dicom
 
 pydicom = pytest.importorskip("pydicom")

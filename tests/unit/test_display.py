@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from launch import display
-from launch.display import Display, bar
+from launch.monitor import display
+from launch.monitor.display import Display, bar
 
 
 @pytest.fixture

@@ -11,12 +11,13 @@ import torch
 from pneumo_dist.config import ConfigError, load
 from pneumo_dist.data import phantom
 from pneumo_dist.data.cases import find_films, read_cases, read_patient_map
+from pneumo_dist.evaluation import evaluate
 from pneumo_dist.model.modelfile import load_model
-from pneumo_dist.prediction import evaluate, scorecard
-from pneumo_dist.prediction.submission import score_submission
 from pneumo_dist.runtime.files import sha256_file
 from pneumo_dist.runtime.stopping import Stopped
+from pneumo_dist.scoring import scorecard
 from pneumo_dist.scoring.metrics import Records, Triplet, dice, summary
+from pneumo_dist.scoring.submission_csv import score_submission
 from tests.films import make_shards, task, write_model
 
 WORDS = [

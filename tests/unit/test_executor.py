@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import executor, profile, slurm
-from launch.executor import Shape, shape_of
-from launch.profile import Profile
+from launch.backends import sbatch as executor
+from launch.backends.sbatch import Shape, shape_of
+from launch.planning import profile
+from launch.planning.profile import Profile
+from launch.state import slurm_client as slurm
 from pneumo_dist.config import ConfigError
 from tests.unit.squeue import squeue
 

@@ -6,8 +6,8 @@ import torch
 
 import pneumo_dist
 from pneumo_dist.data.cases import read_cases
-from pneumo_dist.data.dicom import read_film
-from pneumo_dist.data.rle import decode_rle
+from pneumo_dist.data.films.dicom import read_film
+from pneumo_dist.data.films.rle import decode_rle
 from pneumo_dist.data.shards import ShardReader, to_size
 from pneumo_dist.model.unet import normalise
 from pneumo_dist.prediction.filmsize import film_probability, mean_film_probability

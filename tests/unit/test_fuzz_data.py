@@ -19,10 +19,10 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGBase
 
 from pneumo_dist import config as configuration
 from pneumo_dist.config import ConfigError
-from pneumo_dist.data import decoding, preprocess
 from pneumo_dist.data.cases import read_annotations, read_cases
-from pneumo_dist.data.dicom import read_film
-from pneumo_dist.data.rle import RleError, decode_union
+from pneumo_dist.data.films.dicom import read_film
+from pneumo_dist.data.films.rle import RleError, decode_union
+from pneumo_dist.data.preprocess import decoding, preprocess
 from pneumo_dist.data.shards import ShardReader, to_size
 from pneumo_dist.runtime.task import Task
 from tests.film_files import COMPRESSED, film_bytes, grey, jpeg

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from pneumo_dist.config import ConfigError
-from pneumo_dist.data.rle import decode_rle
+from pneumo_dist.data.films.rle import decode_rle
+from pneumo_dist.inference import infer, reading
+from pneumo_dist.inference.film_plan import file_name, read_plan
 from pneumo_dist.model.modelfile import load_model
-from pneumo_dist.prediction import infer, reading
 from pneumo_dist.prediction.forward import predict
-from pneumo_dist.prediction.plan import file_name, read_plan
-from pneumo_dist.prediction.submission import read_rows, validate_submission
 from pneumo_dist.runtime.files import sha256_file
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.scoring.records import Triplet, apply_triplet
+from pneumo_dist.scoring.submission_csv import read_rows, validate_submission
 from tests.films import PATIENT, SECRET, picture, task, write_dicom, write_model
 
 EVERYTHING = "infer.outputs=csv,masks,overlays,probs,dicomseg"
@@ -174,7 +174,7 @@ def test_a_stop_keeps_finished_parts_and_the_same_command_goes_on(reference, fil
         one.stop.note(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pneumo_dist.prediction.pipeline.finish_part", finish_and_stop)
+        patch.setattr("pneumo_dist.inference.stream.finish_part", finish_and_stop)
         with pytest.raises(Stopped):
             infer.run_part(one)
     done = sorted(path.name for path in (tmp_path / "infer" / "it" / "parts").glob("part-*"))
@@ -366,7 +366,7 @@ def test_planning_and_merging_import_no_torch():
     import subprocess
     import sys
 
-    program = "import sys, pneumo_dist.prediction.infer; print([m for m in ('torch', 'cv2') if m in sys.modules])"
+    program = "import sys, pneumo_dist.inference.infer; print([m for m in ('torch', 'cv2') if m in sys.modules])"
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

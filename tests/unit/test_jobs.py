@@ -15,8 +15,8 @@ import cloudpickle
 import pytest
 from submitit.core.utils import UncompletedJobError
 
-from launch import jobs
-from launch.jobs import Job, leave
+from launch.backends import slurm_job as jobs
+from launch.backends.slurm_job import Job, leave
 from pneumo_dist import stages
 from pneumo_dist.config import ConfigError
 from pneumo_dist.runtime.failure import Failure
@@ -44,7 +44,7 @@ def run_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 def test_the_pickle_names_launch_jobs_and_carries_nothing_else() -> None:
     for data in (pickle.dumps(JOB), cloudpickle.dumps(JOB)):
-        assert b"launch.jobs" in data and len(data) < 300
+        assert b"launch.backends.slurm_job" in data and len(data) < 300
         assert pickle.loads(data) == JOB
 
 
@@ -53,9 +53,7 @@ def test_checkpoint_hands_back_the_same_job() -> None:
 
 
 def test_importing_the_job_imports_standard_library_only() -> None:
-    program = (
-        "import sys, launch.jobs; print([m for m in ('torch', 'numpy', 'omegaconf', 'submitit') if m in sys.modules])"
-    )
+    program = "import sys, launch.backends.slurm_job; print([m for m in ('torch', 'numpy', 'omegaconf', 'submitit') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -19,7 +19,7 @@ import torch
 
 from pneumo_dist import config as configuration
 from pneumo_dist.config import Augment, ConfigError
-from pneumo_dist.data import preprocess, staging
+from pneumo_dist.data import staging
 from pneumo_dist.data.augment import Augmenter
 from pneumo_dist.data.cases import read_cases
 from pneumo_dist.data.loaders import (
@@ -34,6 +34,7 @@ from pneumo_dist.data.loaders import (
     split_batch,
     stage_shards,
 )
+from pneumo_dist.data.preprocess import preprocess
 from pneumo_dist.data.shards import ShardReader
 from pneumo_dist.runtime.task import Task
 from tests.film_files import small_set, words

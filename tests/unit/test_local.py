@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.ledger import Locked, holder, lock
-from launch.local import Foreground, Outcome, Worker, workers
+from launch.backends.workers import Foreground, Outcome, Worker, workers
+from launch.state.ledger import Locked, holder, lock
 
 ROOT = Path(__file__).resolve().parents[2]
 # Saves on a signal and leaves with the shell's status for it, as a real worker does.
@@ -57,7 +57,7 @@ def test_all_workers_end_well_and_the_first_one_is_shown(tmp_path: Path) -> None
 
 
 def test_a_failing_worker_takes_the_others_down_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.local.GRACE_AFTER_FAILURE_S", 0.3)
+    monkeypatch.setattr("launch.backends.workers.GRACE_AFTER_FAILURE_S", 0.3)
     began = time.monotonic()
     with Foreground(lambda _: None) as foreground:
         outcome = foreground.run(group(tmp_path, HANGS, "raise SystemExit(7)"))
@@ -74,7 +74,7 @@ def test_a_killed_worker_is_reported_with_its_signal(tmp_path: Path) -> None:
 def test_a_worker_that_saved_and_left_gives_the_others_time_to_do_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.local.GRACE_AFTER_FAILURE_S", 0.0)
+    monkeypatch.setattr("launch.backends.workers.GRACE_AFTER_FAILURE_S", 0.0)
     slow = SAVES.replace('print("saved', 'time.sleep(0.5); print("saved')
     with Foreground(lambda _: None) as foreground:
         outcome = foreground.run(group(tmp_path, slow, "import time; time.sleep(0.5); raise SystemExit(143)"))
@@ -115,7 +115,7 @@ def test_no_worker_outlives_a_killed_submit(tmp_path: Path) -> None:
     script = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from launch.local import Foreground, Worker
+from launch.backends.workers import Foreground, Worker
 hangs = Worker([sys.executable, "-c", {HANGS!r}], {{}}, Path({str(tmp_path)!r}) / "0.out", Path({str(tmp_path)!r}))
 with Foreground(lambda _: None) as foreground:
     foreground.run([hangs, hangs])

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from pneumo_dist.config import ConfigError
-from pneumo_dist.data.rle import encode_rle
-from pneumo_dist.prediction import outputs, pictures
-from pneumo_dist.prediction.outputs import FilmWriter, csv_text, unreadable_row
-from pneumo_dist.prediction.plan import PlannedFilm
-from pneumo_dist.prediction.reading import ReadFilm, fit
-from pneumo_dist.prediction.submission import score_submission, validate_submission, write_submission
+from pneumo_dist.data.films.rle import encode_rle
+from pneumo_dist.inference import outputs
+from pneumo_dist.inference.film_plan import PlannedFilm
+from pneumo_dist.inference.outputs import FilmWriter, csv_text, unreadable_row
+from pneumo_dist.inference.reading import ReadFilm, fit
+from pneumo_dist.reports import pictures
 from pneumo_dist.scoring.metrics import Triplet
+from pneumo_dist.scoring.submission_csv import score_submission, validate_submission, write_submission
 from tests.films import picture, write_dicom
 
 GOOD = "3 2 5 1"

@@ -8,9 +8,9 @@ import numpy as np
 import pydicom
 
 from pneumo_dist.data.cases import find_films, read_annotations, read_patient_map
-from pneumo_dist.data.dicom import read_film
+from pneumo_dist.data.films.dicom import read_film
+from pneumo_dist.data.films.rle import area_px, decode_union, runs
 from pneumo_dist.data.phantom import NOTICE, draw_film, make_phantom
-from pneumo_dist.data.rle import area_px, decode_union, runs
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path):

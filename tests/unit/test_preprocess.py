@@ -15,10 +15,10 @@ import pytest
 
 from pneumo_dist import config as configuration
 from pneumo_dist.config import ConfigError
-from pneumo_dist.data import decoding, preprocess
 from pneumo_dist.data.cases import read_cases
-from pneumo_dist.data.dicom import read_film
-from pneumo_dist.data.rle import decode_rle
+from pneumo_dist.data.films.dicom import read_film
+from pneumo_dist.data.films.rle import decode_rle
+from pneumo_dist.data.preprocess import decoding, preprocess
 from pneumo_dist.data.shards import ShardReader, masks_to_sizes, to_size
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.runtime.task import Task

@@ -6,9 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from pneumo_dist.prediction import evaluate, page, plots
-from pneumo_dist.prediction.report import pick
-from pneumo_dist.prediction.worklist import write_worklist
+from pneumo_dist.evaluation import evaluate
+from pneumo_dist.evaluation.report import pick
+from pneumo_dist.inference.worklist import write_worklist
+from pneumo_dist.reports import page, plots
 from pneumo_dist.scoring.metrics import Records
 from tests.films import make_shards, task, write_model
 

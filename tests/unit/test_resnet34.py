@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pneumo_dist.model.pretrained import import_torchvision
-from pneumo_dist.model.resnet34 import ResNet34Encoder
+from pneumo_dist.model.resnet import ResNet34Encoder
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from pneumo_dist.data.rle import RleError, area_px, decode_rle, decode_union, encode_rle, runs
+from pneumo_dist.data.films.rle import RleError, area_px, decode_rle, decode_union, encode_rle, runs
 
 MASKS = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=24))
 

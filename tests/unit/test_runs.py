@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from launch import progress, status
-from launch.ledger import Entry, Ledger, lock
-from launch.outcome import score_table, why
-from launch.prepare import lock_path
+from launch.backends.prepare import lock_path
+from launch.monitor import status
+from launch.monitor.outcome import score_table, why
+from launch.monitor.table import trouble
 from launch.runs import main
-from launch.table import trouble
+from launch.state import progress
+from launch.state.ledger import Entry, Ledger, lock
 from pneumo_dist import config as configuration
 from pneumo_dist.chain import Node
 from pneumo_dist.data.shards import HEADER_BYTES, image_name, size_name
-from pneumo_dist.prediction.plan import plan
+from pneumo_dist.inference.film_plan import plan
 from tests.unit.squeue import squeue
 
 

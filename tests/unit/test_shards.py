@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pneumo_dist.config import ConfigError
-from pneumo_dist.data.rle import decode_rle, encode_rle
+from pneumo_dist.data.films.rle import decode_rle, encode_rle
 from pneumo_dist.data.shards import (
     ShardReader,
     ShardWriter,

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import plan, prepare
-from launch.arguments import Request, UsageError, parse
-from launch.codecopy import code_hash, copy
-from launch.ledger import Entry, Ledger, lock
+from launch.backends import prepare
+from launch.planning import plan
+from launch.planning.arguments import Request, UsageError, parse
+from launch.state.codecopy import code_hash, copy
+from launch.state.ledger import Entry, Ledger, lock
 from launch.submit import main
 from pneumo_dist import done
 from pneumo_dist.config import ConfigError

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from launch import codecopy, follow
-from launch.display import Display
-from launch.jobs import Job
-from launch.ledger import Entry, Ledger
-from launch.plan import ROOT
+from launch.backends import follow
+from launch.backends.slurm_job import Job
+from launch.monitor.display import Display
+from launch.planning.plan import ROOT
+from launch.state import codecopy
+from launch.state.ledger import Entry, Ledger
 from launch.submit import main
 from pneumo_dist import config as configuration
 from tests.unit.squeue import squeue

@@ -1,0 +1,1 @@
+"""From a plan to running jobs: SLURM or worker processes of this machine."""

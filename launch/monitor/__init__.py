@@ -1,0 +1,1 @@
+"""What people see of a run: states, progress, results, reasons for failures."""

@@ -1,0 +1,150 @@
+"""What was submitted for a run (jobs/submitted.jsonl), and the locks that keep one writer to each stage.
+
+Lines are only ever appended. Standard library only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch.state import slurm_client as slurm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One submission of one job of the chain, or how a local one ended."""
+
+    key: str  # stage1-fold0, finalize, ...
+    stage: str
+    fold: int | None
+    cluster: str  # "slurm" or "local"
+    event: str = "submitted"  # or "ended" (local jobs; SLURM itself knows how its jobs ended)
+    job_id: str = ""  # SLURM's (parent) id, or the process id of submit.py
+    name: str = ""  # SLURM's job name
+    processes: int = 1
+    elements: int = 1
+    after: list[str] = field(default_factory=list)
+    status: int | None = None  # exit status, of "ended"
+    code: str = ""
+    log: str = ""  # file name pattern in jobs/
+    extra: dict[str, Any] = field(default_factory=dict)
+    time: str = ""
+    host: str = ""
+
+
+class Ledger:
+    """The list of submissions of one run."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / "jobs" / "submitted.jsonl"
+
+    def append(self, entry: Entry) -> None:
+        """Add one line; a reader never sees half of it (one write, in append mode)."""
+        stamped = {
+            **asdict(entry),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "host": socket.gethostname(),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(handle, (json.dumps(stamped) + "\n").encode())
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def entries(self) -> list[Entry]:
+        """Return all lines, oldest first; a damaged line (disk full) is left out."""
+        try:
+            text = self.path.read_text()
+        except FileNotFoundError:
+            return []
+        found = []
+        for line in text.splitlines():
+            try:
+                found.append(Entry(**json.loads(line)))
+            except (ValueError, TypeError):
+                continue
+        return found
+
+    def latest(self) -> dict[str, Entry]:
+        """Return the newest submission of every job key."""
+        return {e.key: e for e in self.entries() if e.event == "submitted"}
+
+    def live(self, keys: Iterable[str] | None = None) -> dict[str, str]:
+        """Return {key: SLURM job id} of the submissions that still wait or run.
+
+        The name is compared as well: another cluster, or one set up anew, counts its ids from 1 again.
+
+        Raises:
+            slurm.SlurmError: there are recorded jobs and SLURM cannot be asked.
+        """
+        entries = [
+            e
+            for e in self.entries()
+            if e.event == "submitted" and e.cluster == "slurm" and (keys is None or e.key in keys)
+        ]
+        rows = {(row.parent, row.name): row for row in slurm.queued(e.job_id for e in entries) if row.live}
+        return {e.key: e.job_id for e in entries if (e.job_id, e.name) in rows}
+
+
+class Locked(RuntimeError):
+    """Another process holds the lock; `holder` says which."""
+
+    def __init__(self, path: Path, holder: str) -> None:
+        super().__init__(f"{path} is held by {holder}")
+        self.holder = holder
+
+
+@dataclass(frozen=True)
+class Lock:
+    """A held lock. Worker processes keep the descriptor too, so it lasts until the last writer has ended."""
+
+    descriptor: int
+
+    def release(self) -> None:
+        """Let go."""
+        os.close(self.descriptor)
+
+
+def lock(path: Path, wait_s: float = 0.0) -> Lock:
+    """Take a lock file, or raise Locked naming the holder; the kernel frees it when its holder dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                os.close(descriptor)
+                raise Locked(path, holder or "another process") from None
+            time.sleep(0.1)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return Lock(descriptor)
+
+
+def holder(path: Path) -> str | None:
+    """Return who holds a lock file, or None when it is free; writes nothing."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+    finally:
+        os.close(descriptor)

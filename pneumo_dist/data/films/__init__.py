@@ -1,0 +1,1 @@
+"""One film file to pixels, one annotation text to a mask."""

@@ -1,0 +1,1 @@
+"""Films and annotations to shards, and what was found on the way."""

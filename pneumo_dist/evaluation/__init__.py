@@ -1,0 +1,1 @@
+"""Validation of a fold: scores, film notes and the report."""

@@ -1,0 +1,1 @@
+"""Batch inference: a folder of films to predictions, masks, overlays and a worklist."""

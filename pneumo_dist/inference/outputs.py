@@ -1,0 +1,168 @@
+"""What one film leaves behind: its row and its files. No model, no order of films, no decision but the one given.
+
+Files go into a part's own folder, which becomes visible as a whole; no patient name or id but in a DICOM SEG.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pneumo_dist.data.films.rle import EMPTY, encode_rle
+from pneumo_dist.inference.film_plan import PlannedFilm
+from pneumo_dist.inference.reading import THUMB_PX, ReadFilm, fit
+from pneumo_dist.reports import pictures
+from pneumo_dist.runtime.files import write_text
+from pneumo_dist.scoring.metrics import Triplet, apply_triplet
+from pneumo_dist.scoring.submission_csv import problems_of, score_submission, validate_submission, write_submission
+
+__all__ = [
+    "FOLDERS", "FilmWriter", "csv_text", "problems_of", "score_submission", "unreadable_row", "validate_submission",
+    "write_predictions", "write_submission",
+]  # fmt: skip
+
+# Output name -> its folder. Thumbnails belong to the report and are always written.
+FOLDERS = {"masks": "masks", "overlays": "overlays", "dicomseg": "seg", "probs": "probs"}
+
+PREDICTION_COLUMNS = (
+    "film", "status", "decision", "top_score", "area_px", "share", "reason", "rows", "columns",
+    "threshold_top_score", "threshold_min_area", "threshold_mask", "tta", "models", "sha256", "warnings",
+)  # fmt: skip
+
+Row = dict[str, Any]
+Segment = Callable[[PlannedFilm, NDArray[np.bool_], Path], tuple[int, str] | str]
+
+
+@dataclass(frozen=True)
+class FilmWriter:
+    """Turn one film's probabilities into a row and files below `folder`."""
+
+    folder: Path
+    outputs: tuple[str, ...]
+    triplet: Triplet
+    segment: Segment | None = None  # writes a DICOM SEG and returns (bytes, sha256), or says why there is none
+
+    def write(self, film: PlannedFilm, read: ReadFilm, prob: NDArray[np.float32]) -> Row:
+        """Decide, write the files asked for, and return the row.
+
+        Args:
+            prob: float32 (rows, columns), the mean probability at film size.
+        """
+        mask = apply_triplet(prob, self.triplet)
+        top, area = float(prob.max()), int(np.count_nonzero(mask))
+        row: Row = {
+            "film": film.id,
+            "status": "ok",
+            "decision": "positive" if area else "negative",
+            "top_score": top,
+            "area_px": area,
+            "share": area / mask.size,
+            "reason": "",
+            "rows": read.rows,
+            "columns": read.columns,
+            "sha256": read.sha256,
+            "warnings": "; ".join(read.warnings),
+            "rle": encode_rle(mask),
+            "name": film.name,
+        }
+        files: dict[str, list[Any]] = {}
+        assert read.picture is not None
+        self._put(
+            files, "thumbs", f"{film.name}.jpg", pictures.jpeg(pictures.thumbnail(fit(read.picture, THUMB_PX), mask))
+        )
+        if "masks" in self.outputs:
+            self._put(files, "masks", f"{film.name}.png", pictures.png(mask.astype(np.uint8) * np.uint8(255)))
+        if "probs" in self.outputs:
+            self._put(files, "probs", f"{film.name}.png", pictures.png(np.rint(prob * 255).astype(np.uint8)))
+        if "overlays" in self.outputs:
+            self._put(
+                files,
+                "overlays",
+                f"{film.name}.png",
+                pictures.png(pictures.overlay(read.picture, mask, caption(row)), 1),
+            )
+        if self.segment is not None and area:  # an object without a finding would only be clutter in a PACS
+            self._put_segmentation(files, row, film, mask)
+        row["files"] = files
+        return row
+
+    def _put_segmentation(
+        self, files: dict[str, list[Any]], row: Row, film: PlannedFilm, mask: NDArray[np.bool_]
+    ) -> None:
+        assert self.segment is not None
+        name = f"{FOLDERS['dicomseg']}/{film.name}.dcm"
+        (self.folder / name).parent.mkdir(exist_ok=True)
+        written = self.segment(film, mask, self.folder / name)
+        if isinstance(written, str):
+            row["warnings"] = "; ".join(filter(None, [row["warnings"], f"no DICOM SEG: {written}"]))
+        else:
+            files[name] = list(written)
+
+    def _put(self, files: dict[str, list[Any]], folder: str, name: str, data: bytes) -> None:
+        path = self.folder / folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+        files[f"{folder}/{name}"] = [len(data), hashlib.sha256(data).hexdigest()]
+
+
+def caption(row: Mapping[str, Any]) -> list[str]:
+    """Return the two lines above an overlay."""
+    if row["decision"] == "positive":
+        digits = 1 if row["share"] >= 0.001 else 2
+        verdict = f"PNEUMOTHORAX  score {row['top_score']:.2f}  {100 * row['share']:.{digits}f} % of the film"
+    else:
+        verdict = f"nothing found  score {row['top_score']:.2f}"
+    return [verdict, str(row["film"]).encode("ascii", "replace").decode()[-72:]]
+
+
+def unreadable_row(film: PlannedFilm, reason: str) -> Row:
+    """Return the row of a film that could not be read: answered as empty, with the reason."""
+    empty: Row = {
+        "film": film.id,
+        "status": "unreadable",
+        "decision": "",
+        "top_score": None,
+        "area_px": 0,
+        "share": None,
+    }
+    return empty | {
+        "reason": reason, "rows": None, "columns": None, "sha256": "", "warnings": "",
+        "rle": EMPTY, "name": film.name, "files": {},
+    }  # fmt: skip
+
+
+def csv_text(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return rows as csv text; None becomes an empty cell, floats keep every digit of a float32."""
+
+    def cell(value: Any) -> Any:
+        if isinstance(value, float):
+            return np.format_float_positional(np.float32(value), trim="0")
+        return "" if value is None else value
+
+    names = list(columns)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(names)
+    table.writerows([cell(row.get(name)) for name in names] for row in rows)
+    return text.getvalue()
+
+
+def write_predictions(path: Path, rows: Iterable[Row], settings: Mapping[str, Any]) -> None:
+    """Write predictions.csv: one row per film, with what decided it; `settings` as `Ensemble.settings` has them."""
+    triplet = settings["triplet"]
+    shared = {
+        "threshold_top_score": triplet["top_score"],
+        "threshold_min_area": triplet["min_area"],
+        "threshold_mask": triplet["mask_threshold"],
+        "tta": settings["tta"],
+        "models": ";".join(digest[:12] for digest in settings["models"]),
+    }
+    write_text(path, csv_text(PREDICTION_COLUMNS, (row | shared for row in rows)))

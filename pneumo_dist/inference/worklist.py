@@ -1,0 +1,168 @@
+"""report.html of an inference: a worklist sorted by score, for people. Opens without a server, fast with many films.
+
+Film ids only; the page shows what merge was given and decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pneumo_dist.reports import page, plots
+from pneumo_dist.runtime.files import write_text
+
+# Cards are made while one scrolls: 5,000 images at once would take the browser seconds.
+_SCRIPT = """
+const STEP = 120;
+const byId = id => document.getElementById(id);
+const grid = byId("films"), end = byId("end"), count = byId("count"), search = byId("search"), order = byId("order");
+const buttons = [...document.querySelectorAll("button[data-kind]")];
+let kind = "all", shown = [], next = 0;
+
+function make(tag, name, text) {
+  const element = document.createElement(tag);
+  element.className = name;
+  if (text !== undefined) element.textContent = text;  // never as markup: an id may be any file name
+  return element;
+}
+
+function card([id, name, state, score, share, reason]) {
+  const box = make("article", "film " + ({ positive: "found", unreadable: "bad" }[state] ?? ""));
+  if (state !== "unreadable") {
+    const link = make("a", ""), image = make("img", "");
+    image.loading = "lazy";
+    image.alt = "";
+    image.src = "thumbs/" + name + ".jpg";
+    link.href = DATA.overlays ? "overlays/" + name + ".png" : image.src;
+    link.append(image);
+    box.append(link);
+  }
+  const percent = (100 * (share ?? 0)).toFixed(share < 0.001 ? 2 : 1);
+  const verdict = { positive: " pneumothorax, " + percent + " %", negative: " nothing found", unreadable: "" }[state];
+  const text = make("div", "");
+  text.append(make("b", "", state === "unreadable" ? "unreadable" : score.toFixed(3)), verdict);
+  if (reason) text.append(make("div", "soft", reason));
+  text.append(make("div", "id", id));
+  box.append(text);
+  return box;
+}
+
+function more() {
+  const part = document.createDocumentFragment();
+  for (const stop = Math.min(next + STEP, shown.length); next < stop; next++) part.append(card(shown[next]));
+  grid.append(part);
+}
+
+const by = (column, sign, missing) => (a, b) => sign * ((a[column] ?? missing) - (b[column] ?? missing));
+const ORDERS = {
+  score: by(3, -1, -1), low: by(3, 1, 2), area: by(4, -1, -1),
+  id: (a, b) => a[0] < b[0] ? -1 : a[0] > b[0] ? 1 : 0,
+};
+
+function refresh() {
+  const word = search.value.trim().toLowerCase();
+  shown = DATA.films.filter(f => (kind === "all" || f[2] === kind) && (!word || f[0].toLowerCase().includes(word)));
+  shown.sort(ORDERS[order.value]);
+  next = 0;
+  grid.replaceChildren();
+  more();
+  count.textContent = shown.length + (shown.length === 1 ? " film" : " films");
+  for (const button of buttons) button.setAttribute("aria-pressed", button.dataset.kind === kind);
+}
+
+for (const button of buttons) button.addEventListener("click", () => { kind = button.dataset.kind; refresh(); });
+search.addEventListener("input", refresh);
+order.addEventListener("change", refresh);
+const watch = new IntersectionObserver(seen => {
+  if (!seen.some(entry => entry.isIntersecting) || next >= shown.length) return;
+  more();
+  watch.unobserve(end);  // observed anew it reports at once: on a tall screen one step may not be enough
+  watch.observe(end);
+}, { rootMargin: "1200px" });
+watch.observe(end);
+refresh();
+"""
+
+
+def write_worklist(path: Path, rows: Sequence[Mapping[str, Any]], inference: Mapping[str, Any]) -> None:
+    """Write the page for the merged rows.
+
+    Args:
+        rows: as `FilmWriter.write` and `unreadable_row` return them.
+        inference: counts and settings, as in inference.json.
+    """
+    readable = [row for row in rows if row["status"] == "ok"]
+    parts = [_heading(inference), _tiles(inference), _histogram(readable, inference["triplet"]["top_score"])]
+    parts += [page.settings_table({name: inference[name] for name in SETTINGS}), _controls(inference)]
+    parts += ['<div id="films" class="films"></div><div id="end"></div>']
+    parts += ["<noscript>The films are listed in predictions.csv.</noscript>"]
+    data = {
+        "overlays": any(name.startswith("overlays/") for row in readable for name in row["files"]),
+        "films": [_film(row) for row in sorted(rows, key=lambda row: (_last(row["top_score"]), row["film"]))],
+    }
+    write_text(path, page.page(f"Worklist {inference['label']}", "\n".join(parts), _SCRIPT, data))
+
+
+SETTINGS = ("label", "models", "sizes", "tta", "triplet", "triplet_from", "outputs", "ignored_files")
+
+
+def _heading(inference: Mapping[str, Any]) -> str:
+    triplet = inference["triplet"]
+    rule = (
+        f"Called positive: highest probability at least {triplet['top_score']:g} and at least "
+        f"{triplet['min_area']:,} px (of 1024x1024) above {triplet['mask_threshold']:g}, both at the film's own size "
+        f"({inference['triplet_from']})."
+    )
+    title = f"<h1>Pneumothorax worklist: {escape(str(inference['label']))}</h1>"
+    return f"{title}\n<p>Automatic, not reviewed, not a diagnosis. {escape(rule)}</p>"
+
+
+def _tiles(inference: Mapping[str, Any]) -> str:
+    bad = "bad" if inference["unreadable"] else ""
+    return page.tiles(
+        [
+            ("films", inference["films"], ""),
+            ("positive", inference["positive"], "found"),
+            ("negative", inference["negative"], ""),
+            ("unreadable", inference["unreadable"], bad),
+            ("other files ignored", inference["ignored_files"], ""),
+        ]
+    )
+
+
+def _histogram(readable: Sequence[Mapping[str, Any]], threshold: float) -> str:
+    if not readable:
+        return ""
+    scores = np.array([row["top_score"] for row in readable], np.float64)
+    found = np.array([row["decision"] == "positive" for row in readable], bool)
+    return page.figure(plots.score_histogram(scores, found, threshold), "Films by score")
+
+
+def _controls(inference: Mapping[str, Any]) -> str:
+    kinds = {"all": inference["films"]} | {name: inference[name] for name in ("positive", "negative", "unreadable")}
+    orders = {"score": "highest score first", "low": "lowest score first", "area": "largest area first", "id": "by id"}
+    buttons = "".join(f'<button type="button" data-kind="{kind}">{kind} {n}</button>' for kind, n in kinds.items())
+    options = "".join(f'<option value="{name}">{text}</option>' for name, text in orders.items())
+    return (
+        f'<div class="bar">{buttons}<select id="order" aria-label="order">{options}</select>'
+        '<input id="search" type="search" placeholder="id" aria-label="search by id">'
+        '<span id="count" class="soft"></span></div>'
+    )
+
+
+def _film(row: Mapping[str, Any]) -> list[Any]:
+    state = row["decision"] or "unreadable"
+    note = row["reason"] or row["warnings"]
+    return [row["film"], row["name"], state, _short(row["top_score"]), _short(row["share"]), note]
+
+
+def _last(score: float | None) -> float:
+    return 2.0 if score is None else -score
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
