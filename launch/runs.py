@@ -12,13 +12,16 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 if __name__ == "__main__":
     # `launch` is a package of the repository: its folder must not stand on the import path by itself.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from launch import bootstrap
+
+if TYPE_CHECKING:
+    from pneumo_dist.run import Run, RunFolder
 
 EXAMPLES = """\
 examples:
@@ -81,34 +84,43 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_dir(found: argparse.Namespace) -> Path:
-    path = Path(found.run).expanduser()
-    if os.sep in found.run or (path / "config.yaml").is_file():
-        return path.absolute()
-    return Path(found.run_root).expanduser().absolute() / found.run
+def _folder(options: argparse.Namespace) -> RunFolder:
+    from pneumo_dist.run import RunFolder
+
+    named = RunFolder(Path(options.run).expanduser().absolute())
+    if os.sep in options.run or named.config_file.is_file():
+        return named
+    return RunFolder(Path(options.run_root).expanduser().absolute() / options.run)
+
+
+def _run(options: argparse.Namespace) -> Run:
+    from pneumo_dist.run import Run
+
+    return Run.load(_folder(options).folder)
 
 
 def _list(found: argparse.Namespace) -> int:
     from launch.monitor.status import ask, collect
     from pneumo_dist.config import ConfigError
+    from pneumo_dist.run import Run, RunFolder
 
     root = Path(found.run_root).expanduser().absolute()
-    runs = sorted(path.parent for path in root.glob("*/config.yaml"))
+    runs = [RunFolder(path.parent) for path in sorted(root.glob("*/config.yaml"))]
     if not runs:
         print(f"{root}: no runs yet: python launch/submit.py --stage 1 --nodes 2 makes one")
     asked = ask(runs)  # once for all: accounting is slow to answer
-    for run_dir in runs:
+    for run in runs:
         try:
-            rows, _ = collect(run_dir, asked)
+            rows, _ = collect(Run.load(run.folder), asked)
         except ConfigError as error:
-            print(f"{run_dir.name:24} {error}")
+            print(f"{run.name:24} {error}")
             continue
         count = sum(row.state == "done" for row in rows)
         now = next((row for row in rows if row.failed or row.active), None) or next(
             (row for row in rows if row.state not in ("done", "-")), None
         )
         words = [now.node.key, now.state, str(now.progress or "") if now.active else ""] if now else []
-        print(f"{run_dir.name:24} {f'{count}/{len(rows)} done':12}  {' '.join(filter(None, words))}".rstrip())
+        print(f"{run.name:24} {f'{count}/{len(rows)} done':12}  {' '.join(filter(None, words))}".rstrip())
     if asked[1]:
         print(f"\n{asked[1]}")
     return 0
@@ -119,14 +131,14 @@ def _status(found: argparse.Namespace) -> int:
     from launch.monitor.status import collect, folds_of
     from launch.monitor.table import heading, table, trouble
     from launch.state.ledger import Ledger
-    from pneumo_dist.stages import submitted_config
+    from pneumo_dist.run import Run
 
-    run_dir = _run_dir(found)
-    rows, note = collect(run_dir)
-    entries = Ledger(run_dir).entries()
-    newest = submitted_config(run_dir, "merge")  # names the folder that was inferred last
-    outcome = outcome_text(newest, run_dir, tuple(folds_of(run_dir, entries)))
-    parts = [heading(run_dir, entries), table(rows), note, trouble(rows), outcome.strip("\n")]
+    run = _run(found)
+    rows, note = collect(run)
+    entries = Ledger(run).entries()
+    newest = Run.of_job(run.folder, "merge")  # names the folder that was inferred last
+    outcome = outcome_text(newest, tuple(folds_of(run, entries)))
+    parts = [heading(run, entries), table(rows), note, trouble(rows), outcome.strip("\n")]
     print("\n\n".join(filter(None, parts)))
     return 0
 
@@ -137,10 +149,8 @@ def _entries(found: argparse.Namespace) -> list:  # type: ignore[type-arg]
     from launch.state.ledger import Ledger
     from pneumo_dist.config import ConfigError
 
-    run_dir = _run_dir(found)
-    if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"{run_dir}: no such run (no config.yaml): python launch/runs.py list shows what there is")
-    entries = [e for e in Ledger(run_dir).entries() if e.event == "submitted"]
+    run = _run(found)
+    entries = [e for e in Ledger(run).entries() if e.event == "submitted"]
     stage = found.stage
     mine = [e for e in entries if getattr(found, "fold", None) in (None, e.fold)]
     if not found.family:  # `logs preprocess` means the array itself, when there is one
@@ -149,7 +159,7 @@ def _entries(found: argparse.Namespace) -> list:  # type: ignore[type-arg]
         chosen = [e for e in mine if stage in (None, e.key, command_stage(e.stage))]
     if not chosen:
         known = ", ".join(dict.fromkeys(e.key for e in entries)) or "nothing"
-        raise ConfigError(f"{run_dir.name}: no job of {stage or 'any stage'} has been submitted; there is: {known}")
+        raise ConfigError(f"{run.name}: no job of {stage or 'any stage'} has been submitted; there is: {known}")
     return chosen
 
 
@@ -167,19 +177,17 @@ def _logs(found: argparse.Namespace) -> int:
     from launch.monitor.status import logs_of
     from pneumo_dist.config import ConfigError
 
-    run_dir = _run_dir(found)
+    run = _run(found)
     while True:
         entries = _entries(found)
         looked_at = _newest(entries) if found.follow else reversed(entries)
-        entry = next((e for e in looked_at if logs_of(run_dir, e)), None)
+        entry = next((e for e in looked_at if logs_of(run, e)), None)
         if entry or not found.follow:
             break
         time.sleep(2)  # the job has not started yet
     if entry is None:
-        raise ConfigError(
-            f"{run_dir.name}: no log yet: the job has not started (python launch/runs.py status {run_dir.name})"
-        )
-    logs = logs_of(run_dir, entry)
+        raise ConfigError(f"{run.name}: no log yet: the job has not started (python launch/runs.py status {run.name})")
+    logs = logs_of(run, entry)
     if not 0 <= found.rank < len(logs):
         raise ConfigError(f"--rank {found.rank}: {entry.key} has logs 0 to {len(logs) - 1}")
     path = logs[found.rank]
@@ -197,15 +205,14 @@ def _logs(found: argparse.Namespace) -> int:
 
 
 def _cancel(found: argparse.Namespace) -> int:
-    from launch.backends.prepare import lock_path
     from launch.state import slurm_client as slurm
     from launch.state.ledger import Ledger, holder
     from pneumo_dist.config import ConfigError
 
-    run_dir = _run_dir(found)
+    run = _run(found)
     keys = {e.key for e in _entries(found)}
     try:
-        live = Ledger(run_dir).live(keys)
+        live = Ledger(run).live(keys)
         slurm.cancel(live.values())
     except slurm.SlurmError as error:
         raise ConfigError(f"SLURM does not answer ({error}): nothing has been cancelled") from None
@@ -213,7 +220,7 @@ def _cancel(found: argparse.Namespace) -> int:
         print(f"{key}: job {job_id} cancelled")
     if live and found.stage:
         print("jobs that wait for it are cancelled with it")
-    local = {held for key in keys if (held := holder(lock_path(run_dir, key)))}
+    local = {held for key in keys if (held := holder(run.lock(key)))}
     for held in sorted(local):
         print(f"{held} runs jobs of this run in the foreground: stop it there with Ctrl-C")
     if not live and not local:
@@ -224,9 +231,9 @@ def _cancel(found: argparse.Namespace) -> int:
 def _tensorboard(found: argparse.Namespace) -> int:
     from pneumo_dist.config import ConfigError
 
-    run_dir = _run_dir(found)
-    if not run_dir.is_dir():
-        raise ConfigError(f"{run_dir}: no such run: python launch/runs.py list shows what there is")
+    run = _folder(found)
+    if not run.folder.is_dir():
+        raise ConfigError(f"{run.folder}: no such run: python launch/runs.py list shows what there is")
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", found.port)) == 0:
             raise ConfigError(f"port {found.port} is taken: choose another one with --port")
@@ -242,7 +249,7 @@ def _tensorboard(found: argparse.Namespace) -> int:
         "-m",
         "tensorboard.main",
         "--logdir",
-        str(run_dir),
+        str(run.folder),
         "--host",
         "localhost",
         "--port",

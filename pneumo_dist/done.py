@@ -16,8 +16,9 @@ from pneumo_dist import config as configuration
 from pneumo_dist.chain import STAGES, Node, upstream
 from pneumo_dist.config import Config, ConfigError
 from pneumo_dist.data.cases import find_films
+from pneumo_dist.run import Run, pooled_thresholds
 from pneumo_dist.runtime.files import read_json, sha256_file, sha256_text, write_json
-from pneumo_dist.runtime.task import Task, infer_source, model_paths, pooled_thresholds, source, stage_dir
+from pneumo_dist.runtime.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -45,42 +46,42 @@ def _listing_hash(folder: Path) -> str:
     return sha256_text("".join(f"{name}\t{path}\t{(folder / path).stat().st_size}\n" for name, path in films))
 
 
-def inputs_of(config: Config, run_dir: Path, stage: str, fold: int | None) -> dict[str, str]:
+def inputs_of(run: Run, stage: str, fold: int | None) -> dict[str, str]:
     """Return the sha256 of everything that `stage` reads.
 
     Raises:
         ConfigError: something upstream is missing: which stage to run.
     """
+    config = run.config
     found: dict[str, str] = {}
     if stage in ("preprocess", "finalize"):
         for name in ("rle_csv", "patient_map"):
-            path = source(config, run_dir, name)
+            path = run.source(name)
             if path is not None:
                 found[name] = _file_hash(path, f"data.{name}")
         if config.data.holdout_ids:
             found["holdout_ids"] = _file_hash(Path(config.data.holdout_ids).expanduser(), "data.holdout_ids")
-        folder = source(config, run_dir, "dicom_dir")
+        folder = run.source("dicom_dir")
         if folder is not None:
             found["films"] = _listing_hash(folder)
         return found
     if stage in ("infer", "merge"):
-        folder = infer_source(config, run_dir)
+        folder = run.infer_source
         if folder is not None:
             found["films"] = _listing_hash(folder)
-        for i, path in enumerate(model_paths(config, run_dir)):
+        for i, path in enumerate(run.model_paths()):
             found[f"model{i}"] = _file_hash(path, "infer.models")
-        pooled = pooled_thresholds(model_paths(config, run_dir))
+        pooled = pooled_thresholds(run.model_paths())
         if pooled:
             found["pooled_thresholds"] = sha256_file(pooled)
         return found
-    folds = sorted(int(p.name[4:]) for p in run_dir.glob("fold*") if p.name[4:].isdigit())
-    for name, k in upstream(config, stage, fold, folds):
+    for name, k in upstream(run.config, stage, fold, run.folds):
         outputs = _outputs_read(config, stage, name)
-        done = read_done(config, run_dir, name, k)
+        done = read_done(run, name, k)
         if done is None:
             if stage == "pool":
                 continue
-            where = stage_dir(config, run_dir, name, k)
+            where = run.dir_of(name, k)
             raise ConfigError(
                 f"{STAGES[stage].title} needs {STAGES[STAGES[name].closes or name].title}, "
                 f"which is not done in {where}: run it first"
@@ -118,19 +119,17 @@ def _file_hash(path: Path, key: str) -> str:
         raise ConfigError(f"{key}={path}: {error.strerror}: give a file that can be read") from None
 
 
-def read_done(config: Config, run_dir: Path, stage: str, fold: int | None) -> dict[str, Any] | None:
+def read_done(run: Run, stage: str, fold: int | None) -> dict[str, Any] | None:
     """Return the stage's DONE.json, or None where there is none."""
     try:
-        record = dict(read_json(stage_dir(config, run_dir, stage, fold) / "DONE.json"))
+        record = dict(read_json(run.done_file(stage, fold)))
         if not {"settings", "inputs", "outputs"} <= record.keys():
             raise ValueError
         return record
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):
-        log.warning(
-            "%s is damaged: the stage counts as not done", stage_dir(config, run_dir, stage, fold) / "DONE.json"
-        )
+        log.warning("%s is damaged: the stage counts as not done", run.done_file(stage, fold))
         return None
 
 
@@ -139,24 +138,24 @@ def result_hash(settings: dict[str, Any], inputs: dict[str, str]) -> str:
     return sha256_text(json.dumps({"settings": settings, "inputs": inputs}, sort_keys=True))
 
 
-def differences(config: Config, run_dir: Path, stage: str, fold: int | None) -> list[str] | None:
+def differences(run: Run, stage: str, fold: int | None) -> list[str] | None:
     """Compare a stage's DONE.json with what would be run now.
 
     Returns:
         None when the stage has not been done (or something it reads is missing now), [] when it is done with the
         same settings and inputs, else the keys that differ.
     """
-    done = read_done(config, run_dir, stage, fold)
+    done = read_done(run, stage, fold)
     if done is None:
         return None
     try:
-        inputs = inputs_of(config, run_dir, stage, fold)
+        inputs = inputs_of(run, stage, fold)
     except ConfigError:
         return None
-    now = settings_of(config, stage) | inputs
+    now = settings_of(run.config, stage) | inputs
     before = done["settings"] | done["inputs"]
     keys = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
-    if not keys and stage == "finalize" and not shards_cover(config, done):
+    if not keys and stage == "finalize" and not shards_cover(run.config, done):
         return None  # a new size is added to the shards that are there
     return keys
 
@@ -166,9 +165,9 @@ def shards_cover(config: Config, done: dict[str, Any]) -> bool:
     return {f"manifest-{size}" for size in config.sizes} <= done["outputs"].keys()
 
 
-def refuse_difference(config: Config, run_dir: Path, stage: str, fold: int | None, keys: list[str]) -> None:
+def refuse_difference(run: Run, stage: str, fold: int | None, keys: list[str]) -> None:
     """Raise ConfigError saying what differs from the result that is there, and the two ways on."""
-    where = stage_dir(config, run_dir, stage, fold)
+    where = run.dir_of(stage, fold)
     raise ConfigError(
         f"{where} is done with other settings ({', '.join(keys)}): "
         "take another name with --run OTHER, or start it over with --redo"
@@ -177,16 +176,15 @@ def refuse_difference(config: Config, run_dir: Path, stage: str, fold: int | Non
 
 def _name(task: Task, path: Path) -> str:
     """Return an output's path relative to the run, or to the stage's directory where that lies outside."""
-    base = task.run_dir if path.is_relative_to(task.run_dir) else task.out
+    base = task.run.folder if path.is_relative_to(task.run.folder) else task.out
     return path.relative_to(base).as_posix()
 
 
 def write_done(task: Task, outputs: dict[str, Path]) -> None:
     """Write DONE.json, the last file of a stage. No times or hosts: shards with theirs are compared byte for byte."""
-    if task.attempt:
-        task.attempt.check()
+    task.check_attempt()
     write_json(
-        task.out / "DONE.json",
+        task.run.done_file(task.stage, task.fold),
         {
             "stage": task.stage,
             "fold": task.fold,

@@ -17,30 +17,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pneumo_dist import config as configuration
 from pneumo_dist import done
 from pneumo_dist.chain import STAGES, Node, closing
-from pneumo_dist.config import Config, ConfigError
+from pneumo_dist.config import ConfigError
+from pneumo_dist.run import Run
 from pneumo_dist.runtime import ranks as ranks_module
 from pneumo_dist.runtime import stopping
 from pneumo_dist.runtime.failure import told
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.runtime.runlog import setup as setup_log
-from pneumo_dist.runtime.task import Attempt, Task, stage_dir
+from pneumo_dist.runtime.task import Attempt, Task
 
 log = logging.getLogger("pneumo_dist.stages")
-
-
-def submitted_config(run_dir: Path, node_key: str) -> Config:
-    """Read the configuration of a job's last submission, else the run's.
-
-    Raises:
-        ConfigError: the run has no configuration.
-    """
-    for path in (run_dir / "jobs" / f"{node_key}.yaml", run_dir / "config.yaml"):
-        if path.exists():
-            return configuration.load(path)
-    raise ConfigError(f"{run_dir}: no config.yaml: is this a run directory? submit.py makes one")
 
 
 def run_stage(
@@ -57,30 +45,28 @@ def run_stage(
         stopping.Stopped: a signal asked to leave; the state is saved.
     """
     node = Node(stage, fold, ())
-    run_dir = Path(run_dir).absolute()
-    config = submitted_config(run_dir, node.key)
+    run = Run.of_job(run_dir, node.key)
     stop = stop or stopping.StopSignal()
     row = STAGES[stage]
     if row.per_fold and fold is None:
         raise ConfigError(f"{row.title} belongs to a fold: give --fold K")
-    ranks = ranks_module.init(config.train.first_timeout_s) if row.shape == "ranks" else Ranks()
+    ranks = ranks_module.init(run.config.train.first_timeout_s) if row.shape == "ranks" else Ranks()
     setup_log(ranks.rank)
     started = time.monotonic()
     # Rank 0 looks and decides for all: file systems may show the others an older state.
-    decided = ranks.broadcast(ranks.on_first(lambda: _decide(config, run_dir, stage, fold)))
+    decided = ranks.broadcast(ranks.on_first(lambda: _decide(run, stage, fold)))
     if isinstance(decided, str):
         raise ConfigError(decided)
     if decided is None:
-        log.info("%s is done in %s", node.key, stage_dir(config, run_dir, stage, fold))
+        log.info("%s is done in %s", node.key, run.dir_of(stage, fold))
         ranks_module.close(ranks)
         return
     settings, inputs = decided
     attempt = None
     if row.shape != "array":
-        token = run_dir / "jobs" / f"{node.key}.attempt"
-        attempt = ranks.broadcast(ranks.on_first(lambda: Attempt.begin(token)))
+        attempt = ranks.broadcast(ranks.on_first(lambda: Attempt.begin(run.attempt_file(node.key))))
     task = Task(
-        config=config, run_dir=run_dir, stage=stage, fold=fold, part=part, ranks=ranks, stop=stop, attempt=attempt,
+        run=run, stage=stage, fold=fold, part=part, ranks=ranks, stop=stop, attempt=attempt,
         result_hash=done.result_hash(settings, inputs), settings=settings, inputs=inputs,
     )  # fmt: skip
     log.info("%s starts on %s: rank %d of %d", node.key, ranks_module.host(), ranks.rank, ranks.world_size)
@@ -98,17 +84,15 @@ def run_stage(
     ranks_module.close(ranks)
 
 
-def _decide(
-    config: Config, run_dir: Path, stage: str, fold: int | None
-) -> tuple[dict[str, Any], dict[str, str]] | str | None:
+def _decide(run: Run, stage: str, fold: int | None) -> tuple[dict[str, Any], dict[str, str]] | str | None:
     """Return what determines the result, None when it is there already, or the line that says why it cannot run."""
     try:
-        keys = done.differences(config, run_dir, closing(stage), fold)
+        keys = done.differences(run, closing(stage), fold)
         if keys:
-            done.refuse_difference(config, run_dir, closing(stage), fold, keys)
+            done.refuse_difference(run, closing(stage), fold, keys)
         if keys == []:
             return None
-        return done.settings_of(config, stage), done.inputs_of(config, run_dir, stage, fold)
+        return done.settings_of(run.config, stage), done.inputs_of(run, stage, fold)
     except ConfigError as error:
         return str(error)
 

@@ -11,6 +11,7 @@ import torch
 from pneumo_dist.config import Config, load
 from pneumo_dist.model.modelfile import save_model
 from pneumo_dist.model.unet import ResNet34UNet, normalise
+from pneumo_dist.run import Run
 from pneumo_dist.runtime.task import Task
 
 PATIENT = "Nobody^Nemo"
@@ -77,7 +78,7 @@ def task(run_dir: Path, stage: str, overrides: list[str], **place: Any) -> Task:
     """A task of a run with the given configuration."""
     config: Config = load(None, ["train.threads=2", "data.workers=2", *overrides])
     run_dir.mkdir(parents=True, exist_ok=True)
-    return Task(config=config, run_dir=run_dir, stage=stage, **place)
+    return Task(run=Run(run_dir, config), stage=stage, **place)
 
 
 def make_shards(run_dir: Path, overrides: list[str]) -> None:

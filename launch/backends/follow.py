@@ -9,7 +9,6 @@ from launch.monitor.display import Display
 from launch.monitor.outcome import tell
 from launch.monitor.status import collect
 from launch.monitor.table import trouble
-from launch.planning.arguments import Request
 from launch.planning.plan import Plan
 from launch.state import progress
 from launch.state import slurm_client as slurm
@@ -32,7 +31,7 @@ def _state(rows: list[slurm.JobState]) -> str:
     return text
 
 
-def follow(request: Request, made: Plan, submitted: dict[str, str]) -> int:
+def follow(plan: Plan, submitted: dict[str, str]) -> int:
     """Print every change of the jobs until none is left, and return 0 when all of the plan is done, else 1."""
     display = Display()
     began = time.time()
@@ -51,7 +50,7 @@ def follow(request: Request, made: Plan, submitted: dict[str, str]) -> int:
                 continue
             complained = False
             running = {}
-            for node in made.todo:
+            for node in plan.todo:
                 job_id = submitted[node.key]
                 mine = [row for row in rows if row.parent == job_id]
                 state = _state(mine)
@@ -59,28 +58,27 @@ def follow(request: Request, made: Plan, submitted: dict[str, str]) -> int:
                     told[node.key] = state
                     display.say(f"{time.strftime('%H:%M:%S')} {node.key:18} {job_id:>8} {state}")
                 if any(row.state == "RUNNING" for row in mine):
-                    running[node.key] = progress.of(made.recipe.config, made.recipe.run_dir, node, began)
+                    running[node.key] = progress.of(plan.run, node, began)
             display.progress({key: (at.share, str(at)) for key, at in running.items() if at})
             quiet_looks = 0 if any(row.live for row in rows) else quiet_looks + 1
     except KeyboardInterrupt:
         display.close()  # it would take away what is written below it
         print(
-            f"\nno longer waiting; the jobs go on (python launch/runs.py cancel {made.recipe.word} stops them)",
+            f"\nno longer waiting; the jobs go on (python launch/runs.py cancel {plan.runs_argument} stops them)",
             file=sys.stderr,
         )
         return 130
     finally:
         display.close()
-    return _result(request, made, submitted)
+    return _result(plan, submitted)
 
 
-def _result(request: Request, made: Plan, submitted: dict[str, str]) -> int:
-    config, run_dir = made.recipe.config, made.recipe.run_dir
+def _result(plan: Plan, submitted: dict[str, str]) -> int:
     deadline = time.monotonic() + SETTLE_S
     while True:
-        undone = [node for node in made.todo if done.differences(config, run_dir, closing(node.stage), node.fold) != []]
+        undone = [node for node in plan.todo if done.differences(plan.run, closing(node.stage), node.fold) != []]
         if not undone:
-            tell(made, request.stage)
+            tell(plan)
             return 0
         try:
             states = slurm.states(submitted.values())
@@ -90,7 +88,7 @@ def _result(request: Request, made: Plan, submitted: dict[str, str]) -> int:
         if not ended_well or time.monotonic() > deadline:
             break
         time.sleep(1)
-    rows, note = collect(run_dir)
+    rows, note = collect(plan.run)
     said = trouble([row for row in rows if row.node.key in submitted])
     print(f"error: {said or note or f'{undone[-1].key} ended without a result'}", file=sys.stderr)
     return 1

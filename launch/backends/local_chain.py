@@ -7,12 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-from launch.backends.prepare import entry, lock_path, prepare, refuse_live
+from launch.backends.prepare import entry, prepare, refuse_live
 from launch.backends.workers import Foreground, store_folder, workers
 from launch.monitor.display import Display
 from launch.monitor.outcome import tell, why
-from launch.planning import plan
-from launch.planning.arguments import Request
 from launch.planning.plan import Plan
 from launch.planning.site import Site
 from launch.state import progress
@@ -23,43 +21,42 @@ from pneumo_dist.config import ConfigError
 LOOK_EVERY_S = 2.0
 
 
-def run_here(request: Request, made: Plan, site: Site) -> int:
+def run_here(plan: Plan, site: Site) -> int:
     """Run the plan's jobs in order and return the exit status: 0, 1 failed, 130 Ctrl-C, 143 SIGTERM.
 
     Raises:
         ConfigError: another process is on one of the stages.
     """
-    run_dir = made.recipe.run_dir
-    ledger = Ledger(run_dir)
+    run, ledger = plan.run, Ledger(plan.run)
     locks: list[Lock] = []
     display = Display()
-    watched = _Watched(made, display)
+    watched = _Watched(plan, display)
     with Foreground(display.pass_on, watched.look) as foreground:
         try:
-            refuse_live(made, ledger, slurm_answers=False)
-            for node in made.todo:
+            refuse_live(plan, ledger, slurm_answers=False)
+            for node in plan.todo:
                 try:
-                    locks.append(lock(lock_path(run_dir, node.key)))
+                    locks.append(lock(run.lock(node.key)))
                 except Locked as error:
                     raise ConfigError(f"{error.holder} is on {node.key} of this run already: wait for it") from None
-            code = prepare(request, made).code
-            chain = _Chain(request, made, site, foreground, watched, ledger, code, [one.descriptor for one in locks])
-            for node in made.todo:
+            code = prepare(plan).code
+            chain = _Chain(plan, site, foreground, watched, ledger, code, [one.descriptor for one in locks])
+            for node in plan.todo:
                 status = chain.run(node)
                 if status:
                     return status
         finally:
             for one in locks:
                 one.release()
-    tell(made, request.stage)
+    tell(plan)
     return 0
 
 
 class _Watched:
     """The progress of the job that runs, looked at from time to time."""
 
-    def __init__(self, made: Plan, display: Display) -> None:
-        self._made, self._display = made, display
+    def __init__(self, plan: Plan, display: Display) -> None:
+        self._plan, self._display = plan, display
         self._node: Node | None = None
         self._since = self._next = 0.0
 
@@ -77,9 +74,8 @@ class _Watched:
         if self._node is None or time.monotonic() < self._next:
             return
         self._next = time.monotonic() + LOOK_EVERY_S
-        recipe = self._made.recipe
-        at = progress.of(recipe.config, recipe.run_dir, self._node, self._since)
-        name = plan.title(self._node.stage, self._node.fold, len(self._made.folds))
+        at = progress.of(self._plan.run, self._node, self._since)
+        name = self._plan.title(self._node.stage, self._node.fold)
         self._display.progress({name: (at.share, str(at))} if at else {})
 
 
@@ -88,8 +84,7 @@ class _Chain:
 
     def __init__(
         self,
-        request: Request,
-        made: Plan,
+        plan: Plan,
         site: Site,
         foreground: Foreground,
         watched: _Watched,
@@ -97,16 +92,16 @@ class _Chain:
         code: Path,
         locks: list[int],
     ) -> None:
-        self.request, self.made, self.site = request, made, site
+        self.plan, self.site = plan, site
         self.foreground, self.watched = foreground, watched
         self.ledger, self.code, self.locks = ledger, code, locks
 
     def run(self, node: Node) -> int:
         """Run one job to its end and return its exit status."""
         kind = STAGES[node.stage].shape
-        count = 1 if kind == "single" else self.site.ranks(self.request.nodes)
-        title = plan.title(node.stage, node.fold, len(self.made.folds))
-        mark = f"[{self.made.todo.index(node) + 1}/{len(self.made.todo)}] {title}"
+        count = 1 if kind == "single" else self.site.ranks(self.plan.request.nodes)
+        title = self.plan.title(node.stage, node.fold)
+        mark = f"[{self.plan.todo.index(node) + 1}/{len(self.plan.todo)}] {title}"
         print(mark + (f": {count} processes" if count > 1 else ""), flush=True)
         began = time.monotonic()
         with store_folder() as folder:
@@ -116,7 +111,7 @@ class _Chain:
                 fold=node.fold,
                 kind=kind,
                 count=count,
-                run_dir=self.made.recipe.run_dir,
+                run=self.plan.run,
                 code=self.code,
                 store=Path(folder) / "store",
             )
@@ -144,4 +139,4 @@ class _Chain:
     def _note(self, node: Node, count: int, event: str = "submitted", status: int | None = None) -> None:
         log = f"local-{node.key}-%r.out"
         more = {"event": event, "status": status, "job_id": str(os.getpid()), "processes": count, "log": log}
-        self.ledger.append(entry(self.request, self.made, self.site, node, self.code, **more))
+        self.ledger.append(entry(self.plan, self.site, node, self.code, **more))

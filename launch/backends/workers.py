@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from pneumo_dist.run import RunFolder
+
 PR_SET_PDEATHSIG = 1
 BLOCKED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 COOPERATIVE = tuple(128 + s for s in BLOCKED)  # exit statuses of a worker that saved and left
@@ -66,7 +68,7 @@ def workers(
     fold: int | None,
     kind: str,
     count: int,
-    run_dir: Path,
+    run: RunFolder,
     code: Path,
     store: Path,
     python: str = sys.executable,
@@ -76,7 +78,7 @@ def workers(
     cards = gpus() if kind == "array" and stage == "infer" else []
     found = []
     for i in range(count):
-        command = [python, "-m", "pneumo_dist.stages", "--stage", stage, "--run-dir", str(run_dir)]
+        command = [python, "-m", "pneumo_dist.stages", "--stage", stage, "--run-dir", str(run.folder)]
         command += ["--fold", str(fold)] if fold is not None else []
         command += ["--part", f"{i}/{count}"] if kind == "array" else []
         ranks = kind == "ranks"
@@ -94,7 +96,7 @@ def workers(
         }
         if cards:
             environ["CUDA_VISIBLE_DEVICES"] = cards[i % len(cards)]
-        found.append(Worker(command, environ, run_dir / "jobs" / f"local-{key}-{i}.out", code))
+        found.append(Worker(command, environ, run.jobs_dir / f"local-{key}-{i}.out", code))
     return found
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from launch import bootstrap
 from launch.planning.plan import Plan
-from pneumo_dist.config import Config, ConfigError
+from pneumo_dist.config import ConfigError
+from pneumo_dist.run import Run
 from pneumo_dist.runtime.files import read_json
-from pneumo_dist.runtime.task import infer_dir, stage_dir
 
 TAIL_BYTES = 64 * 1024
 # The last line of a traceback, our own one-line errors, and what SLURM and the kernel say about a killed job.
@@ -109,28 +109,28 @@ def score_table(folder: Path) -> list[str]:
     return [f"{scores['films']} films of {scores['patients']} patients, {scores['positive']} with pneumothorax", *text]
 
 
-def tell(made: Plan, stage: str) -> None:
+def tell(plan: Plan) -> None:
     """Print where a finished stage's result lies, and the scores after an evaluation, an inference or the chain."""
-    recipe, last = made.recipe, made.targets[-1]
-    print(f"done: {shown(stage_dir(recipe.config, recipe.run_dir, last.stage, last.fold))}", flush=True)
-    if stage in ("evaluate", "infer", "all"):
-        print(outcome_text(recipe.config, recipe.run_dir, made.folds), flush=True)
+    last = plan.targets[-1]
+    print(f"done: {shown(plan.run.dir_of(last.stage, last.fold))}", flush=True)
+    if plan.request.stage in ("evaluate", "infer", "all"):
+        print(outcome_text(plan.run, plan.folds), flush=True)
 
 
-def outcome_text(config: Config, run_dir: Path, folds: tuple[int, ...]) -> str:
+def outcome_text(run: Run, folds: tuple[int, ...]) -> str:
     """Return the scores of the run (pooled, where there are several folds) and the places of all that it made."""
-    scores = [run_dir / "evaluate"] if len(folds) > 1 else [run_dir / f"fold{k}" / "evaluate" for k in folds]
+    scores = [run.dir_of("pool")] if len(folds) > 1 else [run.dir_of("evaluate", k) for k in folds]
     lines = [line for folder in scores if (folder / "DONE.json").is_file() for line in score_table(folder)]
-    places = [("model", run_dir / f"fold{k}" / "model.pt") for k in folds]
+    places = [("model", run.model(k)) for k in folds]
     places += [("report", folder / "report.html") for folder in scores]
     try:
-        folder = infer_dir(config, run_dir)
+        folder = run.infer_dir
         names = {"submission": "submission.csv", "overlays": "overlays", "masks": "masks", "films": "report.html"}
         places += [(name, folder / file) for name, file in names.items()]
     except ConfigError:
         pass  # nothing to infer on has been named
     found = [f"{name:14}{shown(path)}" for name, path in places if path.exists()]
-    if any(run_dir.glob("fold*/*/tensorboard")):
+    if any(run.folder.glob("fold*/*/tensorboard")):
         program = shown(Path(bootstrap.ROOT) / "launch" / "runs.py")
-        found.append(f"{'TensorBoard':14}python {program} tensorboard {shown(run_dir)}")
+        found.append(f"{'TensorBoard':14}python {program} tensorboard {shown(run.folder)}")
     return "\n".join(["", *lines, "", *found] if lines else ["", *found] if found else [])

@@ -9,18 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.backends.prepare import lock_path
 from launch.monitor.outcome import requeued_for, why
 from launch.state import progress
 from launch.state import slurm_client as slurm
 from launch.state.ledger import Entry, Ledger, holder
 from launch.state.progress import Progress
 from pneumo_dist import chain, done
-from pneumo_dist import config as configuration
 from pneumo_dist.chain import STAGES, Node, closing
-from pneumo_dist.config import Config, ConfigError
+from pneumo_dist.config import ConfigError
+from pneumo_dist.run import Run, RunFolder
 from pneumo_dist.runtime.files import read_json
-from pneumo_dist.runtime.task import stage_dir
 
 # SLURM's words, and for jobs of this machine KILLED and INTERRUPTED; ENDED: nobody knows how.
 FAILED = (
@@ -63,27 +61,25 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RowInputs:
     """What all rows of a run are made from."""
 
-    config: Config
-    text: str  # the same, as it stands in config.yaml
-    folder: Path
+    run: Run
+    text: str  # its configuration as it stands in config.yaml
     entries: Sequence[Entry]
     states: Mapping[str, slurm.JobState]
     unknown: str  # the state of a job of which SLURM says nothing and that has no result
 
 
-def folds_of(run_dir: Path, entries: Sequence[Entry]) -> list[int]:
+def folds_of(run: RunFolder, entries: Sequence[Entry]) -> list[int]:
     """Return the folds that a run has or was asked for."""
-    found = {int(p.name[4:]) for p in run_dir.glob("fold*") if p.name[4:].isdigit()}
-    return sorted(found | {e.fold for e in entries if e.fold is not None}) or [0]
+    return sorted({*run.folds, *(e.fold for e in entries if e.fold is not None)}) or [0]
 
 
-def logs_of(run_dir: Path, entry: Entry) -> list[Path]:
+def logs_of(run: RunFolder, entry: Entry) -> list[Path]:
     """Return the log files of a submission, by element and rank."""
     pattern = entry.log.replace("%r", "*").replace("%a", "*")
-    found = list((run_dir / "jobs").glob(pattern)) if pattern else []
+    found = list(run.jobs_dir.glob(pattern)) if pattern else []
 
     def numbers(path: Path) -> list[int]:
         return [int(word) for word in path.stem.replace("-", "_").split("_") if word.isdigit()]
@@ -99,79 +95,75 @@ def submitted_at(entry: Entry) -> float:
         return 0.0
 
 
-def ask(run_dirs: Sequence[Path]) -> tuple[dict[str, slurm.JobState], str]:
+def ask(runs: Sequence[RunFolder]) -> tuple[dict[str, slurm.JobState], str]:
     """Return what SLURM says of all jobs of these runs, and a note where it could not be asked ("" otherwise)."""
-    entries = [entry for folder in run_dirs for entry in Ledger(folder).entries()]
+    entries = [entry for run in runs for entry in Ledger(run).entries()]
     try:
         return slurm.states([e.job_id for e in entries if e.cluster == "slurm"]), ""
     except slurm.SlurmError as error:
         return {}, f"SLURM does not answer ({error}): states are those of the files"
 
 
-def collect(run_dir: Path, asked: tuple[dict[str, slurm.JobState], str] | None = None) -> tuple[list[Row], str]:
+def collect(run: Run, asked: tuple[dict[str, slurm.JobState], str] | None = None) -> tuple[list[Row], str]:
     """Return a row for every job of the run's chain, and a note where SLURM could not be asked ("" otherwise).
 
     Args:
         asked: what `ask` has returned for several runs at once.
-
-    Raises:
-        ConfigError: this is no run directory.
     """
-    if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"{run_dir}: no such run (no config.yaml): python launch/runs.py list shows what there is")
-    config, text = configuration.load(run_dir / "config.yaml"), (run_dir / "config.yaml").read_text()
-    entries = Ledger(run_dir).entries()
-    folds = [k for k in folds_of(run_dir, entries) if k < config.data.folds] or [0]
-    states, note = asked or ask([run_dir])
+    entries = Ledger(run).entries()
+    folds = [k for k in folds_of(run, entries) if k < run.config.data.folds] or [0]
+    states, note = asked or ask([run])
     # Without accounting the controller forgets a job some minutes after its end: then only the files can tell.
     unknown = "UNKNOWN" if note else "ENDED"
-    run = Run(config=config, text=text, folder=run_dir, entries=entries, states=states, unknown=unknown)
-    return [_row(run, node) for node in chain.jobs_of(config, "all", folds)], note
+    inputs = RowInputs(run=run, text=run.config_file.read_text(), entries=entries, states=states, unknown=unknown)
+    return [_row(inputs, node) for node in chain.jobs_of(run.config, "all", folds)], note
 
 
-def _config_of(run: Run, node: Node) -> Config:
-    """Return the configuration of a job's newest submission, as the job reads it; else the run's."""
-    path = run.folder / "jobs" / f"{node.key}.yaml"
+def _as_submitted(inputs: RowInputs, node: Node) -> Run:
+    """Return the run with the configuration of a job's newest submission, as the job reads it; else its own."""
+    path = inputs.run.job_config_file(node.key)
     try:
-        return run.config if path.read_text() == run.text else configuration.load(path)  # reading one takes a while
+        if path.read_text() == inputs.text:  # reading a configuration takes a while
+            return inputs.run
+        return Run.of_job(inputs.run.folder, node.key)
     except (OSError, ConfigError):
-        return run.config
+        return inputs.run
 
 
-def _row(run: Run, node: Node) -> Row:
-    run = replace(run, config=_config_of(run, node))
-    mine = [e for e in run.entries if e.key == node.key]
+def _row(inputs: RowInputs, node: Node) -> Row:
+    run = _as_submitted(inputs, node)
+    mine = [e for e in inputs.entries if e.key == node.key]
     last = next((e for e in reversed(mine) if e.event == "submitted"), None)
     try:
-        record = done.read_done(run.config, run.folder, closing(node.stage), node.fold)
+        record = done.read_done(run, closing(node.stage), node.fold)
     except ConfigError:
         record = None
     row = Row(node=node, state="done" if record else "-", score=_score(run, node))
     if last is None:  # waits in a chain on this machine, or was started by a plain script
-        held = None if record else holder(lock_path(run.folder, node.key))
-        row = replace(row, progress=progress.of(run.config, run.folder, node))
+        held = None if record else holder(run.lock(node.key))
+        row = replace(row, progress=progress.of(run, node))
         return replace(row, state="PENDING", reason=f"its turn comes; {held}") if held else row
     command = tuple(map(str, last.extra.get("command") or ()))
     attempts = sum(e.event == "submitted" for e in mine)
     row = replace(row, job_id=last.job_id if last.cluster == "slurm" else "local", attempts=attempts, command=command)
-    logs = logs_of(run.folder, last)
-    at = progress.of(run.config, run.folder, node, submitted_at(last))
+    logs = logs_of(run, last)
+    at = progress.of(run, node, submitted_at(last))
     row = replace(row, log=logs[0] if logs else None, progress=at)
     if last.cluster == "slurm":
-        row = _on_slurm(run, row, last, logs, bool(record))
+        row = _on_slurm(inputs, row, last, logs, bool(record))
     elif not record:
-        state, reason = _local_state(run.folder, node, mine)
+        state, reason = _local_state(run, node, mine)
         row = replace(row, state=state, reason=reason, nodes=last.host)
     return _with_error(row, logs)
 
 
-def _on_slurm(run: Run, row: Row, last: Entry, logs: Sequence[Path], is_done: bool) -> Row:
+def _on_slurm(inputs: RowInputs, row: Row, last: Entry, logs: Sequence[Path], is_done: bool) -> Row:
     """Add what SLURM says of the newest submission; of an ended job its result on disk counts more."""
-    found = [s for s in run.states.values() if s.parent == last.job_id and s.name in (last.name, "")]
+    found = [s for s in inputs.states.values() if s.parent == last.job_id and s.name in (last.name, "")]
     if not found:
         # An array is forgotten while the job that joins it still waits.
         whole = STAGES[row.node.stage].shape == "array" and row.progress and row.progress.share >= 1
-        return row if is_done else replace(row, state="COMPLETED" if whole else run.unknown)
+        return row if is_done else replace(row, state="COMPLETED" if whole else inputs.unknown)
     restarts = max(s.restarts for s in found)
     nodes = ",".join(dict.fromkeys(s.nodes for s in found if s.nodes))
     row = replace(row, attempts=row.attempts + restarts, nodes=nodes)
@@ -203,9 +195,9 @@ def _together(found: Sequence[slurm.JobState], elements: int) -> tuple[str, str]
     return most.state, ", ".join([*done_of, *others, *([most.reason] if most.reason else [])])
 
 
-def _local_state(run_dir: Path, node: Node, entries: Sequence[Entry]) -> tuple[str, str]:
+def _local_state(run: Run, node: Node, entries: Sequence[Entry]) -> tuple[str, str]:
     """Return state and reason of a job that last ran on this machine (or another one without SLURM)."""
-    held = holder(lock_path(run_dir, node.key))
+    held = holder(run.lock(node.key))
     last = entries[-1]
     own = held == f"process {last.job_id} on {last.host}"  # as ledger.lock writes it
     if held and not own:  # a later submit.py, which may be at another job
@@ -228,14 +220,14 @@ def _with_error(row: Row, logs: Sequence[Path]) -> Row:
 
 
 def _score(run: Run, node: Node) -> str:
-    rows = progress.epochs(run.folder, node)
+    rows = progress.epochs(run, node)
     if rows and "best_dice" in rows[-1]:
         last = next((row for row in reversed(rows) if "dice" in row), rows[-1])
         best = f"best {rows[-1]['best_dice']:.4f} (epoch {rows[-1]['best_epoch']})"
         return f"Dice {last['dice']:.4f}, {best}" if "dice" in last else best
     if node.stage in ("evaluate", "pool"):
         try:
-            scores = read_json(stage_dir(run.config, run.folder, node.stage, node.fold) / "scores.json")
+            scores = read_json(run.dir_of(node.stage, node.fold) / "scores.json")
             fixed, empty = scores["headline"]["fixed"], scores["dice_all_empty"]
             return f"Dice {fixed['dice']:.4f} (all empty {empty:.4f}), on positives {fixed['dice_positive']:.4f}"
         except (OSError, KeyError, TypeError, ValueError):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 from launch.monitor.outcome import shown
 from launch.monitor.status import Row
 from launch.state.ledger import Entry
+from pneumo_dist.run import RunFolder
 
 HEADS = ("stage", "job", "state", "nodes", "try", "progress", "score")
 # What helps, by state or by the reason for which a job waits without an end in sight.
@@ -27,18 +27,18 @@ _HELP = {
 _FROM_OUTSIDE = ("CANCELLED", "PREEMPTED", "NODE_FAIL", "KILLED", "INTERRUPTED", "TIMEOUT", "REVOKED", "DEADLINE")
 
 
-def heading(run_dir: Path, entries: Sequence[Entry]) -> str:
+def heading(run: RunFolder, entries: Sequence[Entry]) -> str:
     """Return what run this is and from which code its newest jobs come."""
     last = next((entry for entry in reversed(entries) if entry.event == "submitted"), None)
     if last is None:
-        return f"run {run_dir.name} in {shown(run_dir)}"
+        return f"run {run.name} in {shown(run.folder)}"
     git = last.extra.get("git") or {}
     changed = git.get("changed_files", 0)
     commit = f", commit {git['commit'][:10]}" if git else ""
     dirty = f" with changes in {changed} file{'s' if changed > 1 else ''}" if changed else ""
     when = last.time.replace("T", " ").replace("Z", " UTC")
     code = f", code/{last.code}" if last.code else ""
-    return f"run {run_dir.name} in {shown(run_dir)}; last submitted {when}{commit}{dirty}{code}"
+    return f"run {run.name} in {shown(run.folder)}; last submitted {when}{commit}{dirty}{code}"
 
 
 def table(rows: Sequence[Row]) -> str:

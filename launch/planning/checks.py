@@ -30,7 +30,7 @@ def _existing(path: Path) -> Path:
 
 
 def _writable(run_dir: Path, probe: bool) -> str | None:
-    """Say why the run directory cannot be written, or None. With `probe` it is made, and a file in it tried."""
+    """Say why the run directory cannot be written, or None. With `probe` it is plan, and a file in it tried."""
     advice = "choose another place with run_root=DIR"
     parent = _existing(run_dir)
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -50,19 +50,16 @@ def _writable(run_dir: Path, probe: bool) -> str | None:
 
 
 def _space(plan: Plan) -> str | None:
-    config = plan.recipe.config
+    config = plan.run.config
     training = [node for node in plan.todo if node.stage in TRAIN_STAGES]
     if not training:
         return None
     each = (config.train.keep + 1) * CHECKPOINT_BYTES + 3 * WEIGHTS_BYTES
     need = len(training) * each
-    there = _existing(plan.recipe.run_dir)
+    there = _existing(plan.run.folder)
     free = shutil.disk_usage(there).free
     kept = sum(
-        f.stat().st_size
-        for node in training
-        for f in plan.recipe.run_dir.glob(f"fold{node.fold}/stage{node.stage}/**/*")
-        if f.is_file()
+        f.stat().st_size for node in training for f in plan.run.dir_of(node.stage, node.fold).rglob("*") if f.is_file()
     )
     if free + kept >= need:
         return None
@@ -72,9 +69,11 @@ def _space(plan: Plan) -> str | None:
     )
 
 
-def _ranks(plan: Plan, nodes: int, ranks: int) -> Iterator[str]:
+def _ranks(plan: Plan, site: Site) -> Iterator[str]:
+    nodes = plan.request.nodes
+    ranks = site.ranks(nodes)
     for stage in dict.fromkeys(node.stage for node in plan.todo if node.stage in TRAIN_STAGES):
-        batch = plan.recipe.config.train_stage(stage).batch_size
+        batch = plan.run.config.train_stage(stage).batch_size
         if ranks > batch:
             yield (
                 f"stage{stage}.batch_size={batch} cannot feed {ranks} ranks (--nodes {nodes} x {ranks // nodes}): "
@@ -83,7 +82,7 @@ def _ranks(plan: Plan, nodes: int, ranks: int) -> Iterator[str]:
 
 
 def _paths(plan: Plan) -> Iterator[str]:
-    config = plan.recipe.config
+    config = plan.run.config
     stages = {node.stage for node in plan.todo}
     if "1" in stages and config.model.weights and not Path(config.model.weights).is_file():
         fetch = "`.venv/bin/python -m pneumo_dist.model.pretrained` fetches them and prints their place"
@@ -107,16 +106,16 @@ def _paths(plan: Plan) -> Iterator[str]:
 def _sources(plan: Plan) -> Iterator[str]:
     """Ask the packages that read films whether there is something to read."""
     stages = {node.stage for node in plan.todo}
-    config, run_dir = plan.recipe.config, plan.recipe.run_dir
+    run, config = plan.run, plan.run.config
     if "preprocess" in stages and not config.phantom.films:
         from pneumo_dist.data.preprocess.source import check_source
 
-        yield from _said(lambda: check_source(config, run_dir))
+        yield from _said(lambda: check_source(run))
     listed = config.phantom.films or "preprocess" in stages  # without infer.dir the same films once more
     if "infer" in stages and (config.infer.dir or not listed):
-        from pneumo_dist.inference.film_plan import check_source as check_infer
+        from pneumo_dist.inference.film_plan import check_films
 
-        yield from _said(lambda: check_infer(config, run_dir))
+        yield from _said(lambda: check_films(run))
 
 
 def _said(check: Callable[[], object]) -> Iterator[str]:
@@ -126,10 +125,11 @@ def _said(check: Callable[[], object]) -> Iterator[str]:
         yield str(error)
 
 
-def _limits(made: Plan, nodes: int, profile: Profile) -> Iterator[str]:
+def _limits(plan: Plan, profile: Profile) -> Iterator[str]:
     """Compare what is asked for with what the partitions allow: SLURM would let such a job wait for ever."""
+    nodes = plan.request.nodes
     known: dict[str | None, slurm.Partition | None] = {}
-    for stage in dict.fromkeys(node.stage for node in made.todo):
+    for stage in dict.fromkeys(node.stage for node in plan.todo):
         asked, minutes = profile.resources(stage), profile.minutes(stage)
         if asked.partition not in known:
             known[asked.partition] = slurm.partition(asked.partition)
@@ -151,32 +151,32 @@ def _limits(made: Plan, nodes: int, profile: Profile) -> Iterator[str]:
             )
 
 
-def problems(made: Plan, nodes: int, place: Site, probe: bool) -> Iterator[str]:
+def problems(plan: Plan, site: Site, probe: bool) -> Iterator[str]:
     """Yield what is wrong with a plan, gravest first.
 
     Args:
         probe: really try to write; False for a dry run.
     """
-    yield from made.differing
-    yield from _ranks(made, nodes, place.ranks(nodes))
-    yield from _paths(made)
-    yield from _sources(made)
-    unwritable = _writable(made.recipe.run_dir, False)
+    yield from plan.differing
+    yield from _ranks(plan, site)
+    yield from _paths(plan)
+    yield from _sources(plan)
+    unwritable = _writable(plan.run.folder, False)
     if unwritable:
         yield unwritable
         return
-    cramped = _space(made)
+    cramped = _space(plan)
     if cramped:
         yield cramped
-    if place.slurm:
-        yield from _limits(made, nodes, place.profile)
+    if site.slurm:
+        yield from _limits(plan, site.profile)
     if probe:
-        unwritable = _writable(made.recipe.run_dir, True)
+        unwritable = _writable(plan.run.folder, True)
         if unwritable:
             yield unwritable
 
 
-def refuse(made: Plan, nodes: int, place: Site) -> None:
+def refuse(plan: Plan, site: Site) -> None:
     """Raise ConfigError with the gravest thing that is wrong."""
-    for line in problems(made, nodes, place, probe=True):
+    for line in problems(plan, site, probe=True):
         raise ConfigError(line)

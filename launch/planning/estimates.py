@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.planning.plan import Plan, title
+from launch.planning.plan import Plan
 from launch.planning.site import Site
 from launch.state import progress
 from launch.state import slurm_client as slurm
 from launch.state.ledger import Ledger
-from pneumo_dist import config as configuration
 from pneumo_dist.chain import Node
 from pneumo_dist.config import TRAIN_STAGES, Config, ConfigError
-from pneumo_dist.runtime.task import shard_dir
+from pneumo_dist.run import Run, RunFolder
 
 LOOK_BACK = 5  # earlier runs that are looked at
 
@@ -30,15 +29,15 @@ class Measured:
     run: str
 
 
-def remarks(made: Plan, nodes: int, site: Site) -> Iterator[str]:
+def remarks(plan: Plan, site: Site) -> Iterator[str]:
     """Yield one line for each finding about the trainings of a plan."""
-    config = made.recipe.config
-    if any(node.stage == config.train_stages[0] for node in made.todo):
+    config = plan.run.config
+    if any(node.stage == config.train_stages[0] for node in plan.todo):
         yield from _download(config)
-    for node in made.todo:
+    for node in plan.todo:
         if node.stage in TRAIN_STAGES:
-            name = title(node.stage, node.fold, len(made.folds))
-            yield from (f"{name} {line}" for line in (*_time(made, node, nodes, site), *_memory(made, node, site)))
+            name = plan.title(node.stage, node.fold)
+            yield from (f"{name} {line}" for line in (*_time(plan, node, site), *_memory(plan, node, site)))
 
 
 def _download(config: Config) -> Iterator[str]:
@@ -56,9 +55,9 @@ def _download(config: Config) -> Iterator[str]:
         )
 
 
-def _time(made: Plan, node: Node, nodes: int, site: Site) -> Iterator[str]:
+def _time(plan: Plan, node: Node, site: Site) -> Iterator[str]:
     limit = site.profile.minutes(node.stage) if site.slurm else None
-    known = measured(made, node, site, nodes) if limit else None
+    known = measured(plan, node, site) if limit else None
     if not limit or not known:
         return
     need = known.images_left / known.images_per_s / 60
@@ -76,46 +75,46 @@ def _time(made: Plan, node: Node, nodes: int, site: Site) -> Iterator[str]:
     yield f"needs about {need:.0f} more minutes at the {speed} and has {limit}: {then}"
 
 
-def measured(made: Plan, node: Node, site: Site, nodes: int) -> Measured | None:
+def measured(plan: Plan, node: Node, site: Site) -> Measured | None:
     """Return the speed of this training so far, else that of the newest run of as many ranks by the same profile."""
-    recipe = made.recipe
-    settings = recipe.config.train_stage(node.stage)
-    own = _rows(recipe.run_dir, node)
-    if own and _alike(recipe.run_dir, node, site, nodes):
+    run, ranks = plan.run, site.ranks(plan.request.nodes)
+    settings = run.config.train_stage(node.stage)
+    own = _rows(run, node)
+    if own and _alike(run, node, site, ranks):
         steps = own[-1]["steps"] - own[-1]["step"] or own[-1]["steps"]  # all of them again with --redo
-        return Measured(steps * settings.batch_size, own[-1]["images_per_s"], recipe.run)
-    files = list(recipe.run_dir.parent.glob(f"*/fold*/stage{node.stage}/metrics.jsonl"))
+        return Measured(steps * settings.batch_size, own[-1]["images_per_s"], run.name)
+    files = list(run.folder.parent.glob(f"*/fold*/stage{node.stage}/metrics.jsonl"))
     for path in sorted(files, key=lambda p: p.stat().st_mtime, reverse=True)[:LOOK_BACK]:
-        run_dir = path.parents[2]
+        folder = RunFolder(path.parents[2])
         other = Node(node.stage, int(path.parents[1].name.removeprefix("fold")), ())
-        if not _alike(run_dir, other, site, nodes):
+        if not _alike(folder, other, site, ranks):
             continue
         try:
-            its = configuration.load(run_dir / "config.yaml").train_stage(node.stage)
+            its = Run.load(folder.folder).config.train_stage(node.stage)
         except ConfigError:
             continue
-        rows = _rows(run_dir, other)
+        rows = _rows(folder, other)
         if rows and its.size == settings.size:
             epoch = rows[-1]["steps"] / rows[-1]["epochs"] * its.batch_size
-            return Measured(settings.epochs * epoch, rows[-1]["images_per_s"], run_dir.name)
+            return Measured(settings.epochs * epoch, rows[-1]["images_per_s"], folder.name)
     return None
 
 
-def _alike(run_dir: Path, node: Node, site: Site, nodes: int) -> bool:
+def _alike(run: RunFolder, node: Node, site: Site, ranks: int) -> bool:
     """Tell whether a training was last submitted with as many ranks and the same profile."""
-    job = Ledger(run_dir).latest().get(node.key)
+    job = Ledger(run).latest().get(node.key)
     profile = str(site.profile_path) if site.profile_path else None
-    return job is not None and job.processes == site.ranks(nodes) and job.extra.get("profile") == profile
+    return job is not None and job.processes == ranks and job.extra.get("profile") == profile
 
 
-def _rows(run_dir: Path, node: Node) -> list[dict[str, Any]]:
-    return [row for row in progress.epochs(run_dir, node) if row.get("images_per_s")]
+def _rows(run: RunFolder, node: Node) -> list[dict[str, Any]]:
+    return [row for row in progress.epochs(run, node) if row.get("images_per_s")]
 
 
-def _memory(made: Plan, node: Node, site: Site) -> Iterator[str]:
+def _memory(plan: Plan, node: Node, site: Site) -> Iterator[str]:
     """Compare the shards of a training with the memory of a node: what does not fit is read again in every epoch."""
-    size = made.recipe.config.train_stage(node.stage).size
-    held = sum(p.stat().st_size for p in shard_dir(made.recipe.config, made.recipe.run_dir).glob(f"*-{size}-*.npy"))
+    size = plan.run.config.train_stage(node.stage).size
+    held = sum(p.stat().st_size for p in plan.run.shard_dir.glob(f"*-{size}-*.npy"))
     asked = site.profile.resources(node.stage)
     if not site.slurm:
         memory, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, "this machine has"

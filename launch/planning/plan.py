@@ -17,50 +17,53 @@ from pneumo_dist import config as configuration
 from pneumo_dist import done
 from pneumo_dist.chain import STAGES, Node, closing, jobs_of
 from pneumo_dist.config import Config, ConfigError
-from pneumo_dist.runtime.task import stage_dir
+from pneumo_dist.run import Run, RunFolder
 
 ROOT = Path(bootstrap.ROOT)
 RECIPES = ROOT / "configs"
 EMBEDDED = RECIPES / "quickstart.yaml"
 DEFAULT_RECIPE = RECIPES / "paper.yaml"
 
-Job = tuple[str, "int | None"]
+JobName = tuple[str, "int | None"]  # stage and fold of a job
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A configuration with absolute paths, and the run it belongs to."""
+    """A run whose configuration has absolute paths, and how it was found."""
 
-    config: Config
-    run: str
-    run_dir: Path
+    run: Run
     embedded: bool  # nothing was named: synthetic films, missing upstream is run as well
     notes: tuple[str, ...] = ()
-
-    @property
-    def words(self) -> str:
-        """What names this run to submit.py."""
-        root = self.run_dir.parent
-        return f"--run {self.run}" + ("" if root == ROOT / "runs" else f" run_root={root}")
-
-    @property
-    def word(self) -> str:
-        """What names this run to runs.py."""
-        return self.run if self.run_dir.parent == ROOT / "runs" else str(self.run_dir)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The jobs of a request."""
 
-    recipe: Recipe
+    request: Request
+    run: Run
     folds: tuple[int, ...]
     targets: tuple[Node, ...]  # what --stage stands for, upstream included where it is run as well
     asked: frozenset[str]  # keys of what --stage itself stands for
     todo: tuple[Node, ...]  # those that are not done, in submission order
-    missing: tuple[tuple[Node, Job], ...]  # jobs of the plan whose upstream is neither done nor planned
+    missing: tuple[tuple[Node, JobName], ...]  # jobs of the plan whose upstream is neither done nor planned
     differing: tuple[str, ...]  # why something cannot be run as asked: one line each
     notes: tuple[str, ...]  # what the user should know before it starts
+
+    @property
+    def submit_options(self) -> str:
+        """The options that name this run to submit.py."""
+        root = self.run.folder.parent
+        return f"--run {self.run.name}" + ("" if root == ROOT / "runs" else f" run_root={root}")
+
+    @property
+    def runs_argument(self) -> str:
+        """The argument that names this run to runs.py."""
+        return self.run.name if self.run.folder.parent == ROOT / "runs" else str(self.run.folder)
+
+    def title(self, stage: str, fold: int | None) -> str:
+        """Return a job's name for people; the fold is part of it where there are several."""
+        return title(stage, fold, len(self.folds))
 
 
 def title(stage: str, fold: int | None, folds: int = 1) -> str:
@@ -123,24 +126,21 @@ def resolve(request: Request) -> Recipe:
         source = EMBEDDED if embedded else DEFAULT_RECIPE
         run = request.run or source.stem
         root = _run_root(request)
-        own = root / run / "config.yaml"
+        own = RunFolder(root / run).config_file
         config = configuration.load(own if own.is_file() else source, words)
     notes = []
     if embedded and config.phantom.films:
         notes.append("no data configured: synthetic phantom films")
     own_upstream = embedded and not request.names("infer.dir=", "infer.models=")
-    return Recipe(
-        config=_absolute(config, root), run=run, run_dir=root / run, embedded=own_upstream, notes=tuple(notes)
-    )
+    return Recipe(run=Run(root / run, _absolute(config, root)), embedded=own_upstream, notes=tuple(notes))
 
 
-def _folds(request: Request, recipe: Recipe) -> list[int]:
+def _folds(request: Request, run: Run) -> list[int]:
     if request.folds is not None:
         return list(request.folds)
     if request.stage == "infer":  # every fold that has a model
-        count = recipe.config.data.folds
-        found = [k for k in range(count) if done.read_done(recipe.config, recipe.run_dir, "evaluate", k) is not None]
-        return found or [0]
+        evaluated = [k for k in range(run.config.data.folds) if done.read_done(run, "evaluate", k) is not None]
+        return evaluated or [0]
     return [0]
 
 
@@ -150,31 +150,31 @@ DERIVED = ("pool", "infer", "merge")
 _NOT_REPEATABLE = ("1", "2", "swa", "evaluate", "pool", "infer")
 
 
-def _settings_differ(recipe: Recipe, stage: str, fold: int | None) -> list[str] | None:
+def _settings_differ(run: Run, stage: str, fold: int | None) -> list[str] | None:
     """Compare an upstream stage's settings with the recipe's: None when it is not done, else the keys that differ.
 
     What it read is not looked at: the films may have been moved away since.
     """
-    record = done.read_done(recipe.config, recipe.run_dir, stage, fold)
-    if record is None or (stage == "finalize" and not done.shards_cover(recipe.config, record)):
+    record = done.read_done(run, stage, fold)
+    if record is None or (stage == "finalize" and not done.shards_cover(run.config, record)):
         return None
-    now = done.settings_of(recipe.config, stage)
+    now = done.settings_of(run.config, stage)
     before = record["settings"]
     return sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
 
 
-def make(request: Request) -> Plan:
+def make_plan(request: Request) -> Plan:
     """Return the plan of a request.
 
     Raises:
         ConfigError: the recipe has no such stage, a fold does not exist, or a key is wrong.
     """
     recipe = resolve(request)
-    config, run_dir = recipe.config, recipe.run_dir
-    for folder in (run_dir, *run_dir.parents):
+    run, config = recipe.run, recipe.run.config
+    for folder in (run.folder, *run.folder.parents):
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder} is a file, no folder for runs: choose another place with run_root=DIR")
-    folds = _folds(request, recipe)
+    folds = _folds(request, run)
     targets = jobs_of(config, request.stage, folds)
     if recipe.embedded and request.stage != "all":
         chain = {(n.stage, n.fold): n for n in jobs_of(config, "all", folds)}
@@ -196,13 +196,13 @@ def make(request: Request) -> Plan:
     notes = list(recipe.notes)
     for node in targets:
         try:
-            keys = done.differences(config, run_dir, closing(node.stage), node.fold)
+            keys = done.differences(run, closing(node.stage), node.fold)
         except ConfigError as error:  # no folder of films to infer on
             differing.append(str(error))
             keys = None
         redo = request.redo and node.key in asked
         if keys and not redo:
-            where = stage_dir(config, run_dir, node.stage, node.fold)
+            where = run.dir_of(node.stage, node.fold)
             if node.key in asked:
                 differing.append(
                     f"{where} is done with other settings ({', '.join(keys)}): "
@@ -214,7 +214,7 @@ def make(request: Request) -> Plan:
         again = [job for job in node.after if job in {(n.stage, n.fold) for n in todo} and job[0] in _NOT_REPEATABLE]
         if keys == [] and not redo and again and node.stage not in DERIVED:
             name = title(*again[0], len(folds))
-            where = stage_dir(config, run_dir, node.stage, node.fold)
+            where = run.dir_of(node.stage, node.fold)
             differing.append(f"{where} is done from an earlier {name}, which is to run again: --redo runs both again")
         if keys != [] or redo or again:
             todo.append(node)
@@ -225,13 +225,14 @@ def make(request: Request) -> Plan:
         for job in node.after:
             if job in planned:
                 continue
-            keys = _settings_differ(recipe, *job)
+            keys = _settings_differ(run, *job)
             if keys is None:
                 missing.append((node, job))
             elif keys:
-                notes.append(_taken_as_it_is(stage_dir(config, run_dir, *job), keys))
+                notes.append(_taken_as_it_is(run.dir_of(*job), keys))
     return Plan(
-        recipe=recipe,
+        request=request,
+        run=run,
         folds=tuple(folds),
         targets=tuple(targets),
         asked=asked,
@@ -246,23 +247,23 @@ def _taken_as_it_is(where: Path, keys: list[str]) -> str:
     return f"note: {where} was made with other settings ({', '.join(keys)}) and is taken as it is"
 
 
-def missing_line(plan: Plan, node: Node, job: Job) -> str:
+def missing_line(plan: Plan, node: Node, job: JobName) -> str:
     """Say which stage is missing and how to run it."""
     name = command_stage(job[0])
     fold = f" --folds {job[1]}" if job[1] not in (None, 0) else ""
-    needs = title(command_stage(job[0]), job[1], len(plan.folds))
+    needs = plan.title(command_stage(job[0]), job[1])
     if job[0] == "pool":
         fold, needs = f" --folds {','.join(map(str, plan.folds))}", "the folds' pooled evaluation"
     return (
-        f"{title(node.stage, node.fold, len(plan.folds))} needs {needs}, which is not done: "
-        f"run --stage {name}{fold} {plan.recipe.words} first"
+        f"{plan.title(node.stage, node.fold)} needs {needs}, which is not done: "
+        f"run --stage {name}{fold} {plan.submit_options} first"
     )
 
 
-def check_recipe(recipe: Recipe, stage: str) -> None:
+def check_recipe(plan: Plan) -> None:
     """Raise ConfigError where the recipe names no films although the stage reads them."""
-    data = recipe.config.data
-    if stage not in ("preprocess", "all") or recipe.config.phantom.films:
+    data = plan.run.config.data
+    if plan.request.stage not in ("preprocess", "all") or plan.run.config.phantom.films:
         return
     if not data.dicom_dir:
         raise ConfigError(

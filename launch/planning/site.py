@@ -27,7 +27,7 @@ class Site:
         return nodes * max(1, self.gpus_per_node)
 
 
-def choose(request: Request) -> Site:
+def choose_site(request: Request) -> Site:
     """Choose between SLURM and this machine.
 
     Raises:

@@ -12,6 +12,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from pneumo_dist.run import RunFolder
+
 FOLDERS = ("launch", "pneumo_dist", "configs")
 
 
@@ -33,9 +35,9 @@ def code_hash(root: Path) -> str:
     return found.hexdigest()[:12]
 
 
-def copy(root: Path, run_dir: Path) -> Path:
-    """Copy the code to `run_dir/code/<hash>` unless it is there, and return that folder."""
-    target = run_dir / "code" / code_hash(root)
+def copy(root: Path, run: RunFolder) -> Path:
+    """Copy the code to `code/<hash>` of the run unless it is there, and return that folder."""
+    target = run.code_dir / code_hash(root)
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.state import slurm_client as slurm
+from pneumo_dist.run import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,8 @@ class Entry:
 class Ledger:
     """The list of submissions of one run."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / "jobs" / "submitted.jsonl"
+    def __init__(self, run: RunFolder) -> None:
+        self.path = run.ledger_file
 
     def append(self, entry: Entry) -> None:
         """Add one line; a reader never sees half of it (one write, in append mode)."""

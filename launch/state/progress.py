@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from pneumo_dist.chain import Node
-from pneumo_dist.config import TRAIN_STAGES, Config, ConfigError
+from pneumo_dist.config import TRAIN_STAGES, ConfigError
 from pneumo_dist.data.shards import HEADER_BYTES, image_name, size_name
-from pneumo_dist.inference.film_plan import read_plan
+from pneumo_dist.inference.film_plan import read_film_plan
+from pneumo_dist.run import Run, RunFolder
 from pneumo_dist.runtime import history
 from pneumo_dist.runtime.files import read_json
-from pneumo_dist.runtime.task import infer_dir, shard_dir, stage_dir
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
-def of(config: Config, run_dir: Path, node: Node, since: float = 0.0) -> Progress | None:
+def of(run: Run, node: Node, since: float = 0.0) -> Progress | None:
     """Return how far a job is, None where nothing tells.
 
     Args:
@@ -45,32 +45,32 @@ def of(config: Config, run_dir: Path, node: Node, since: float = 0.0) -> Progres
     """
     try:
         if node.stage in TRAIN_STAGES:
-            return _training(config, run_dir, node)
+            return _training(run, node)
         if node.stage == "preprocess":
-            return _shards(config, shard_dir(config, run_dir), since)
+            return _shards(run, since)
         if node.stage == "infer":
-            return _parts(infer_dir(config, run_dir), since)
+            return _parts(run.infer_dir, since)
     except (OSError, ValueError, KeyError, ConfigError):  # being written, or of another version
         return None
     return None
 
 
-def epochs(run_dir: Path, node: Node) -> list[dict[str, Any]]:
+def epochs(run: RunFolder, node: Node) -> list[dict[str, Any]]:
     """Return the rows of a training's metrics.jsonl; [] where there are none."""
     if node.stage not in TRAIN_STAGES:
         return []
     try:
-        return history.read(run_dir / f"fold{node.fold}" / f"stage{node.stage}" / "metrics.jsonl")
+        return history.read(run.metrics(node.stage, node.fold))
     except (OSError, ValueError):
         return []
 
 
-def _training(config: Config, run_dir: Path, node: Node) -> Progress | None:
-    folder = stage_dir(config, run_dir, node.stage, node.fold)
-    rows = epochs(run_dir, node)
+def _training(run: Run, node: Node) -> Progress | None:
+    folder = run.dir_of(node.stage, node.fold)
+    rows = epochs(run, node)
     row = rows[-1] if rows else None
     live = folder / history.LIVE
-    if live.exists() and (row is None or live.stat().st_mtime > (folder / "metrics.jsonl").stat().st_mtime):
+    if live.exists() and (row is None or live.stat().st_mtime > run.metrics(node.stage, node.fold).stat().st_mtime):
         row = read_json(live)
     if row is None:
         return None
@@ -78,13 +78,14 @@ def _training(config: Config, run_dir: Path, node: Node) -> Progress | None:
     share, speed = row["step"] / row["steps"], row["images_per_s"]
     if not speed:
         return Progress(text, share)
-    images = (row["steps"] - row["step"]) * config.train_stage(node.stage).batch_size
+    images = (row["steps"] - row["step"]) * run.config.train_stage(node.stage).batch_size
     return Progress(f"{text}, {speed:.1f} images/s", share, images / speed)
 
 
-def _shards(config: Config, folder: Path, since: float) -> Progress | None:
+def _shards(run: Run, since: float) -> Progress | None:
     """Count the films of whole shards; the others are about as large."""
-    found = sorted(folder.glob(size_name(config.sizes[-1], 0, 0).replace("00000", "*")))
+    folder = run.shard_dir
+    found = sorted(folder.glob(size_name(run.config.sizes[-1], 0, 0).replace("00000", "*")))
     if not found:
         return None
     names = [path.stem.split("-") for path in found]  # size-256-00003-of-00016
@@ -101,7 +102,7 @@ def _shards(config: Config, folder: Path, since: float) -> Progress | None:
 
 
 def _parts(folder: Path, since: float) -> Progress | None:
-    plan = read_plan(folder)
+    plan = read_film_plan(folder)
     if plan is None:
         return None
     found = [path for path in (folder / "parts").glob("part-*") if path.is_dir()]

@@ -62,7 +62,7 @@ def run(task: Task) -> dict[str, Path]:
     if ranks.device.type == "cpu":
         torch.set_num_threads(cores(config.train.threads))
     assert task.fold is not None
-    cases = read_cases(task.shard_dir)
+    cases = read_cases(task.run.shard_dir)
     _, validation = fold_cases(cases, task.fold)
     holdout = [case for case in cases if case.fold == HOLDOUT]
     files = weight_files(task)
@@ -87,7 +87,7 @@ def _score(task: Task, path: Path, cases: Sequence[Case], notes: FilmNotes | Non
     size = int(meta["size"])
     predictor = Predictor([model], size, ranks.device, config.evaluate.tta, config.train.amp)
     mine = predict_records(
-        predictor, cases, task.shard_dir, size, config.evaluate.batch_size, record_thresholds(config.evaluate),
+        predictor, cases, task.run.shard_dir, size, config.evaluate.batch_size, record_thresholds(config.evaluate),
         ranks.rank, ranks.world_size, task.stop, notes,
     )  # fmt: skip
     leave = ranks.maximum([task.stop.leave])[0]  # all ranks leave together, or none does
@@ -127,12 +127,11 @@ def _write_fold(
     trained = {f"stage {stage}": task.dir_of(stage) for stage in config.train_stages}
     evaluation = Evaluation(
         f"Fold {task.fold}: {name} weights, {meta['size']} px, flips {settings.tta}",
-        result, records, tuned, notes.masks, notes.total, {case.id: case for case in cases}, task.shard_dir,
+        result, records, tuned, notes.masks, notes.total, {case.id: case for case in cases}, task.run.shard_dir,
         int(meta["size"]), read_curves(trained),
     )  # fmt: skip
-    if task.attempt:
-        task.attempt.check()
-    outputs = _write(task, evaluation) | notes.save(out) | {"model": task.fold_dir / "model.pt"}
+    task.check_attempt()
+    outputs = _write(task, evaluation) | notes.save(out) | {"model": task.run.model(task.fold)}
     headline = result["headline"]
     validation = {
         "films": len(records),
@@ -160,14 +159,14 @@ def pool(task: Task) -> dict[str, Path]:
         ConfigError: no evaluated fold, or folds that do not belong together.
     """
     settings = task.config.evaluate
-    found = sorted(task.run_dir.glob("fold*/evaluate/records.npz"))
+    found = [path for k in task.run.folds if (path := task.run.in_fold("evaluate", k) / "records.npz").exists()]
     if not found:
-        raise ConfigError(f"{task.run_dir} has no evaluated fold: run --stage evaluate first")
+        raise ConfigError(f"{task.run.folder} has no evaluated fold: run --stage evaluate first")
     try:
         records = Records.concatenate(Records.load(path) for path in found)
     except ValueError as error:
         raise ConfigError(
-            f"{task.run_dir}: the folds do not belong together ({error}): evaluate them again with one configuration"
+            f"{task.run.folder}: the folds do not belong together ({error}): evaluate them again with one configuration"
         ) from None
     notes = FilmNotes(settings.threshold)
     notes.join(FilmNotes.load(path.parent) for path in found)
@@ -177,11 +176,10 @@ def pool(task: Task) -> dict[str, Path]:
     result = {"folds": folds, "weights": weights, "tta": settings.tta, **scorecard.scores(records, tuned, settings)}
     evaluation = Evaluation(
         f"Out-of-fold predictions of folds {', '.join(map(str, folds))}",
-        result, records, tuned, notes.masks, notes.total, {case.id: case for case in read_cases(task.shard_dir)},
-        task.shard_dir, task.config.train_stage(task.config.last_stage).size, {},
+        result, records, tuned, notes.masks, notes.total, {case.id: case for case in read_cases(task.run.shard_dir)},
+        task.run.shard_dir, task.config.train_stage(task.config.last_stage).size, {},
     )  # fmt: skip
-    if task.attempt:
-        task.attempt.check()
+    task.check_attempt()
     return _write(task, evaluation) | notes.save(task.out)
 
 

@@ -15,10 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pneumo_dist.config import Config, ConfigError
+from pneumo_dist.config import ConfigError
 from pneumo_dist.data.cases import find_films
+from pneumo_dist.run import Run
 from pneumo_dist.runtime.files import read_json, sha256_text, write_bytes
-from pneumo_dist.runtime.task import infer_dir, infer_source, model_paths
 
 FORMAT = "pneumo_dist.plan/1"
 
@@ -34,7 +34,7 @@ class PlannedFilm:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FilmPlan:
     """The films of one inference, sorted by id, cut into parts of `part_size`; `created` is epoch seconds."""
 
     label: str
@@ -75,7 +75,7 @@ def file_name(film_id: str) -> str:
     return f"{plain[-100:]}-{hashlib.sha256(film_id.encode()).hexdigest()[:10]}"
 
 
-def make_plan(config: Config, run_dir: Path) -> Plan:
+def make_film_plan(run: Run) -> FilmPlan:
     """List the films of `infer.dir` (or of the training data).
 
     `created` is the current time, or SOURCE_DATE_EPOCH where that is set (reproducible-builds.org): it is the only
@@ -84,7 +84,7 @@ def make_plan(config: Config, run_dir: Path) -> Plan:
     Raises:
         ConfigError: no such folder, or not one film in it.
     """
-    folder = infer_source(config, run_dir)
+    folder = run.infer_source
     if folder is None:
         raise ConfigError("no films to infer on: give infer.dir=DIR")
     if not folder.is_dir():
@@ -96,7 +96,7 @@ def make_plan(config: Config, run_dir: Path) -> Plan:
         )
     films = tuple(PlannedFilm(name, path, _size(folder / path), file_name(name)) for name, path in found)
     created = int(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
-    return Plan(infer_dir(config, run_dir).name, config.infer.part_size, created, ignored, films)
+    return FilmPlan(run.infer_dir.name, run.config.infer.part_size, created, ignored, films)
 
 
 def _size(path: Path) -> int:
@@ -106,7 +106,7 @@ def _size(path: Path) -> int:
         return -1  # reading it will give the reason
 
 
-def read_plan(folder: Path) -> Plan | None:
+def read_film_plan(folder: Path) -> FilmPlan | None:
     """Read plan.json of an inference folder; None where there is none."""
     path = folder / "plan.json"
     try:
@@ -118,48 +118,48 @@ def read_plan(folder: Path) -> Plan | None:
     if tree.get("format") != FORMAT:
         raise ConfigError(f"{path} is not a plan of this program: remove it and submit the inference again")
     films = tuple(PlannedFilm(*row) for row in tree["films"])
-    return Plan(tree["label"], tree["part_size"], tree["created"], tree["ignored"], films)
+    return FilmPlan(tree["label"], tree["part_size"], tree["created"], tree["ignored"], films)
 
 
-def plan(config: Config, run_dir: Path) -> Plan:
+def write_film_plan(run: Run) -> FilmPlan:
     """Decide and write plan.json; an equal plan in place is kept, with its date. Called once, at submission."""
-    folder = infer_dir(config, run_dir)
-    made, there = make_plan(config, run_dir), read_plan(folder)
+    folder = run.infer_dir
+    made, there = make_film_plan(run), read_film_plan(folder)
     if there is not None and there.hash == made.hash:
         return there
     write_bytes(folder / "plan.json", _encode(made))
     return made
 
 
-def ensure_plan(config: Config, run_dir: Path) -> Plan:
+def ensure_film_plan(run: Run) -> FilmPlan:
     """Return the plan in place; where none was made at submission, the first task to come writes it for all.
 
     Raises:
         ConfigError: the plan in place was cut with another infer.part_size.
     """
-    folder = infer_dir(config, run_dir)
-    there = read_plan(folder)
+    folder = run.infer_dir
+    there = read_film_plan(folder)
     if there is None:
         folder.mkdir(parents=True, exist_ok=True)
         own = folder / f".plan.{os.getpid()}.{os.uname().nodename}.tmp"
-        own.write_bytes(_encode(make_plan(config, run_dir)))
+        own.write_bytes(_encode(make_film_plan(run)))
         try:
             os.link(own, folder / "plan.json")  # fails where another task was first: then theirs holds
         except FileExistsError:
             pass
         finally:
             own.unlink()
-        there = read_plan(folder)
+        there = read_film_plan(folder)
         assert there is not None
-    if there.part_size != config.infer.part_size:
+    if there.part_size != run.config.infer.part_size:
         raise ConfigError(
             f"{folder / 'plan.json'} was cut into parts of {there.part_size} films, infer.part_size is "
-            f"{config.infer.part_size}: submit again, or give another infer.label"
+            f"{run.config.infer.part_size}: submit again, or give another infer.label"
         )
     return there
 
 
-def _encode(made: Plan) -> bytes:
+def _encode(made: FilmPlan) -> bytes:
     head = {
         "format": FORMAT,
         "label": made.label,
@@ -171,7 +171,7 @@ def _encode(made: Plan) -> bytes:
     return f'{json.dumps(head)[:-1]}, "films": [\n{rows}\n]}}\n'.encode()
 
 
-def signature(made: Plan, index: int, settings: dict[str, Any]) -> str:
+def signature(made: FilmPlan, index: int, settings: dict[str, Any]) -> str:
     """Return the hash of what determines a part: label, its films, and the settings with the models' hashes in them.
 
     Not the whole plan: where a few films have come to an archive, parts without them are kept.
@@ -180,15 +180,15 @@ def signature(made: Plan, index: int, settings: dict[str, Any]) -> str:
     return sha256_text(json.dumps([made.label, films, settings], sort_keys=True))
 
 
-def check_source(config: Config, run_dir: Path) -> str:
+def check_films(run: Run) -> str:
     """Check before submission that there are films, and the models that are named; return what was found, one line.
 
     Raises:
         ConfigError: what is missing. This run's own models may still be to come, from the same chain.
     """
-    made = make_plan(config, run_dir)
-    if config.infer.models:
-        for path in model_paths(config, run_dir):
+    made = make_film_plan(run)
+    if run.config.infer.models:
+        for path in run.model_paths():
             if not path.is_file():
                 raise ConfigError(f"infer.models: {path} is not there: give a model.pt, or a run with fold<k>/model.pt")
     return f"{len(made.films)} films in {made.parts} parts, {made.ignored} other files ignored"

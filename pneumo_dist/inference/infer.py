@@ -1,6 +1,6 @@
 """Batch inference: an array of parts, then one merge. Every film is answered once, whatever is killed on the way.
 
-Imports no torch until a part runs: `plan` and `check_source` belong to submission, `merge` only joins files.
+Imports no torch until a part runs; `merge` only joins files.
 """
 
 from __future__ import annotations
@@ -15,26 +15,21 @@ from typing import Any
 
 from pneumo_dist.config import ConfigError
 from pneumo_dist.inference.film_plan import (
-    Plan,
-    check_source,
-    ensure_plan,
-    make_plan,
-    plan,
-    read_plan,
+    FilmPlan,
+    ensure_film_plan,
+    read_film_plan,
     signature,
 )
 from pneumo_dist.inference.parts import part_folder, read_part
 from pneumo_dist.runtime.files import sha256_file, write_json, write_text
 from pneumo_dist.runtime.task import Task
 
-__all__ = ["check_source", "make_plan", "merge", "plan", "run_part"]
-
 log = logging.getLogger(__name__)
 
 
 def run_part(task: Task) -> dict[str, Path]:
     """Run this array element's parts: part j belongs to element j mod N; finished ones are kept."""
-    made = ensure_plan(task.config, task.run_dir)
+    made = ensure_film_plan(task.run)
     index, count = task.part
     mine = [j for j in range(made.parts) if j % count == index]
     if mine:
@@ -51,22 +46,21 @@ def merge(task: Task) -> dict[str, Path]:
         ConfigError: a part is missing or outdated, or a film has no row, two rows, or is not in the plan.
     """
     out = task.out
-    made = read_plan(out)
+    made = read_film_plan(out)
     if made is None:
         raise ConfigError(f"{out} has no plan.json: run --stage infer")
     if task.inputs.get("films", made.listing_hash) != made.listing_hash:
         raise ConfigError(
-            f"the films in {task.infer_source} have changed since they were planned: run --stage infer again"
+            f"the films in {task.run.infer_source} have changed since they were planned: run --stage infer again"
         )
     rows, settings = _joined(out, made)
-    if settings["models"] != [sha256_file(path) for path in task.model_paths]:
+    if settings["models"] != [sha256_file(path) for path in task.run.model_paths()]:
         raise ConfigError(f"{out / 'parts'}: made with other models than the ones there now: run --stage infer again")
     from pneumo_dist.inference.outputs import FOLDERS, write_predictions
     from pneumo_dist.inference.worklist import write_worklist
     from pneumo_dist.scoring.submission_csv import problems_of, read_rows, write_submission
 
-    if task.attempt:
-        task.attempt.check()
+    task.check_attempt()
     write_submission(out / "submission.csv", ((row["film"], row["rle"]) for row in rows))
     sizes = {row["film"]: (row["rows"], row["columns"]) if row["status"] == "ok" else None for row in rows}
     problems = problems_of(read_rows(out / "submission.csv"), sizes, sizes.get)
@@ -100,7 +94,7 @@ def merge(task: Task) -> dict[str, Path]:
     return {name: out / file for name, file in names.items()}
 
 
-def _joined(out: Path, made: Plan) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _joined(out: Path, made: FilmPlan) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return the rows of all parts in the plan's order, and their settings; each film has exactly one row."""
     parts = [read_part(part_folder(out, j)) for j in range(made.parts)]
     missing = [j for j, part in enumerate(parts) if part is None]
@@ -137,7 +131,7 @@ def _mismatch(found: list[str], wanted: list[str]) -> str:
     return "the films are not in the order of the plan"
 
 
-def _gather_files(out: Path, made: Plan, rows: list[dict[str, Any]], folders: list[str]) -> None:
+def _gather_files(out: Path, made: FilmPlan, rows: list[dict[str, Any]], folders: list[str]) -> None:
     """Bring the parts' files together, each folder replaced as a whole: links where the file system has them."""
     for folder in folders:
         fresh, final = out / f".{folder}.new", out / folder
@@ -153,7 +147,7 @@ def _gather_files(out: Path, made: Plan, rows: list[dict[str, Any]], folders: li
             fresh.rename(final)
 
 
-def _files_of(out: Path, made: Plan, rows: list[dict[str, Any]], folder: str) -> Iterator[tuple[str, Path]]:
+def _files_of(out: Path, made: FilmPlan, rows: list[dict[str, Any]], folder: str) -> Iterator[tuple[str, Path]]:
     for i, row in enumerate(rows):
         for name in row["files"]:
             if name.startswith(folder + "/"):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pneumo_dist.data.preprocess.decoding import cores
 from pneumo_dist.inference.dicomseg import SegJob, try_write_seg
-from pneumo_dist.inference.film_plan import Plan, PlannedFilm, signature
+from pneumo_dist.inference.film_plan import FilmPlan, PlannedFilm, signature
 from pneumo_dist.inference.outputs import FilmWriter, Row, Segment, unreadable_row
 from pneumo_dist.inference.parts import begin_part, finish_part, part_folder, read_part
 from pneumo_dist.inference.reading import PICTURE_PX, THUMB_PX, Answer, Helpers, ReadFilm, ReadJob
@@ -28,10 +28,11 @@ from pneumo_dist.prediction.ensemble import Ensemble, load_ensemble
 from pneumo_dist.prediction.filmsize import mean_film_probability
 from pneumo_dist.prediction.overlap import film_threads, overlap
 from pneumo_dist.prediction.predictor import Predictor
+from pneumo_dist.run import pooled_thresholds
 from pneumo_dist.runtime import ranks
 from pneumo_dist.runtime.files import sha256_text
 from pneumo_dist.runtime.runlog import progress
-from pneumo_dist.runtime.task import Task, pooled_thresholds
+from pneumo_dist.runtime.task import Task
 from pneumo_dist.scoring.records import Triplet
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class FilmBatch:
     films: Sequence[PlannedFilm]
 
 
-def run_parts(task: Task, made: Plan, indices: Sequence[int]) -> None:
+def run_parts(task: Task, made: FilmPlan, indices: Sequence[int]) -> None:
     """Do the parts of `indices` that are missing or outdated."""
     config, device = task.config, ranks.discover().device
     _preload("dicomseg" in config.infer.outputs)
@@ -66,7 +67,7 @@ def run_parts(task: Task, made: Plan, indices: Sequence[int]) -> None:
     try:
         if device.type == "cpu":
             torch.set_num_threads(cores(config.train.threads))
-        paths = task.model_paths
+        paths = task.run.model_paths()
         pooled, rule = pooled_thresholds(paths), config.infer.triplet
         given = Triplet(rule[0], int(rule[1]), rule[2]) if rule else None
         ensemble = load_ensemble(paths, device, config.infer.tta, config.train.amp, pooled, given)
@@ -96,10 +97,10 @@ def _helpers(asked: int, device: torch.device) -> int:
 
 
 def _stream(
-    task: Task, made: Plan, todo: Sequence[int], helpers: Helpers, ensemble: Ensemble, settings: dict[str, Any]
+    task: Task, made: FilmPlan, todo: Sequence[int], helpers: Helpers, ensemble: Ensemble, settings: dict[str, Any]
 ) -> None:
     config, predictor = task.config, ensemble.predictor
-    source = task.infer_source
+    source = task.run.infer_source
     assert source is not None
     segment = _segmenter(helpers, source, made, settings) if "dicomseg" in config.infer.outputs else None
     picture_px = PICTURE_PX if "overlays" in config.infer.outputs else THUMB_PX
@@ -140,7 +141,7 @@ def _stream(
             pass
 
 
-def _segmenter(helpers: Helpers, source: Path, made: Plan, settings: dict[str, Any]) -> Segment:
+def _segmenter(helpers: Helpers, source: Path, made: FilmPlan, settings: dict[str, Any]) -> Segment:
     """Return what writes a DICOM SEG in a helper process: highdicom is slow and holds the interpreter."""
     models = tuple(settings["models"])
     answer = sha256_text(

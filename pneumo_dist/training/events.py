@@ -51,7 +51,7 @@ class Board:
         # The validation of a finished epoch comes after its last checkpoint: an attempt that was lost in between has
         # shown it already, and nothing hides that.
         self.begin = begin
-        self._noted = {row["epoch"] for row in history.read(task.out / "metrics.jsonl")}
+        self._noted = {row["epoch"] for row in history.read(task.metrics)}
         if log.attempt == 1 or begin == 0:  # a first attempt may have been killed before it was written
             cuda = stepper.device.type == "cuda"
             log.text("run/about", ABOUT)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pneumo_dist.config import ConfigError
+from pneumo_dist.run import RunFolder
 from pneumo_dist.runtime.task import Task
 
 if TYPE_CHECKING:
@@ -27,9 +28,10 @@ def start_path(start: str, fold: int | None) -> Path:
     """
     path = Path(start).expanduser().absolute()
     if path.is_dir():
-        for name in ("stage2", "stage1"):
-            if (path / f"fold{fold}" / name / "best.pt").exists():
-                return path / f"fold{fold}" / name / "best.pt"
+        for stage in ("2", "1"):
+            best = RunFolder(path).in_fold(stage, fold) / "best.pt"
+            if best.exists():
+                return best
         raise ConfigError(f"init_from={start}: this run has no fold{fold}/stage1/best.pt or fold{fold}/stage2/best.pt")
     if not path.exists():
         raise ConfigError(f"init_from={start}: no such file or run directory")

@@ -107,12 +107,12 @@ def update_batch_norm(
 
 def _batches(task: Task, size: int, batch_size: int) -> tuple[list[list[tuple[int, int]]], FilmDataset]:
     """This rank's batches of (epoch 0, index) keys: whole batches of the stage's size in a seeded order."""
-    cases, _ = fold_cases(read_cases(task.shard_dir), task.fold or 0)
+    cases, _ = fold_cases(read_cases(task.run.shard_dir), task.fold or 0)
     order = epoch_order(len(cases), task.config.train.seed, 0).tolist()
     whole = [b for b in fixed_batches(len(order), batch_size) if len(b) == batch_size] or [list(range(len(order)))]
     whole = whole[: task.config.swa.bn_batches or None]
     dealt = deal(whole, task.ranks.rank, task.ranks.world_size)
-    return [[(0, order[i]) for i in batch] for batch in dealt], FilmDataset(task.shard_dir, size, cases, None)
+    return [[(0, order[i]) for i in batch] for batch in dealt], FilmDataset(task.run.shard_dir, size, cases, None)
 
 
 def run(task: Task) -> dict[str, Path]:
@@ -152,8 +152,7 @@ def run(task: Task) -> dict[str, Path]:
     }
 
     def write() -> None:
-        if task.attempt:
-            task.attempt.check()
+        task.check_attempt()
         save_model(path, model.state_dict(), meta)
 
     ranks.on_first(write)

@@ -69,7 +69,7 @@ class Trainer:
         check_statistics(self.stage, task.stage, ranks)
         self.machine = set_threads(config.train)
         self.shards = self._staged()
-        self.train_cases, self.validation_cases = fold_cases(read_cases(task.shard_dir), task.fold or 0)
+        self.train_cases, self.validation_cases = fold_cases(read_cases(task.run.shard_dir), task.fold or 0)
         if len(self.train_cases) < self.stage.batch_size:
             raise ConfigError(
                 f"stage{task.stage}.batch_size={self.stage.batch_size} is more than the {len(self.train_cases)} "
@@ -102,10 +102,10 @@ class Trainer:
         """Copy the shards to this node where that is asked for; one node's trouble stops all ranks with a word."""
         folder, problem = self.config.data.stage_dir, ""
         if not folder:
-            return self.task.shard_dir
-        staged = self.task.shard_dir
+            return self.task.run.shard_dir
+        staged = self.task.run.shard_dir
         try:
-            staged = stage_shards(self.task.shard_dir, Path(folder).expanduser(), self.stage.size)
+            staged = stage_shards(self.task.run.shard_dir, Path(folder).expanduser(), self.stage.size)
         except ConfigError as error:
             problem = str(error)
         problem = self.ranks.agree(problem)
@@ -170,8 +170,7 @@ class Trainer:
 
     def _weights_file(self, name: str, weights: dict[str, torch.Tensor]) -> Path:
         path = self.task.out / f"{name}.pt"
-        if self.task.attempt:
-            self.task.attempt.check()
+        self.task.check_attempt()
         meta = {
             "size": self.stage.size,
             "threshold": self.config.evaluate.threshold,
@@ -341,7 +340,7 @@ class Trainer:
             "step": self.stepper.steps,
             "steps": self.total_steps,
             "lr": float(f"{float(self.stepper.rate):.7g}"),  # float32 on the device
-            **history.speed(self.task.out / "metrics.jsonl", number, seen * self.stage.batch_size, took, waited),
+            **history.speed(self.task.metrics, number, seen * self.stage.batch_size, took, waited),
             "train_loss": sum(losses or []),
             "best_dice": self.progress.best,
             "best_epoch": self.progress.best_epoch,
@@ -364,7 +363,7 @@ class Trainer:
         if better:
             self._weights_file("best", self.stepper.model.state_dict())
         self.board.epoch(self._batches_done, row, found, ShardReader(self.shards, self.stage.size))
-        history.append(self.task.out / "metrics.jsonl", row)
+        history.append(self.task.metrics, row)
         log.info("%s", history.line(row))
 
     def finish(self) -> dict[str, Path]:
@@ -392,5 +391,5 @@ def run(task: Task) -> dict[str, Path]:
     finally:
         faulthandler.cancel_dump_traceback_later()
     if task.ranks.first:
-        say_speed(task.stage, history.read(task.out / "metrics.jsonl"))
+        say_speed(task.stage, history.read(task.metrics))
     return outputs

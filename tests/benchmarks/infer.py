@@ -32,10 +32,12 @@ from pneumo_dist.data.films.rle import encode_rle
 from pneumo_dist.data.phantom import make_phantom
 from pneumo_dist.data.shards import to_size
 from pneumo_dist.inference import infer
+from pneumo_dist.inference.film_plan import write_film_plan
 from pneumo_dist.model.modelfile import load_model, save_model
 from pneumo_dist.model.precision import amp_dtype, autocast
 from pneumo_dist.model.unet import ResNet34UNet, normalise
 from pneumo_dist.prediction.predictor import Predictor
+from pneumo_dist.run import Run
 from pneumo_dist.runtime.task import Task
 from tests.benchmarks import frame
 
@@ -90,9 +92,9 @@ def end_to_end(run_dir: Path, films: Path, model: Path, options: argparse.Namesp
         [f"infer.dir={films}", f"infer.models={model}", f"infer.outputs={options.outputs}", "infer.label=bench",
          f"infer.batch_size={options.batch}", f"data.workers={options.workers}"],
     )  # fmt: skip
-    infer.plan(config, run_dir)
-    infer.run_part(Task(config=config, run_dir=run_dir, stage="infer"))
-    infer.merge(Task(config=config, run_dir=run_dir, stage="merge"))
+    write_film_plan(Run(run_dir, config))
+    infer.run_part(Task(run=Run(run_dir, config), stage="infer"))
+    infer.merge(Task(run=Run(run_dir, config), stage="merge"))
 
 
 def films_of(asked: argparse.Namespace, folder: Path) -> list[Path]:

@@ -35,6 +35,7 @@ from pneumo_dist.data.loaders import FilmDataset, TrainBatches, make_loader
 from pneumo_dist.data.phantom import make_phantom
 from pneumo_dist.data.preprocess import preprocess
 from pneumo_dist.data.shards import ShardReader, masks_to_sizes, to_size
+from pneumo_dist.run import Run
 from pneumo_dist.runtime.task import Task
 from tests.benchmarks import contestants, frame
 from tests.benchmarks.frame import Table
@@ -188,22 +189,22 @@ def loaders(
 
 def beside_others(work: Path, task: Task, films: Path, size: int, rounds: int, augmenter: Augmenter | None) -> Table:
     """Measure the loaders at one size in turns."""
-    cases = read_cases(task.shard_dir)
+    cases = read_cases(task.run.shard_dir)
     folder = work / str(size)
     folder.mkdir()
-    every = loaders(folder, films, cases, task.shard_dir, size, augmenter)
+    every = loaders(folder, films, cases, task.run.shard_dir, size, augmenter)
     found = frame.in_turns({name: lambda loader=loader: rate(loader) for name, loader in every.items()}, rounds)
     title = f"Loader, {size} px{'' if augmenter else ', not augmented'}"
     table = frame.speed_table(title, "images/s and worker", found, OURS, "ours over it")
-    growth = memory_growth_mb(FilmDataset(task.shard_dir, size, cases, augmenter))
+    growth = memory_growth_mb(FilmDataset(task.run.shard_dir, size, cases, augmenter))
     table.notes.append(f"anonymous memory of our worker over an epoch: {growth:+.1f} MB")
     return table
 
 
 def loader_alone(task: Task, size: int, batch: int, device: str, workers: int) -> float:
     """Return the images a second that the loader gives when nobody else wants the processor, after the first batch."""
-    cases = read_cases(task.shard_dir)
-    dataset = FilmDataset(task.shard_dir, size, cases, Augmenter(task.config.augment, 0))
+    cases = read_cases(task.run.shard_dir)
+    dataset = FilmDataset(task.run.shard_dir, size, cases, Augmenter(task.config.augment, 0))
     epochs = max(EPOCHS, 4096 * 256 // size // len(cases))
     batches = iter(make_loader(dataset, TrainBatches(len(cases), batch, 0, epochs), workers, 0, device == "cuda"))
     next(batches)
@@ -252,7 +253,7 @@ def main() -> int:
             csv = make_phantom(work / "phantom", 120, 1024)["train-rle.csv"]
             films = work / "phantom" / "dicom-images-train"
         config = configuration.load(None, [f"data.dicom_dir={films}", f"data.rle_csv={csv}", "data.shards=4"])
-        task = Task(config=config, run_dir=work, stage="preprocess")
+        task = Task(run=Run(work, config), stage="preprocess")
         preprocess.run_part(task)
         preprocess.finalize(task)
         augmenter = None if asked.plain else Augmenter(config.augment, 0)

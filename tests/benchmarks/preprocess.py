@@ -31,6 +31,7 @@ from pneumo_dist.data.films.rle import decode_union
 from pneumo_dist.data.phantom import make_phantom
 from pneumo_dist.data.preprocess import decoding, preprocess
 from pneumo_dist.data.preprocess.source import FilmJob, read_source
+from pneumo_dist.run import Run
 from pneumo_dist.runtime.task import Task
 from tests.benchmarks import frame
 
@@ -101,7 +102,7 @@ def whole_job(config: configuration.Config, films: int) -> tuple[float, float]:
     """Run the array's one element on all cores; return films a second of processor time and of the clock."""
     with tempfile.TemporaryDirectory() as out:
         begin, used = time.perf_counter(), cpu_s()
-        preprocess.run_part(Task(config=config, run_dir=Path(out), stage="preprocess"))
+        preprocess.run_part(Task(run=Run(Path(out), config), stage="preprocess"))
         return films / (cpu_s() - used), films / (time.perf_counter() - begin)
 
 
@@ -121,7 +122,7 @@ def main() -> int:
             csv = make_phantom(Path(work), 60, 1024)["train-rle.csv"]
             films = Path(work) / "dicom-images-train"
         config = configuration.load(None, [f"data.dicom_dir={films}", f"data.rle_csv={csv}", "data.shards=4"])
-        source = read_source(config, Path(work))
+        source = read_source(Run(Path(work), config))
         jobs = [job for shard in source.jobs for job in shard]
 
         def by_core(call: Callable[[], object]) -> float:

@@ -15,6 +15,7 @@ from pneumo_dist import config as configuration
 from pneumo_dist.data import augment
 from pneumo_dist.data.preprocess import contact_sheet as picture
 from pneumo_dist.data.preprocess import preprocess
+from pneumo_dist.run import Run
 from pneumo_dist.runtime.task import Task
 from tests.film_files import small_set, words
 
@@ -28,7 +29,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def run(run_dir: Path, settings: dict[str, str]) -> None:
-    task = Task(config=configuration.load(None, [*words(settings), *SETTINGS]), run_dir=run_dir, stage="preprocess")
+    task = Task(run=Run(run_dir, configuration.load(None, [*words(settings), *SETTINGS])), stage="preprocess")
     preprocess.run_part(task)
     preprocess.finalize(task)
 

@@ -7,6 +7,7 @@ import pytest
 
 from pneumo_dist.evaluation import evaluate
 from pneumo_dist.inference import infer
+from pneumo_dist.inference.film_plan import write_film_plan
 from pneumo_dist.inference.worklist import write_worklist
 from pneumo_dist.reports import pictures
 from tests.browser import CHROMIUM, Browser
@@ -33,7 +34,7 @@ def test_the_worklist(tmp_path):
     (films / "<script>alert(1)<b>.dcm").write_bytes(b"")  # an id may hold anything that a file name may
     model = write_model(tmp_path / "model.pt", triplet=RULE)
     words = [f"infer.dir={films}", f"infer.models={model}", "infer.label=it", "infer.outputs=csv,overlays"]
-    infer.plan(task(tmp_path, "infer", words).config, tmp_path)
+    write_film_plan(task(tmp_path, "infer", words).run)
     infer.run_part(task(tmp_path, "infer", words))
     page = infer.merge(task(tmp_path, "merge", words))["report"]
     with Browser(tmp_path / "profile") as browser:

@@ -19,6 +19,7 @@ from pneumo_dist.data.films.dicom import read_film
 from pneumo_dist.data.phantom import make_phantom
 from pneumo_dist.data.shards import to_size
 from pneumo_dist.inference import infer
+from pneumo_dist.inference.film_plan import write_film_plan
 from pneumo_dist.prediction.forward import predict
 from pneumo_dist.scoring.submission_csv import read_rows, validate_submission
 from tests.films import task, write_model
@@ -81,7 +82,7 @@ def test_killed_task_and_dead_node_leave_the_same_bytes(films, free_cluster: Pri
     what = [f"infer.dir={films}", f"infer.models={model}", "infer.label=it", "infer.part_size=5"]
     what += ["infer.outputs=csv,masks,overlays,dicomseg", "data.workers=1", "train.threads=1"]
     calm, run = tmp_path / "calm", tmp_path / "run"
-    infer.plan(task(calm, "infer", what).config, calm)
+    write_film_plan(task(calm, "infer", what).run)
     infer.run_part(task(calm, "infer", what))
     infer.merge(task(calm, "merge", what))
 

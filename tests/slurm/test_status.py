@@ -16,6 +16,7 @@ import pytest
 
 from launch.state.ledger import Entry, Ledger
 from pneumo_dist import config as configuration
+from pneumo_dist.run import RunFolder
 from tests.slurm.private import ROOT, TINY, PrivateCluster, devcluster, until
 
 
@@ -61,7 +62,7 @@ class Run:
         ]
         job_id = self.cluster.command("sbatch", *fixed, *array, *options, "--wrap", command).stdout.strip()
         log = log.replace("%A", job_id).replace("%j", job_id)
-        Ledger(self.folder).append(
+        Ledger(RunFolder(self.folder)).append(
             Entry(
                 key=key,
                 stage=stage.removeprefix("stage"),

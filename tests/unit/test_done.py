@@ -8,6 +8,7 @@ import pytest
 from pneumo_dist import config as configuration
 from pneumo_dist import done
 from pneumo_dist.config import ConfigError
+from pneumo_dist.run import Run
 from pneumo_dist.runtime.files import write_text
 from pneumo_dist.runtime.task import Task
 
@@ -16,12 +17,12 @@ WORDS = ["phantom.films=20", "model.pretrained=none", "stage1.size=64", "stage2.
 
 def _finish(run_dir: Path, config, stage: str, fold: int | None, **texts: str) -> None:
     """Put a stage's outputs and DONE.json in place, as run_stage does."""
-    task = Task(config=config, run_dir=run_dir, stage=stage, fold=fold)
+    task = Task(run=Run(run_dir, config), stage=stage, fold=fold)
     outputs = {}
     for name, text in texts.items():
         outputs[name.replace("_", "-")] = task.out / f"{name}.txt"
         write_text(task.out / f"{name}.txt", text)
-    settings, inputs = done.settings_of(config, stage), done.inputs_of(config, run_dir, stage, fold)
+    settings, inputs = done.settings_of(config, stage), done.inputs_of(Run(run_dir, config), stage, fold)
     done.write_done(replace(task, settings=settings, inputs=inputs), outputs)
 
 
@@ -40,7 +41,7 @@ def run(tmp_path):
 
 
 def _differences(run, *words, stage="1"):
-    return done.differences(configuration.load(None, [*WORDS, *words]), run, stage, 0)
+    return done.differences(Run(run, configuration.load(None, [*WORDS, *words])), stage, 0)
 
 
 def test_nothing_changed_is_done(run):
@@ -67,18 +68,18 @@ def test_changed_shards_of_the_same_size_are_named_and_another_size_does_not_mat
 
 
 def test_a_new_size_makes_preprocessing_go_on_not_start_over(run):
-    assert done.differences(configuration.load(None, [*WORDS, "stage2.size=96"]), run, "finalize", None) is None
+    assert done.differences(Run(run, configuration.load(None, [*WORDS, "stage2.size=96"])), "finalize", None) is None
 
 
 def test_changed_films_are_noticed(run):
     (run / "phantom" / "dicom-images-train" / "b.dcm").write_bytes(b"another")
-    assert done.differences(configuration.load(None, WORDS), run, "finalize", None) == ["films"]
+    assert done.differences(Run(run, configuration.load(None, WORDS)), "finalize", None) == ["films"]
 
 
 def test_a_missing_upstream_says_what_to_run(run):
     config = configuration.load(None, WORDS)
     with pytest.raises(ConfigError, match="swa needs stage 2, which is not done in .*stage2: run it first"):
-        done.inputs_of(config, run, "swa", 0)
+        done.inputs_of(Run(run, config), "swa", 0)
 
 
 def test_a_damaged_DONE_counts_as_not_done(run, caplog):
@@ -95,4 +96,4 @@ def test_done_names_no_time_or_host_and_relative_files(run):
 
 def test_a_new_size_does_not_hide_another_difference(run):
     config = configuration.load(None, [*WORDS, "stage2.size=96", "data.folds=3"])
-    assert done.differences(config, run, "finalize", None) == ["data.folds"]
+    assert done.differences(Run(run, config), "finalize", None) == ["data.folds"]

@@ -24,6 +24,7 @@ from pneumo_dist.data.films.dicom import read_film
 from pneumo_dist.data.films.rle import RleError, decode_union
 from pneumo_dist.data.preprocess import decoding, preprocess
 from pneumo_dist.data.shards import ShardReader, to_size
+from pneumo_dist.run import Run
 from pneumo_dist.runtime.task import Task
 from tests.film_files import COMPRESSED, film_bytes, grey, jpeg
 
@@ -138,7 +139,7 @@ def fuzzed(tmp_path_factory):
     words = [f"data.dicom_dir={folder / 'films'}", f"data.rle_csv={folder / 'list.csv'}", "data.unannotated=negative"]
     words += ["data.shards=8", "data.workers=2", "data.max_bad=1", f"data.max_pixels={MAX_PIXELS}"]
     words += ["stage1.size=32", "stage2.size=64"]
-    task = Task(config=configuration.load(None, words), run_dir=folder, stage="preprocess")
+    task = Task(run=Run(folder, configuration.load(None, words)), stage="preprocess")
     start = decoding._start_worker
 
     def confined(parent: int) -> None:

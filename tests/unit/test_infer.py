@@ -13,8 +13,8 @@ import pytest
 
 from pneumo_dist.config import ConfigError
 from pneumo_dist.data.films.rle import decode_rle
-from pneumo_dist.inference import infer, reading
-from pneumo_dist.inference.film_plan import file_name, read_plan
+from pneumo_dist.inference import infer, parts, reading
+from pneumo_dist.inference.film_plan import check_films, file_name, read_film_plan, write_film_plan
 from pneumo_dist.model.modelfile import load_model
 from pneumo_dist.prediction.forward import predict
 from pneumo_dist.runtime.files import sha256_file
@@ -55,7 +55,7 @@ def model(tmp_path_factory):
 def run(run_dir: Path, films: Path, model: Path, *overrides: str, tasks: int = 1, merge: bool = True) -> Path:
     """Run a whole inference and return its folder."""
     words = [f"infer.dir={films}", f"infer.models={model}", "infer.label=it", "infer.part_size=4", *overrides]
-    infer.plan(task(run_dir, "infer", words).config, run_dir)
+    write_film_plan(task(run_dir, "infer", words).run)
     for index in range(tasks):
         infer.run_part(task(run_dir, "infer", words, part=(index, tasks)))
     if merge:
@@ -113,7 +113,7 @@ def test_every_file_is_listed_with_its_hash(reference):
 def test_masks_areas_and_probabilities_are_at_film_size_by_the_stored_rule(reference, films, model):
     loaded, rows = load_model(model), rows_of(reference)
     submission = dict(read_rows(reference / "submission.csv")[1:])
-    for film in read_plan(reference).films:
+    for film in read_film_plan(reference).films:
         if film.id in DAMAGED:
             continue
         wanted, row = predict(loaded, films / film.path)[0], rows[film.id]
@@ -167,7 +167,7 @@ def test_finished_parts_are_kept_and_what_died_is_done_again(reference, films, m
 def test_a_stop_keeps_finished_parts_and_the_same_command_goes_on(reference, films, model, tmp_path):
     words = [f"infer.dir={films}", f"infer.models={model}", "infer.label=it", "infer.part_size=4"]
     one = task(tmp_path, "infer", [*words, EVERYTHING])
-    original = infer.finish_part
+    original = parts.finish_part
 
     def finish_and_stop(*arguments):
         original(*arguments)
@@ -221,7 +221,7 @@ def test_no_patient_name_or_id_in_anything_but_the_dicom_seg(reference, caplog):
 
 
 def test_ids_are_stems_and_paths_where_stems_repeat_and_files_get_safe_names(reference):
-    plan = read_plan(reference)
+    plan = read_film_plan(reference)
     assert [film.id for film in plan.films] == sorted(READABLE | DAMAGED)
     names = {film.id: film.name for film in plan.films}
     assert names["a"] == "a" and names["sub/twin.dcm"].startswith("sub_twin.dcm-")
@@ -318,11 +318,11 @@ def test_a_plan_in_place_is_kept_with_its_date_and_a_grown_folder_makes_a_new_on
     shutil.copytree(films, folder)
     words = [f"infer.dir={folder}", "infer.label=it"]
     one = task(tmp_path, "infer", words)
-    first = infer.plan(one.config, tmp_path)
+    first = write_film_plan(one.run)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1800000000")
-    assert infer.plan(one.config, tmp_path) == first == read_plan(one.out)
+    assert write_film_plan(one.run) == first == read_film_plan(one.out)
     write_dicom(folder / "new.dcm", picture(3))
-    assert infer.plan(one.config, tmp_path).created == 1800000000
+    assert write_film_plan(one.run).created == 1800000000
     with pytest.raises(ConfigError, match="infer.part_size"):
         infer.run_part(task(tmp_path, "infer", [*words, "infer.part_size=3"]))
 
@@ -347,7 +347,7 @@ def test_films_that_came_later_redo_only_the_parts_they_are_in(films, model, tmp
 
 def test_check_source_says_what_is_missing(films, model, tmp_path):
     def check(*words):
-        return infer.check_source(task(tmp_path, "infer", list(words)).config, tmp_path)
+        return check_films(task(tmp_path, "infer", list(words)).run)
 
     assert check(f"infer.dir={films}") == "12 films in 1 parts, 1 other files ignored"
     (tmp_path / "nothing").mkdir()

@@ -44,7 +44,7 @@ def run_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 def test_the_pickle_names_launch_jobs_and_carries_nothing_else() -> None:
     for data in (pickle.dumps(JOB), cloudpickle.dumps(JOB)):
-        assert b"launch.backends.slurm_job" in data and len(data) < 300
+        assert b"launch.jobs" in data and len(data) < 300
         assert pickle.loads(data) == JOB
 
 

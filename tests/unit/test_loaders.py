@@ -36,6 +36,7 @@ from pneumo_dist.data.loaders import (
 )
 from pneumo_dist.data.preprocess import preprocess
 from pneumo_dist.data.shards import ShardReader
+from pneumo_dist.run import Run
 from pneumo_dist.runtime.task import Task
 from tests.film_files import small_set, words
 
@@ -45,7 +46,7 @@ def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("set")
     settings = small_set(folder, films=24)
     small = ["data.shards=3", "data.folds=2", "data.workers=2", "stage1.size=32", "stage2.size=64"]
-    task = Task(config=configuration.load(None, [*words(settings), *small]), run_dir=folder, stage="preprocess")
+    task = Task(run=Run(folder, configuration.load(None, [*words(settings), *small])), stage="preprocess")
     preprocess.run_part(task)
     preprocess.finalize(task)
     return folder / "shards"

@@ -13,6 +13,7 @@ import pytest
 
 from launch.backends.workers import Foreground, Outcome, Worker, workers
 from launch.state.ledger import Locked, holder, lock
+from pneumo_dist.run import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 # Saves on a signal and leaves with the shell's status for it, as a real worker does.
@@ -153,7 +154,14 @@ def test_ranks_meet_through_a_file_and_share_the_cores(tmp_path: Path, monkeypat
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     made = workers(
-        key="stage1-fold3", stage="1", fold=3, kind="ranks", count=2, run_dir=tmp_path, code=ROOT, store=tmp_path / "s"
+        key="stage1-fold3",
+        stage="1",
+        fold=3,
+        kind="ranks",
+        count=2,
+        run=RunFolder(tmp_path),
+        code=ROOT,
+        store=tmp_path / "s",
     )
     assert [w.environ["RANK"] for w in made] == ["0", "1"]
     assert {w.environ["WORLD_SIZE"] for w in made} == {"2"} and {w.environ["OMP_NUM_THREADS"] for w in made} == {"4"}
@@ -163,7 +171,14 @@ def test_ranks_meet_through_a_file_and_share_the_cores(tmp_path: Path, monkeypat
 
 def test_array_elements_are_independent_parts(tmp_path: Path) -> None:
     made = workers(
-        key="infer", stage="infer", fold=None, kind="array", count=3, run_dir=tmp_path, code=ROOT, store=tmp_path / "s"
+        key="infer",
+        stage="infer",
+        fold=None,
+        kind="array",
+        count=3,
+        run=RunFolder(tmp_path),
+        code=ROOT,
+        store=tmp_path / "s",
     )
     assert [w.command[-1] for w in made] == ["0/3", "1/3", "2/3"]
     assert {w.environ["WORLD_SIZE"] for w in made} == {"1"}
@@ -172,6 +187,6 @@ def test_array_elements_are_independent_parts(tmp_path: Path) -> None:
 def test_a_thread_setting_of_the_user_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     made = workers(
-        key="swa", stage="swa", fold=0, kind="ranks", count=2, run_dir=tmp_path, code=ROOT, store=tmp_path / "s"
+        key="swa", stage="swa", fold=0, kind="ranks", count=2, run=RunFolder(tmp_path), code=ROOT, store=tmp_path / "s"
     )
     assert made[0].environ["OMP_NUM_THREADS"] == "3"

@@ -19,7 +19,9 @@ from pneumo_dist.data.cases import read_cases
 from pneumo_dist.data.films.dicom import read_film
 from pneumo_dist.data.films.rle import decode_rle
 from pneumo_dist.data.preprocess import decoding, preprocess
+from pneumo_dist.data.preprocess.source import check_source
 from pneumo_dist.data.shards import ShardReader, masks_to_sizes, to_size
+from pneumo_dist.run import Run
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.runtime.task import Task
 from tests.film_files import film_bytes, grey, small_set, words
@@ -31,7 +33,7 @@ SMALL = ["data.shards=3", "data.folds=2", "data.workers=2", "stage1.size=32", "s
 
 def task(run_dir: Path, settings: dict[str, str], *more: str, part: tuple[int, int] = (0, 1)) -> Task:
     config = configuration.load(None, [*words(settings), *SMALL, *more])
-    return Task(config=config, run_dir=run_dir, stage="preprocess", part=part)
+    return Task(run=Run(run_dir, config), stage="preprocess", part=part)
 
 
 def preprocessed(run_dir: Path, settings: dict[str, str], *more: str, parts: int = 1) -> dict[str, Path]:
@@ -225,7 +227,7 @@ def test_unannotated_films_are_dropped_or_negative(films, tmp_path, policy, film
 
 def test_unannotated_films_are_an_error_if_asked_for(films, tmp_path):
     with pytest.raises(ConfigError, match="1 films have no row in .* data.unannotated=drop or negative"):
-        preprocess.check_source(task(tmp_path, films[1], "data.unannotated=error").config, tmp_path)
+        check_source(task(tmp_path, films[1], "data.unannotated=error").run)
 
 
 def test_without_a_patient_map_folds_are_said_to_be_image_level(films, tmp_path, caplog):
@@ -402,15 +404,15 @@ def test_submit_learns_beforehand_what_cannot_work(films, tmp_path, settings, re
     other.write_text("ImageId,EncodedPixels\nsomething,-1\n")
     names = {"EMPTY": str(tmp_path / "empty"), "OTHER": str(other)}
     changed = films[1] | {key: names.get(value, value) for key, value in settings.items()}
-    preprocess.check_source(task(tmp_path, films[1]).config, tmp_path)
+    check_source(task(tmp_path, films[1]).run)
     with pytest.raises(ConfigError, match=reason):
-        preprocess.check_source(task(tmp_path, changed).config, tmp_path)
+        check_source(task(tmp_path, changed).run)
 
 
 def test_too_little_space_is_known_beforehand(films, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
     with pytest.raises(ConfigError, match="GB free, but the shards need"):
-        preprocess.check_source(task(tmp_path, films[1]).config, tmp_path)
+        check_source(task(tmp_path, films[1]).run)
 
 
 def test_clear_removes_our_files_and_no_others(done, tmp_path):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from launch.backends.prepare import lock_path
 from launch.monitor import status
 from launch.monitor.outcome import score_table, why
 from launch.monitor.table import trouble
@@ -19,7 +18,8 @@ from launch.state.ledger import Entry, Ledger, lock
 from pneumo_dist import config as configuration
 from pneumo_dist.chain import Node
 from pneumo_dist.data.shards import HEADER_BYTES, image_name, size_name
-from pneumo_dist.inference.film_plan import plan
+from pneumo_dist.inference.film_plan import write_film_plan
+from pneumo_dist.run import Run, RunFolder
 from tests.unit.squeue import squeue
 
 
@@ -43,7 +43,7 @@ def run_dir(tmp_path: Path) -> Path:
 def add(run_dir: Path, key: str, **more: object) -> None:
     stage, _, fold = key.partition("-fold")
     same = {"key": key, "stage": stage.removeprefix("stage"), "fold": int(fold) if fold else None, "cluster": "slurm"}
-    Ledger(run_dir).append(Entry(**(same | more)))  # type: ignore[arg-type]
+    Ledger(RunFolder(run_dir)).append(Entry(**(same | more)))  # type: ignore[arg-type]
 
 
 def fake(folder: Path, monkeypatch: pytest.MonkeyPatch, queue: list[str], sacct: str = "") -> None:
@@ -58,17 +58,19 @@ def inferred(run_dir: Path, films: Path) -> Path:
     films.mkdir()
     for i in range(7):
         (films / f"{i}.png").write_bytes(b"x")
-    plan(configuration.load(run_dir / "config.yaml", [f"infer.dir={films}", "infer.part_size=3"]), run_dir)
+    write_film_plan(
+        Run(run_dir, configuration.load(run_dir / "config.yaml", [f"infer.dir={films}", "infer.part_size=3"]))
+    )
     return films
 
 
 def row(run_dir: Path, key: str) -> status.Row:
-    rows, _ = status.collect(run_dir)
+    rows, _ = status.collect(Run.load(run_dir))
     return next(row for row in rows if row.node.key == key)
 
 
 def test_every_job_of_the_chain_has_a_row(run_dir: Path) -> None:
-    rows, note = status.collect(run_dir)
+    rows, note = status.collect(Run.load(run_dir))
     assert [r.node.key for r in rows][:5] == ["phantom", "preprocess", "finalize", "stage1-fold0", "stage2-fold0"]
     assert {r.state for r in rows} == {"-"} and note == ""
 
@@ -151,7 +153,7 @@ def test_a_job_that_waits_in_vain_is_said_to(
 ) -> None:
     add(run_dir, "stage1-fold0", job_id="4", name="stage1-fold0.chest")
     fake(tmp_path, monkeypatch, [f"4|stage1-fold0.chest|PENDING|{reason}|"])
-    text = trouble(status.collect(run_dir)[0])
+    text = trouble(status.collect(Run.load(run_dir))[0])
     assert said in text and bool(text) == bool(said) and "next:" not in text
 
 
@@ -159,7 +161,7 @@ def test_slurm_that_does_not_answer_is_said(run_dir: Path, tmp_path: Path, monke
     add(run_dir, "stage1-fold0", job_id="4", name="stage1-fold0.chest")
     fake(tmp_path, monkeypatch, [])
     (tmp_path / "squeue").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
-    rows, note = status.collect(run_dir)
+    rows, note = status.collect(Run.load(run_dir))
     assert "does not answer" in note and any(r.state == "UNKNOWN" for r in rows)
 
 
@@ -187,7 +189,7 @@ def test_an_array_that_slurm_has_forgotten_ended_well_where_all_its_parts_are_th
     config = configuration.load(run_dir / "config.yaml", [f"infer.dir={films}", "infer.part_size=3"])
     (run_dir / "jobs" / "infer.yaml").write_text(configuration.to_yaml(config))
     assert row(run_dir, "infer").state == state
-    assert bool(trouble(status.collect(run_dir)[0])) == (state == "ENDED")
+    assert bool(trouble(status.collect(Run.load(run_dir))[0])) == (state == "ENDED")
 
 
 def test_a_job_is_read_with_the_settings_of_its_newest_submission(
@@ -222,7 +224,7 @@ def test_what_a_job_has_recovered_from_needs_no_advice(
     before = "4|NODE_FAIL|0:0|n1|stage1-fold0.chest\n"
     state = queued.partition("|")[0]
     fake(tmp_path, monkeypatch, [f"4|stage1-fold0.chest|{queued}|1"], f"{before}4|{state}|0:0|n2|stage1-fold0.chest")
-    rows, _ = status.collect(run_dir)
+    rows, _ = status.collect(Run.load(run_dir))
     assert any("after NODE_FAIL" in r.reason for r in rows)
     text = trouble(rows)
     assert "a node died" not in text and ("scontrol release" in text) == helped
@@ -240,14 +242,14 @@ def test_how_a_local_job_ended(run_dir: Path, exit_status: int | None, state: st
 
 def test_a_local_job_that_runs(run_dir: Path) -> None:
     add(run_dir, "swa-fold0", cluster="local", job_id=str(os.getpid()))
-    held = lock(lock_path(run_dir, "swa-fold0"))
+    held = lock(RunFolder(run_dir).lock("swa-fold0"))
     assert row(run_dir, "swa-fold0").state == "RUNNING"
     held.release()
 
 
 def test_a_killed_local_job_waits_while_a_later_command_is_at_another_one(run_dir: Path) -> None:
     add(run_dir, "swa-fold0", cluster="local", job_id="1")
-    held = lock(lock_path(run_dir, "swa-fold0"))
+    held = lock(RunFolder(run_dir).lock("swa-fold0"))
     found = row(run_dir, "swa-fold0")
     assert found.state == "PENDING" and found.reason.startswith(f"its turn comes; process {os.getpid()} on ")
     held.release()
@@ -264,7 +266,7 @@ def test_progress_and_time_left(run_dir: Path) -> None:
     assert found.score == "Dice 0.4000, best 0.5000 (epoch 1)"
     assert found.progress and found.progress.text.startswith("epoch 2/10")  # by a plain script: never submitted
     add(run_dir, "stage1-fold0", cluster="local", job_id=str(os.getpid()))
-    held = lock(lock_path(run_dir, "stage1-fold0"))
+    held = lock(RunFolder(run_dir).lock("stage1-fold0"))
     assert str(row(run_dir, "stage1-fold0").progress) == "epoch 2/10, step 200/1000, 64.0 images/s, 13 min left"
     os.utime(metrics, (1, 1))
     live = same | {"epoch": 3, "step": 250, "images_per_s": 32.0}
@@ -288,21 +290,21 @@ def test_films_of_an_array_are_counted_from_its_files(run_dir: Path, monkeypatch
             os.utime(part, (begin + at, begin + at))
     node = Node("preprocess", None, ())
     monkeypatch.setattr(time, "time", lambda: begin + 40)
-    found = progress.of(config, run_dir, node, begin)
+    found = progress.of(Run(run_dir, config), node, begin)
     assert str(found) == "15 of about 40 films (shard 3 of 8), 0.5 films/s, 50 s left"
     assert (
-        str(progress.of(config, run_dir, node, begin + 35)) == "15 of about 40 films (shard 3 of 8)"
+        str(progress.of(Run(run_dir, config), node, begin + 35)) == "15 of about 40 films (shard 3 of 8)"
     )  # of an earlier job
 
 
 def test_films_of_an_inference_are_counted_by_finished_parts(run_dir: Path) -> None:
     config = configuration.load(run_dir / "config.yaml", [f"infer.dir={run_dir / 'films'}", "infer.part_size=3"])
     node = Node("infer", None, ())
-    assert progress.of(config, run_dir, node) is None
+    assert progress.of(Run(run_dir, config), node) is None
     inferred(run_dir, run_dir / "films")
     for part in (0, 2):
         (run_dir / "infer" / "films" / "parts" / f"part-{part:05d}").mkdir(parents=True)
-    found = progress.of(config, run_dir, node)
+    found = progress.of(Run(run_dir, config), node)
     assert found and found.text.startswith("4 of 7 films (part 2 of 3)") and found.share == 4 / 7
 
 

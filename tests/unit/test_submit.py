@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,13 @@ import pytest
 from launch.backends import prepare
 from launch.planning import plan
 from launch.planning.arguments import Request, UsageError, parse
+from launch.planning.plan import resolve
 from launch.state.codecopy import code_hash, copy
 from launch.state.ledger import Entry, Ledger, lock
 from launch.submit import main
 from pneumo_dist import done
 from pneumo_dist.config import ConfigError
-from pneumo_dist.runtime.task import stage_dir
+from pneumo_dist.run import RunFolder
 from tests.unit.squeue import squeue
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,18 +39,17 @@ def here(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
 
 
 def make(*words: object) -> plan.Plan:
-    return plan.make(parse([str(word) for word in words]))
+    return plan.make_plan(parse([str(word) for word in words]))
 
 
 def finished(made: plan.Plan, stage: str, fold: int | None = None) -> None:
     """Pretend that a stage is done."""
-    config, run_dir = made.recipe.config, made.recipe.run_dir
-    folder = stage_dir(config, run_dir, stage, fold)
+    folder = made.run.dir_of(stage, fold)
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"settings": done.settings_of(config, stage), "inputs": {}, "outputs": {}}
-    record["outputs"] = {f"manifest-{size}": {"sha256": "x"} for size in config.sizes}
+    record = {"settings": done.settings_of(made.run.config, stage), "inputs": {}, "outputs": {}}
+    record["outputs"] = {f"manifest-{size}": {"sha256": "x"} for size in made.run.config.sizes}
     try:
-        record["inputs"] = done.inputs_of(config, run_dir, stage, fold)
+        record["inputs"] = done.inputs_of(made.run, stage, fold)
     except ConfigError:
         pass
     (folder / "DONE.json").write_text(json.dumps(record))
@@ -96,7 +97,7 @@ def test_several_jobs_to_wait_for() -> None:
 
 def test_nothing_named_means_synthetic_films_and_all_that_is_missing(tmp_path: Path) -> None:
     made = make("--stage", "1", f"run_root={tmp_path}")
-    assert made.recipe.run == "quickstart" and made.recipe.embedded
+    assert made.run.name == "quickstart" and resolve(made.request).embedded
     assert [node.key for node in made.todo] == ["phantom", "preprocess", "finalize", "stage1-fold0"]
     assert "no data configured: synthetic phantom films" in made.notes
 
@@ -107,33 +108,33 @@ def test_nothing_named_means_synthetic_films_and_all_that_is_missing(tmp_path: P
 )
 def test_as_soon_as_something_is_named_a_missing_upstream_is_not_run(tmp_path: Path, words: str, run: str) -> None:
     made = make("--stage", "1", *words.split(), f"run_root={tmp_path}")
-    assert made.recipe.run == run and [node.key for node in made.todo] == ["stage1-fold0"]
+    assert made.run.name == run and [node.key for node in made.todo] == ["stage1-fold0"]
     (line,) = {plan.missing_line(made, *missing) for missing in made.missing}
     assert f"stage 1 needs preprocess, which is not done: run --stage preprocess --run {run}" in line
 
 
 def test_a_run_goes_on_from_its_own_configuration(tmp_path: Path) -> None:
     first = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", "stage1.epochs=3", "phantom.films=9")
-    prepare.prepare(Request(stage="1"), first)
+    prepare.prepare(first)
     again = make("--stage", "2", "--run", "a", f"run_root={tmp_path}", "stage2.epochs=4")
-    assert (again.recipe.config.stage1.epochs, again.recipe.config.stage2.epochs) == (3, 4)
-    prepare.prepare(Request(stage="2"), again)
-    assert make("--stage", "2", "--run", "a", f"run_root={tmp_path}").recipe.config.stage2.epochs == 70
+    assert (again.run.config.stage1.epochs, again.run.config.stage2.epochs) == (3, 4)
+    prepare.prepare(again)
+    assert make("--stage", "2", "--run", "a", f"run_root={tmp_path}").run.config.stage2.epochs == 70
     other = make("--stage", "1", "--run", "a", "--config", "configs/exp2.yaml", f"run_root={tmp_path}")
-    assert other.recipe.config.stage1.epochs == 35
+    assert other.run.config.stage1.epochs == 35
 
 
 def test_paths_are_made_absolute_where_the_command_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     made = make("--stage", "infer", "--run", "a", "run_root=here", "infer.dir=films", "infer.models=m.pt,~/n.pt")
-    config = made.recipe.config
-    assert made.recipe.run_dir == tmp_path / "here" / "a" and config.infer.dir == str(tmp_path / "films")
+    config = made.run.config
+    assert made.run.folder == tmp_path / "here" / "a" and config.infer.dir == str(tmp_path / "films")
     assert config.infer.models == [str(tmp_path / "m.pt"), str(Path("~/n.pt").expanduser())]
 
 
 def test_runs_lie_beside_launch_whatever_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert plan.resolve(parse(["--stage", "1"])).run_dir == ROOT / "runs" / "quickstart"
+    assert plan.resolve(parse(["--stage", "1"])).run.folder == ROOT / "runs" / "quickstart"
 
 
 def test_a_stage_that_the_recipe_does_not_have() -> None:
@@ -152,7 +153,7 @@ def test_a_fold_outside_the_folds() -> None:
 def test_what_is_done_is_left_alone_and_other_settings_are_refused(tmp_path: Path) -> None:
     root = f"run_root={tmp_path}"
     made = make("--stage", "preprocess", "--config", "configs/quickstart.yaml", root)
-    films = made.recipe.run_dir / "phantom" / "dicom-images-train"
+    films = made.run.folder / "phantom" / "dicom-images-train"
     films.mkdir(parents=True)
     for path in (films / "a.png", films.parent / "train-rle.csv", films.parent / "patients.csv"):
         path.write_text("x")
@@ -172,7 +173,7 @@ def test_what_is_done_is_left_alone_and_other_settings_are_refused(tmp_path: Pat
 def test_what_is_derived_follows_what_it_reads(tmp_path: Path) -> None:
     words = ("--stage", "all", "--config", "configs/quickstart.yaml", f"run_root={tmp_path}")
     made = make(*words)
-    films = made.recipe.run_dir / "phantom" / "dicom-images-train"
+    films = made.run.folder / "phantom" / "dicom-images-train"
     films.mkdir(parents=True)
     for path in (films / "a.png", films.parent / "train-rle.csv", films.parent / "patients.csv"):
         path.write_text("x")
@@ -182,7 +183,7 @@ def test_what_is_derived_follows_what_it_reads(tmp_path: Path) -> None:
         finished(made, stage, 0)
     again = [node.key for node in make(*words, "--folds", "0,1").todo]
     assert again == ["stage1-fold1", "stage2-fold1", "swa-fold1", "evaluate-fold1", "pool", "infer", "merge"]
-    (made.recipe.run_dir / "fold0" / "stage1" / "DONE.json").unlink()
+    (made.run.folder / "fold0" / "stage1" / "DONE.json").unlink()
     stale = make(*words)
     assert any("which is to run again: --redo" in line for line in stale.differing)
 
@@ -190,7 +191,7 @@ def test_what_is_derived_follows_what_it_reads(tmp_path: Path) -> None:
 def test_redo_puts_the_old_result_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", "phantom.films=9")
     finished(made, "1", 0)
-    prepare.prepare(Request(stage="1", redo=True), make("--stage", "1", "--run", "a", f"run_root={tmp_path}", "--redo"))
+    prepare.prepare(make("--stage", "1", "--run", "a", f"run_root={tmp_path}", "--redo"))
     assert not (tmp_path / "a" / "fold0" / "stage1").exists()
     (aside,) = (tmp_path / "a" / "fold0").glob("stage1.old-*")
     assert (aside / "DONE.json").exists() and str(aside) in capsys.readouterr().out
@@ -200,7 +201,7 @@ def test_redo_does_not_touch_shards_that_other_runs_may_read(tmp_path: Path) -> 
     words = ("--stage", "preprocess", "--run", "a", f"run_root={tmp_path}", f"data.shard_dir={tmp_path}/s", "--redo")
     (tmp_path / "s").mkdir()
     with pytest.raises(ConfigError, match="may serve other runs"):
-        prepare.prepare(Request(stage="preprocess", redo=True), make(*words, "data.dicom_dir=/x"))
+        prepare.prepare(make(*words, "data.dicom_dir=/x"))
     assert (tmp_path / "s").is_dir()
 
 
@@ -222,18 +223,18 @@ def test_infer_takes_every_fold_that_has_a_model(tmp_path: Path) -> None:
 
 def test_a_live_process_on_the_same_stage_is_named(tmp_path: Path) -> None:
     made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}")
-    held = lock(prepare.lock_path(made.recipe.run_dir, "stage1-fold0"))
+    held = lock(made.run.lock("stage1-fold0"))
     with pytest.raises(ConfigError, match=f"process {os.getpid()} .* is on stage 1"):
-        prepare.refuse_live(made, Ledger(made.recipe.run_dir), True)
+        prepare.refuse_live(made, Ledger(made.run), True)
     held.release()
-    prepare.refuse_live(made, Ledger(made.recipe.run_dir), True)
+    prepare.refuse_live(made, Ledger(made.run), True)
 
 
 def test_a_live_slurm_job_is_known_by_number_and_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}")
-    ledger = Ledger(made.recipe.run_dir)
+    ledger = Ledger(made.run)
     same = {"key": "stage1-fold0", "stage": "1", "fold": 0, "cluster": "slurm"}
     ledger.append(Entry(**same, job_id="12", name="stage1-fold0.a"))
     tool = tmp_path / "squeue"
@@ -252,7 +253,7 @@ def test_a_live_slurm_job_is_known_by_number_and_name(
 
 
 def test_a_torn_line_of_the_ledger_is_left_out(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+    ledger = Ledger(RunFolder(tmp_path))
     ledger.append(Entry(key="swa-fold0", stage="swa", fold=0, cluster="local"))
     with open(ledger.path, "a") as out:
         out.write('{"key": "infer", "sta')
@@ -263,8 +264,8 @@ def test_a_torn_line_of_the_ledger_is_left_out(tmp_path: Path) -> None:
 
 
 def test_the_copy_holds_the_code_and_is_named_by_it(tmp_path: Path) -> None:
-    made = copy(ROOT, tmp_path)
-    assert made == copy(ROOT, tmp_path) and made.name == code_hash(ROOT) == code_hash(made)
+    made = copy(ROOT, RunFolder(tmp_path))
+    assert made == copy(ROOT, RunFolder(tmp_path)) and made.name == code_hash(ROOT) == code_hash(made)
     assert (made / "launch" / "jobs.py").read_bytes() == (ROOT / "launch" / "jobs.py").read_bytes()
     assert not list(made.rglob("__pycache__")) and len(list((tmp_path / "code").iterdir())) == 1
 
@@ -356,9 +357,7 @@ def test_a_run_root_that_is_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[
 def test_a_python_without_the_packages_says_how_to_get_them(tmp_path: Path) -> None:
     """Any Python may be typed: without .venv beside launch/ the set-up command is printed."""
     clone = tmp_path / "clone"
-    (clone / "launch").mkdir(parents=True)
-    for path in (ROOT / "launch").glob("*.py"):
-        (clone / "launch" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(ROOT / "launch", clone / "launch", ignore=shutil.ignore_patterns("__pycache__"))
     bare = [sys.executable, "-I", "-S", str(clone / "launch" / "submit.py"), "--stage", "1"]
     shown = subprocess.run(bare, capture_output=True, text=True, check=False)
     assert shown.returncode == 2 and "bash launch/setup_env.sh" in shown.stderr and len(shown.stderr.splitlines()) == 1

@@ -17,6 +17,7 @@ from launch.state import codecopy
 from launch.state.ledger import Entry, Ledger
 from launch.submit import main
 from pneumo_dist import config as configuration
+from pneumo_dist.run import RunFolder
 from tests.unit.squeue import squeue
 from tests.unit.test_submit import finished, make
 
@@ -65,7 +66,7 @@ def test_every_job_waits_for_the_one_it_reads_from(
     assert submit(tmp_path, "--stage", "all", "--nodes", "2", "--folds", "0,1") == 0
     shown = capfd.readouterr().out
     run_dir = tmp_path / "a"
-    order = [entry.key for entry in Ledger(run_dir).entries()]
+    order = [entry.key for entry in Ledger(RunFolder(run_dir)).entries()]
     assert order == [
         "phantom", "preprocess", "finalize", "stage1-fold0", "stage1-fold1", "stage2-fold0", "stage2-fold1",
         "swa-fold0", "swa-fold1", "evaluate-fold0", "evaluate-fold1", "pool", "infer", "merge",
@@ -76,7 +77,9 @@ def test_every_job_waits_for_the_one_it_reads_from(
     assert "--dependency=afterok:10:11\n" in waits["pool"] and "--dependency=afterok:12\n" in waits["infer"]
     assert "--array=0-1%2" in waits["preprocess"] and "--nodes=2" in waits["swa-fold0"]
     assert "stage1-fold0         job 4" in shown and "runs.py status" in shown
-    assert {entry.code for entry in Ledger(run_dir).entries()} == {path.name for path in (run_dir / "code").iterdir()}
+    assert {entry.code for entry in Ledger(RunFolder(run_dir)).entries()} == {
+        path.name for path in (run_dir / "code").iterdir()
+    }
 
 
 def test_the_pickles_are_jobs_of_the_run(tools: Path, tmp_path: Path) -> None:
@@ -157,7 +160,9 @@ def test_a_time_limit_below_what_was_measured_is_remarked(
     finished(make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL), "finalize")
     row = {"epoch": 1, "epochs": 100, "step": step, "steps": 6000, "images_per_s": 64.0}
     where = {"cluster": "slurm", "extra": {"profile": str(tmp_path / "p.yaml")}}
-    Ledger(tmp_path / "a").append(Entry(key="stage1-fold0", stage="1", fold=0, job_id="7", processes=ranks, **where))
+    Ledger(RunFolder(tmp_path / "a")).append(
+        Entry(key="stage1-fold0", stage="1", fold=0, job_id="7", processes=ranks, **where)
+    )
     (tmp_path / "a" / "fold0" / "stage1").mkdir(parents=True)
     (tmp_path / "a" / "fold0" / "stage1" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "p.yaml").write_text("time_min: 30")
@@ -187,11 +192,11 @@ def test_the_speed_of_an_earlier_run_of_the_same_kind_counts_for_a_new_one(
     for name, ranks in (("other", 2), ("before", 1)):
         made = make("--stage", "1", "--run", name, f"run_root={tmp_path}", *SMALL)
         row = {"epoch": 1, "epochs": 4, "step": 0, "steps": 240, "images_per_s": 64.0}
-        (made.recipe.run_dir / "fold0" / "stage1").mkdir(parents=True)
-        (made.recipe.run_dir / "fold0" / "stage1" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-        (made.recipe.run_dir / "config.yaml").write_text(configuration.to_yaml(made.recipe.config))
+        (made.run.folder / "fold0" / "stage1").mkdir(parents=True)
+        (made.run.folder / "fold0" / "stage1" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        (made.run.folder / "config.yaml").write_text(configuration.to_yaml(made.run.config))
         where = {"cluster": "slurm", "extra": {"profile": str(tmp_path / "p.yaml")}}
-        Ledger(made.recipe.run_dir).append(Entry(key="stage1-fold0", stage="1", fold=0, processes=ranks, **where))
+        Ledger(made.run).append(Entry(key="stage1-fold0", stage="1", fold=0, processes=ranks, **where))
     (tmp_path / "p.yaml").write_text("time_min: 30\nrequeue: false")
     finished(make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL), "finalize")
     assert submit(tmp_path, "--stage", "1", "--profile", str(tmp_path / "p.yaml"), "stage1.epochs=100") == 0
@@ -203,7 +208,7 @@ def test_the_speed_of_an_earlier_run_of_the_same_kind_counts_for_a_new_one(
 def test_shards_larger_than_a_node_are_remarked(tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL)
     finished(made, "finalize")
-    with open(tmp_path / "a" / "shards" / f"images-{made.recipe.config.stage1.size}-0.npy", "wb") as sparse:
+    with open(tmp_path / "a" / "shards" / f"images-{made.run.config.stage1.size}-0.npy", "wb") as sparse:
         sparse.truncate(40 << 30)
     assert submit(tmp_path, "--stage", "1") == 0
     assert "of 40.0 GiB, the partition's nodes have 31.2 GiB" in capfd.readouterr().out
@@ -214,7 +219,7 @@ def test_shards_larger_than_a_node_are_remarked(tools: Path, tmp_path: Path, cap
 
 def test_the_submission_records_commit_and_changes_of_the_code(tools: Path, tmp_path: Path) -> None:
     assert submit(tmp_path, "--stage", "preprocess") == 0
-    git = [entry.extra["git"] for entry in Ledger(tmp_path / "a").entries()]
+    git = [entry.extra["git"] for entry in Ledger(RunFolder(tmp_path / "a")).entries()]
     state = codecopy.git_state(ROOT)
     assert git == [state] * 3
     assert state is None or (len(str(state["commit"])) == 40 and isinstance(state["changed_files"], int))

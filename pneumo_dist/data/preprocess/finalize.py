@@ -23,7 +23,7 @@ from pneumo_dist.data.preprocess.decoding import cores
 from pneumo_dist.data.preprocess.manifest import changed, remove_leftovers, write_manifests, writing
 from pneumo_dist.data.preprocess.source import Source, read_source
 from pneumo_dist.runtime.files import read_json, sha256_file, write_json, write_text
-from pneumo_dist.runtime.task import Task, source
+from pneumo_dist.runtime.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ def finalize(task: Task) -> dict[str, Path]:
     from pneumo_dist.data.preprocess.audit import audit_of, readable
     from pneumo_dist.data.preprocess.contact_sheet import write_contact_sheet
 
-    config, out = task.config, task.shard_dir
-    found = read_source(config, task.run_dir)
+    config, out = task.config, task.run.shard_dir
+    found = read_source(task.run)
     listings, parts = _collect(out, found, config)
     films = [film | {"shard": j, "row": row} for j, s in enumerate(listings) for row, film in enumerate(s["films"])]
     bad = [film for s in listings for film in s["bad"]]
@@ -58,7 +58,7 @@ def finalize(task: Task) -> dict[str, Path]:
     if not films:
         raise ConfigError(f"{found.folder}: not one film can be read; first: {bad[0]['path']}: {bad[0]['reason']}")
     duplicates = _duplicates(found, films, config)
-    patient_map = source(config, task.run_dir, "patient_map")
+    patient_map = task.run.source("patient_map")
     patients = casefiles.read_patient_map(patient_map) if patient_map else {}
     known = sum(film["id"] in patients for film in films)
     if patient_map and not known:

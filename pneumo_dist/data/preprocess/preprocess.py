@@ -43,8 +43,8 @@ def run_part(task: Task) -> dict[str, Path]:
             or the disk is full.
         Stopped: a signal asked to leave; finished shards stay.
     """
-    config, out = task.config, task.shard_dir
-    found = read_source(config, task.run_dir)
+    config, out = task.config, task.run.shard_dir
+    found = read_source(task.run)
     index, count = task.part
     mine = list(range(index, len(found.jobs), count))
     with writing(out):
@@ -73,7 +73,7 @@ def _write_shard(
     task: Task, found: Source, shard: int, sizes: tuple[int, ...], results: Iterator[tuple[FilmJob, Decoded]]
 ) -> list[dict[str, Any]]:
     """Write one shard in the given sizes from the next results; return its unreadable films."""
-    out, count, jobs = task.shard_dir, len(found.jobs), found.jobs[shard]
+    out, count, jobs = task.run.shard_dir, len(found.jobs), found.jobs[shard]
     films: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
     with writing(out):

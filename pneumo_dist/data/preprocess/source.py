@@ -9,10 +9,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from pneumo_dist.config import Config, ConfigError
+from pneumo_dist.config import ConfigError
 from pneumo_dist.data import cases as casefiles
 from pneumo_dist.data.cases import Annotations
-from pneumo_dist.runtime.task import shard_dir, source
+from pneumo_dist.run import Run
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,15 @@ class Source:
         return sum(len(shard) for shard in self.jobs)
 
 
-def read_source(config: Config, run_dir: Path) -> Source:
+def read_source(run: Run) -> Source:
     """List the films and read the annotations; which film goes to which shard depends on the sorted ids alone.
 
     Raises:
         ConfigError: a path is missing, there is no film or no annotated film, the list cannot be used, or films are
             not annotated where `data.unannotated=error`.
     """
-    folder, csv = source(config, run_dir, "dicom_dir"), source(config, run_dir, "rle_csv")
+    config = run.config
+    folder, csv = run.source("dicom_dir"), run.source("rle_csv")
     for key, path in (("data.dicom_dir", folder), ("data.rle_csv", csv)):
         if path is None or not path.exists():
             raise ConfigError(f"{key}={path}: no such {'folder' if key == 'data.dicom_dir' else 'file'}")
@@ -94,15 +95,15 @@ def _job(annotations: Annotations, name: str, path: str) -> FilmJob:
     )
 
 
-def check_source(config: Config, run_dir: Path) -> None:
+def check_source(run: Run) -> None:
     """Raise ConfigError for what can be known beforehand: paths, csv headers, at least one film, free space."""
-    found = read_source(config, run_dir)
-    patients = source(config, run_dir, "patient_map")
+    config, found = run.config, read_source(run)
+    patients = run.source("patient_map")
     if patients is not None:
         casefiles.read_patient_map(patients)
     if config.data.holdout_ids:
         casefiles.read_ids(Path(config.data.holdout_ids))
-    out = shard_dir(config, run_dir)
+    out = run.shard_dir
     there = out
     while not there.exists():
         there = there.parent

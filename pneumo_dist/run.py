@@ -1,0 +1,195 @@
+"""A run: its configuration, its folder, and the path of everything in it. No other module spells these paths.
+
+Reads nothing but configurations and folder listings, writes nothing, imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pneumo_dist import config as configuration
+from pneumo_dist.config import TRAIN_STAGES, Config, ConfigError
+
+# What stands for the data section's paths in a run on synthetic films, below <run>/phantom.
+PHANTOM_SOURCES = {"dicom_dir": "dicom-images-train", "rle_csv": "train-rle.csv", "patient_map": "patients.csv"}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run, and what lies in it whatever the configuration says."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name: that of its folder."""
+        return self.folder.name
+
+    @property
+    def config_file(self) -> Path:
+        """The run's configuration."""
+        return self.folder / "config.yaml"
+
+    @property
+    def code_dir(self) -> Path:
+        """The copies of the code that jobs use, by hash."""
+        return self.folder / "code"
+
+    @property
+    def jobs_dir(self) -> Path:
+        """Logs, submissions, locks and attempt tokens of the run's jobs."""
+        return self.folder / "jobs"
+
+    @property
+    def ledger_file(self) -> Path:
+        """The list of submissions."""
+        return self.jobs_dir / "submitted.jsonl"
+
+    @property
+    def submit_lock(self) -> Path:
+        """The lock of the process that submits to this run."""
+        return self.jobs_dir / ".submit.lock"
+
+    def lock(self, key: str) -> Path:
+        """Return the lock of one job."""
+        return self.jobs_dir / f".{key}.lock"
+
+    def job_config_file(self, key: str) -> Path:
+        """Return the configuration of a job's last submission."""
+        return self.jobs_dir / f"{key}.yaml"
+
+    def attempt_file(self, key: str) -> Path:
+        """Return the file that holds the token of a job's newest attempt."""
+        return self.jobs_dir / f"{key}.attempt"
+
+    @property
+    def folds(self) -> list[int]:
+        """The folds that have a directory, ascending; [] where this is no run."""
+        return sorted(int(path.name[4:]) for path in self.folder.glob("fold*") if path.name[4:].isdigit())
+
+    def fold_dir(self, fold: int | None) -> Path:
+        """Return the directory of one fold."""
+        return self.folder / f"fold{fold}"
+
+    def in_fold(self, stage: str, fold: int | None) -> Path:
+        """Return the directory of a stage that belongs to a fold."""
+        return self.fold_dir(fold) / (f"stage{stage}" if stage in TRAIN_STAGES else stage)
+
+    def model(self, fold: int | None) -> Path:
+        """Return the model file that the evaluation of a fold writes."""
+        return self.fold_dir(fold) / "model.pt"
+
+    def metrics(self, stage: str, fold: int | None) -> Path:
+        """Return the table of a training's epochs."""
+        return self.in_fold(stage, fold) / "metrics.jsonl"
+
+    @property
+    def pooled_dir(self) -> Path:
+        """The evaluation of all folds together."""
+        return self.folder / "evaluate"
+
+
+@dataclass(frozen=True)
+class Run(RunFolder):
+    """A run with its configuration."""
+
+    config: Config
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        """Return the run in a folder with its own configuration.
+
+        Raises:
+            ConfigError: this is no run directory.
+        """
+        path = RunFolder(folder).config_file
+        if not path.is_file():
+            raise ConfigError(f"{folder}: no such run (no config.yaml): python launch/runs.py list shows what there is")
+        return cls(folder, configuration.load(path))
+
+    @classmethod
+    def of_job(cls, folder: Path, key: str) -> Run:
+        """Return a run with the configuration of a job's last submission, else the run's own.
+
+        Raises:
+            ConfigError: the run has no configuration.
+        """
+        run = RunFolder(Path(folder).absolute())
+        for path in (run.job_config_file(key), run.config_file):
+            if path.exists():
+                return cls(run.folder, configuration.load(path))
+        raise ConfigError(f"{run.folder}: no config.yaml: is this a run directory? submit.py makes one")
+
+    def source(self, name: str) -> Path | None:
+        """Return a path of the data section (`dicom_dir`, `rle_csv`, `patient_map`), or its synthetic counterpart."""
+        if self.config.phantom.films:
+            return self.dir_of("phantom") / PHANTOM_SOURCES[name]
+        value = getattr(self.config.data, name)
+        return Path(value).expanduser().absolute() if value else None
+
+    @property
+    def infer_source(self) -> Path | None:
+        """The folder whose films are inferred: `infer.dir`, else the training films."""
+        if self.config.infer.dir:
+            return Path(self.config.infer.dir).expanduser().absolute()
+        return self.source("dicom_dir")
+
+    @property
+    def shard_dir(self) -> Path:
+        """The directory of the shards: `data.shard_dir`, else the run's own."""
+        shared = self.config.data.shard_dir
+        return Path(shared).expanduser().absolute() if shared else self.folder / "shards"
+
+    @property
+    def infer_dir(self) -> Path:
+        """The directory of one inference; its label defaults to the folder's name.
+
+        Raises:
+            ConfigError: there is no folder to infer on.
+        """
+        films = self.infer_source
+        label = self.config.infer.label or (films.name if films else "")
+        if not label:
+            raise ConfigError("no films to infer on: give infer.dir=DIR")
+        return self.folder / "infer" / label
+
+    def dir_of(self, stage: str, fold: int | None = None) -> Path:
+        """Return the directory that belongs to one stage (of one fold)."""
+        if stage == "phantom":
+            return self.folder / "phantom"
+        if stage in ("preprocess", "finalize"):
+            return self.shard_dir
+        if stage in ("infer", "merge"):
+            return self.infer_dir
+        return self.pooled_dir if stage == "pool" else self.in_fold(stage, fold)
+
+    def done_file(self, stage: str, fold: int | None = None) -> Path:
+        """Return the file whose presence says that a stage is done."""
+        return self.dir_of(stage, fold) / "DONE.json"
+
+    def model_paths(self) -> list[Path]:
+        """Return the models to infer with: `infer.models` (files, or runs that stand for their folds), else this run's.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        models: list[Path] = []
+        for name in self.config.infer.models or [str(self.folder)]:
+            other = RunFolder(Path(name).expanduser().absolute())
+            of_folds = [model for k in other.folds if (model := other.model(k)).exists()]
+            if other.folder.is_dir() and not of_folds:
+                own = "run --stage evaluate first, or give infer.models=PATH"
+                advice = "give a model.pt" if self.config.infer.models else own
+                raise ConfigError(f"{other.folder} has no fold<k>/model.pt: {advice}")
+            models += of_folds or [other.folder]
+        return models
+
+
+def pooled_thresholds(models: list[Path]) -> Path | None:
+    """Return the pooled thresholds.json of the run that these several models are the folds of, where there is one."""
+    runs = {path.parent.parent for path in models}
+    if len(models) < 2 or len(runs) != 1:
+        return None
+    pooled = RunFolder(runs.pop()).pooled_dir / "thresholds.json"
+    return pooled if pooled.is_file() else None
