@@ -26,7 +26,7 @@ examples:
       print the sbatch scripts, write nothing
 
 exit status: 0 done or submitted, 1 a job failed, 2 something to correct first, 130 Ctrl-C (state is saved)
-Every key of the configuration, with its default: pneumo_dist/config.py; recipes: configs/*.yaml
+Every key of the configuration, with default and meaning: python -m pneumo_dist.config; recipes: configs/*.yaml
 """
 
 

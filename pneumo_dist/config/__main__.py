@@ -1,0 +1,73 @@
+"""Print every key of the configuration with type, default and meaning, made from the schema."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from itertools import groupby
+from typing import Any, get_args, get_origin
+
+from pneumo_dist.config.loading import nearest
+from pneumo_dist.config.schema import Config, Key, keys
+
+_WIDEST_DEFAULT = 16  # a longer one (the grids) puts the meaning on the next line
+
+
+def _type(kind: Any) -> str:
+    """Return `str`, `str or null`, `list of str`."""
+    names = ["null" if item is type(None) else item.__name__ for item in get_args(kind) or (kind,)]
+    return ("list of " if get_origin(kind) is list else "") + " or ".join(names)
+
+
+def _default(value: Any) -> str:
+    """Return a value as YAML writes it, but a list with commas, as on the command line."""
+    if isinstance(value, list):
+        return ",".join(map(_default, value)) or "[]"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _matches(name: str, key: Key, word: str) -> bool:
+    """Tell whether the word is part of the key; a word that ends in a dot is not looked for in the meaning."""
+    return word in name or (not word.endswith(".") and word in key.meaning.lower())
+
+
+def table(found: dict[str, Key]) -> str:
+    """Return an aligned table of the keys with a heading for each section."""
+    rows = [(name, _type(key.type), _default(key.default), key.meaning) for name, key in found.items()]
+    name_width, type_width = (max(len(row[column]) for row in rows) for column in (0, 1))
+    lines: list[str] = []
+    for section, group in groupby(rows, lambda row: row[0].rpartition(".")[0]):
+        about = type(getattr(Config(), section)) if section else Config
+        lines += ["", f"{section}: {about.__doc__}" if section else str(about.__doc__)]
+        for name, kind, default, meaning in group:
+            start = f"  {name:{name_width}}  {kind:{type_width}}  "
+            gap = "\n" + " " * (len(start) + _WIDEST_DEFAULT) if len(default) > _WIDEST_DEFAULT else ""
+            lines.append(f"{start}{default:{_WIDEST_DEFAULT}}{gap}  {meaning}")
+    return "\n".join(lines[1:])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; return 2 where no key matches the filter."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pneumo_dist.config",
+        description="List every key of the configuration with type, default and meaning. "
+        "A key is set in a recipe (configs/*.yaml) or as key=value on the command line of launch/submit.py.",
+    )
+    parser.add_argument("word", nargs="?", default="", help="only keys with this in their name (loss.) or meaning")
+    word = parser.parse_args(arguments).word.lower()
+    found = {name: key for name, key in keys().items() if _matches(name, key, word)}
+    if not found:
+        print(f"error: no key has {word!r} in its name or meaning{nearest(word, list(keys()))}", file=sys.stderr)
+        return 2
+    try:
+        print(table(found), flush=True)
+    except BrokenPipeError:  # the reader of the output has gone, for example `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""A configuration from a YAML file and `key=value` words, and back to text.
+
+OmegaConf and YAML are imported where they are used: whoever needs only the schema does not wait for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pneumo_dist.config.rules import ConfigError, require
+from pneumo_dist.config.schema import Config, keys
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """Return the end of an error line about an unknown word: the most similar choice, or where to look."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else "; python -m pneumo_dist.config lists every key"
+
+
+def _override(text: str) -> tuple[str, str]:
+    """Split one `key=value` word; list-typed keys take commas."""
+    key, sep, value = text.partition("=")
+    key = key.strip()
+    require(bool(sep and key), f"{text!r} is not key=value (for example stage1.epochs=10)")
+    known = keys()
+    if key not in known:
+        raise ConfigError(f"unknown key {key!r}{nearest(key, list(known))}")
+    kind = known[key].type
+    if get_origin(kind) is list and not value.strip().startswith("["):
+        item = get_args(kind)[0]
+        parts = [p.strip() for p in value.split(",") if p.strip()]
+        value = json.dumps(parts) if item is str else f"[{','.join(parts)}]"
+    elif str in (kind, *get_args(kind)) and value not in ("null", ""):
+        value = json.dumps(value)  # a path may look like YAML
+    return key, value if value else "null"
+
+
+def load(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file over the defaults, then apply `key=value` words.
+
+    Raises:
+        ConfigError: one line naming the key or file, and the nearest valid key.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    tree = OmegaConf.structured(Config)
+    where = ""
+    try:
+        if path is not None:
+            where = f"{path}: "
+            try:
+                layer = OmegaConf.load(path)
+            except OSError as error:
+                raise ConfigError(f"{path}: cannot read the configuration ({error.strerror})") from None
+            require(OmegaConf.is_dict(layer), f"{path}: a configuration is a mapping of keys to values")
+            for key in _leaves(OmegaConf.to_container(layer)):
+                if not any(known == key or known.startswith(key + ".") for known in keys()):
+                    raise ConfigError(f"{path}: unknown key {key!r}{nearest(key, list(keys()))}")
+            tree = OmegaConf.merge(tree, layer)
+        for text in overrides or []:
+            where = f"{text}: "
+            key, value = _override(text)
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([f"{key}={value}"]))
+        where = ""
+        result = OmegaConf.to_object(tree)
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, YAMLError, ValueError, AttributeError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, ConfigError) else error
+        raise ConfigError(where + " ".join(str(cause).split("\n")[0].split())) from None
+    assert isinstance(result, Config)
+    return result
+
+
+def _leaves(tree: Any, prefix: str = "") -> list[str]:
+    if not isinstance(tree, dict):
+        return [prefix.rstrip(".")] if prefix else []
+    return [leaf for name, value in tree.items() for leaf in _leaves(value, f"{prefix}{name}.")]
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Return the configuration as {dotted key: plain value}."""
+
+    def walk(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in tree.items():
+            found |= walk(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        return found
+
+    return walk(dataclasses.asdict(config), "")
+
+
+def to_yaml(config: Config) -> str:
+    """Return the whole configuration as YAML text that `load` reads back to an equal object."""
+    import yaml
+
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
