@@ -206,7 +206,8 @@ def _logs(found: argparse.Namespace) -> int:
 
 def _cancel(found: argparse.Namespace) -> int:
     from launch.state import slurm_client as slurm
-    from launch.state.ledger import Ledger, holder
+    from launch.state.ledger import Ledger
+    from launch.state.locks import holder
     from pneumo_dist.config import ConfigError
 
     run = _run(found)

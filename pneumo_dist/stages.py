@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from pneumo_dist.config import ConfigError
 from pneumo_dist.run import Run
 from pneumo_dist.runtime import ranks as ranks_module
 from pneumo_dist.runtime import stopping
-from pneumo_dist.runtime.failure import told
+from pneumo_dist.runtime.ending import exit_status
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.runtime.runlog import setup as setup_log
 from pneumo_dist.runtime.task import Attempt, Task
@@ -119,34 +117,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fold", type=int)
     parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="array element I of N")
     options = parser.parse_args(arguments)
-    return guarded(lambda: run_stage(options.stage, options.run_dir, options.fold, options.part, stop))
-
-
-def guarded(work: Callable[[], None]) -> int:
-    """Call `work` and turn how it ends into an exit status: one line for the user's mistakes, a traceback for ours."""
-    me = ranks_module.discover()
     try:
-        work()
+        run_stage(options.stage, options.run_dir, options.fold, options.part, stop)
         return 0
-    except ConfigError as error:
-        if me.first:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except stopping.Stopped as stopped:
-        if stopping.under_slurm() and stopped.signum == signal.SIGUSR2:
-            if me.first and not stopping.requeue():
-                print("error: state saved, but SLURM refused to requeue: submit again to continue", file=sys.stderr)
-                return 1  # a job that ended well would let its dependants start
-            return 0  # a rank that failed here would take the requeue down with it
-        print(f"rank {me.rank}: {stopped}; the same command continues", file=sys.stderr)
-        return stopped.status
     except Exception as error:
-        line = told(error)
-        if line is None:
-            log.exception("%s failed", me.place)
-        else:
-            print(f"error: {me.place}: {line}", file=sys.stderr)
-        return 1
+        return exit_status(error, stopping.requeue if stopping.under_slurm() else None)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,8 @@ if [ ! -d pneumo_dist ]; then
 fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
-# Ranks meet on the job's first node. The port is the same at each requeue, another for each job, and below the
-# range from which connections take theirs.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+# Ranks find host and port themselves (pneumo_dist/runtime/ranks.py); the submitting shell's would mislead them.
+unset MASTER_ADDR MASTER_PORT
 
 # SLURM 22.05 to 23.02: srun does not take the job's --cpus-per-task over by itself.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}

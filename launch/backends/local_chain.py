@@ -14,7 +14,8 @@ from launch.monitor.outcome import tell, why
 from launch.planning.plan import Plan
 from launch.planning.site import Site
 from launch.state import progress
-from launch.state.ledger import Ledger, Lock, Locked, lock
+from launch.state.ledger import Ledger
+from launch.state.locks import Lock, Locked, lock
 from pneumo_dist.chain import STAGES, Node
 from pneumo_dist.config import ConfigError
 

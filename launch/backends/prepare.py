@@ -16,7 +16,8 @@ from launch.planning.plan import DERIVED, ROOT, Plan
 from launch.planning.site import Site
 from launch.state import codecopy
 from launch.state import slurm_client as slurm
-from launch.state.ledger import Entry, Ledger, holder
+from launch.state.ledger import Entry, Ledger
+from launch.state.locks import holder
 from pneumo_dist import config as configuration
 from pneumo_dist.chain import Node
 from pneumo_dist.config import ConfigError

@@ -14,7 +14,8 @@ from launch.planning.estimates import remarks
 from launch.planning.plan import JobName, Plan, missing_line
 from launch.planning.site import Site
 from launch.state import slurm_client as slurm
-from launch.state.ledger import Ledger, Locked, lock
+from launch.state.ledger import Ledger
+from launch.state.locks import Locked, lock
 from pneumo_dist.chain import STAGES, Node, upstream
 from pneumo_dist.config import ConfigError
 

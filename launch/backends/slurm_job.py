@@ -8,22 +8,18 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from pneumo_dist.runtime import stopping
 
-Handler = Callable[[int, FrameType | None], Any]
-
 
 @dataclass(frozen=True)
 class Job:
-    """One process's work. Pickles as launch.backends.slurm_job.Job; all state lies in the run directory."""
+    """One process's work. Pickles as launch.jobs.Job; all state lies in the run directory."""
 
     stage: str
     fold: int | None
@@ -36,27 +32,14 @@ class Job:
         stop = stopping.install()
         _forget_stale_result()
         _say_once()
-        from pneumo_dist.config import ConfigError
-        from pneumo_dist.runtime.failure import told
-        from pneumo_dist.runtime.ranks import discover
+        from pneumo_dist.runtime.ending import exit_status
         from pneumo_dist.stages import run_stage
 
-        me = discover()
         try:
             run_stage(self.stage, Path(self.run_dir), self.fold, self.part, stop=stop)
-        except stopping.Stopped as stopped:
-            leave(stopped, before if callable(before) else None, me.first)
-        except ConfigError as error:
-            if me.first:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(1)
         except Exception as error:
-            line = told(error)
-            said = line or " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            print(f"error: {me.place}: {said}", file=sys.stderr, flush=True)
-            if line is None:
-                raise  # submitit writes the traceback into the log and into its result
-            sys.exit(1)
+            # What exit_status raises goes on to submitit, which writes the traceback into the log and its result.
+            sys.exit(exit_status(error, partial(before, signal.SIGUSR2, None) if callable(before) else None))
 
     def checkpoint(self) -> Any:
         """Return the same job again (submitit's protocol for a requeue)."""
@@ -67,47 +50,6 @@ class Job:
 
 # Queued jobs are pickled by this name, and launch/jobs.py keeps it.
 Job.__module__ = "launch.jobs"
-
-
-def leave(stopped: stopping.Stopped, requeue: Handler | None, first: bool) -> None:
-    """End this task after its state is saved: rank 0 requeues with submitit's handler, the others exit 0.
-
-    A rank that exited with an error here would, by --kill-on-bad-exit, take the requeue down with it.
-    """
-    if stopped.signum != signal.SIGUSR2 or requeue is None:
-        sys.exit(stopped.status)
-    if not first:
-        sys.exit(0)
-    from submitit.core.utils import UncompletedJobError
-
-    try:
-        requeue(stopped.signum, None)
-    except UncompletedJobError:
-        print(
-            "error: the state is saved, but the job has met its time limit as often as the profile's max_timeouts "
-            "allows: repeat the same submit command to continue",
-            file=sys.stderr,
-            flush=True,
-        )
-        sys.exit(1)
-    except subprocess.CalledProcessError as error:
-        if error.returncode < 0:
-            # SLURM had requeued the job already and killed scontrol together with it: nothing went wrong.
-            sys.exit(0)
-        print(
-            f"error: the state is saved, but SLURM refused to requeue (scontrol exited {error.returncode}): "
-            "repeat the same submit command to continue",
-            file=sys.stderr,
-            flush=True,
-        )
-        sys.exit(1)
-    except subprocess.TimeoutExpired:
-        print(
-            "error: the state is saved, but scontrol requeue did not answer: repeat the same submit command",
-            file=sys.stderr,
-            flush=True,
-        )
-        sys.exit(1)
 
 
 def _say_once() -> None:

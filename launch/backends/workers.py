@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from pneumo_dist.run import RunFolder
+from pneumo_dist.runtime.ranks import LOCAL_STORE
 
 PR_SET_PDEATHSIG = 1
 BLOCKED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
@@ -87,7 +88,7 @@ def workers(
             "WORLD_SIZE": str(count if ranks else 1),
             "LOCAL_RANK": str(i if ranks else 0),
             "LOCAL_WORLD_SIZE": str(count),  # elements of an array share the cores as well
-            "PNEUMO_STORE": str(store),
+            LOCAL_STORE: str(store),
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
             "PYTHONPATH": os.pathsep.join([str(code), *filter(None, [os.environ.get("PYTHONPATH")])]),

@@ -12,7 +12,8 @@ from pathlib import Path
 from launch.monitor.outcome import requeued_for, why
 from launch.state import progress
 from launch.state import slurm_client as slurm
-from launch.state.ledger import Entry, Ledger, holder
+from launch.state.ledger import Entry, Ledger
+from launch.state.locks import holder, process_name
 from launch.state.progress import Progress
 from pneumo_dist import chain, done
 from pneumo_dist.chain import STAGES, Node, closing
@@ -199,7 +200,7 @@ def _local_state(run: Run, node: Node, entries: Sequence[Entry]) -> tuple[str, s
     """Return state and reason of a job that last ran on this machine (or another one without SLURM)."""
     held = holder(run.lock(node.key))
     last = entries[-1]
-    own = held == f"process {last.job_id} on {last.host}"  # as ledger.lock writes it
+    own = held == process_name(last.job_id, last.host)
     if held and not own:  # a later submit.py, which may be at another job
         return "PENDING", f"its turn comes; {held}"
     if held and last.event == "submitted":

@@ -1,18 +1,13 @@
-"""What was submitted for a run (jobs/submitted.jsonl), and the locks that keep one writer to each stage.
-
-Lines are only ever appended. Standard library only.
-"""
+"""What was submitted for a run (jobs/submitted.jsonl). Lines are only ever appended. Standard library only."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from launch.state import slurm_client as slurm
@@ -95,57 +90,3 @@ class Ledger:
         ]
         rows = {(row.parent, row.name): row for row in slurm.queued(e.job_id for e in entries) if row.live}
         return {e.key: e.job_id for e in entries if (e.job_id, e.name) in rows}
-
-
-class Locked(RuntimeError):
-    """Another process holds the lock; `holder` says which."""
-
-    def __init__(self, path: Path, holder: str) -> None:
-        super().__init__(f"{path} is held by {holder}")
-        self.holder = holder
-
-
-@dataclass(frozen=True)
-class Lock:
-    """A held lock. Worker processes keep the descriptor too, so it lasts until the last writer has ended."""
-
-    descriptor: int
-
-    def release(self) -> None:
-        """Let go."""
-        os.close(self.descriptor)
-
-
-def lock(path: Path, wait_s: float = 0.0) -> Lock:
-    """Take a lock file, or raise Locked naming the holder; the kernel frees it when its holder dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-                os.close(descriptor)
-                raise Locked(path, holder or "another process") from None
-            time.sleep(0.1)
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return Lock(descriptor)
-
-
-def holder(path: Path) -> str | None:
-    """Return who holds a lock file, or None when it is free; writes nothing."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        return os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-    finally:
-        os.close(descriptor)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+LOCAL_STORE = "PNEUMO_STORE"  # set by this machine's own executor alone: the file through which its ranks meet
 
 
 @dataclass(frozen=True)
@@ -142,19 +143,25 @@ def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
     return Ranks()
 
 
-def _init_method(environ: Mapping[str, str]) -> str:
-    """Where the ranks meet: a file on this machine, else MASTER_ADDR:MASTER_PORT, else the job's first node."""
-    if "PNEUMO_STORE" in environ:
-        return f"file://{environ['PNEUMO_STORE']}"
-    address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+def is_local_worker(environ: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether this process is a worker of this machine's own executor, which may itself run inside a SLURM job."""
+    return LOCAL_STORE in environ
+
+
+def rendezvous() -> str:
+    """Return host:port where the ranks meet: MASTER_ADDR and MASTER_PORT, else those of the SLURM job.
+
+    Printed by `python -m pneumo_dist.runtime.ranks`, for torchrun.
+    """
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not address:
         from submitit.slurm.slurm import SlurmJobEnvironment
 
         address = SlurmJobEnvironment().hostnames[0]
     if not port:
-        # The same at each requeue, other for other jobs, below the ephemeral range where connections take ports.
-        port = str(10000 + int(environ["SLURM_JOB_ID"]) % 20000)
-    return f"tcp://{address}:{port}"
+        # The same at each requeue, another for each job, and below the range from which connections take theirs.
+        port = str(10000 + int(os.environ["SLURM_JOB_ID"]) % 20000)
+    return f"{address}:{port}"
 
 
 def init(timeout_s: float) -> Ranks:
@@ -179,7 +186,7 @@ def init(timeout_s: float) -> Ranks:
         torch.cuda.set_device(ranks.device)
     dist.init_process_group(
         backend,
-        init_method=_init_method(os.environ),
+        init_method=f"file://{os.environ[LOCAL_STORE]}" if is_local_worker() else f"tcp://{rendezvous()}",
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timedelta(seconds=timeout_s),
@@ -208,3 +215,7 @@ def close(ranks: Ranks) -> None:
 def host() -> str:
     """The node's name, for messages."""
     return socket.gethostname()
+
+
+if __name__ == "__main__":
+    print(rendezvous())

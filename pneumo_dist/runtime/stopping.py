@@ -13,6 +13,8 @@ import subprocess
 from collections.abc import Mapping
 from typing import Any
 
+from pneumo_dist.runtime.ranks import is_local_worker
+
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
@@ -30,8 +32,8 @@ class Stopped(Exception):
 
 
 def under_slurm(environ: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether this process is a SLURM task (a worker of this machine's own executor is none)."""
-    return "SLURM_JOB_ID" in environ and "PNEUMO_STORE" not in environ
+    """Tell whether this process is a SLURM task."""
+    return "SLURM_JOB_ID" in environ and not is_local_worker(environ)
 
 
 class StopSignal:
@@ -83,13 +85,14 @@ def ignore() -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
-def requeue() -> bool:
-    """Ask SLURM to requeue this job (plain scripts; under submitit its own handler does it); False where it refuses.
+def requeue() -> None:
+    """Ask SLURM to requeue this job, for plain scripts; under submitit its own handler does the same.
 
-    A site may forbid it. scontrol killed by a signal is no refusal: with no grace time SLURM has requeued already and
-    kills scontrol together with the job.
+    Raises:
+        subprocess.CalledProcessError: SLURM refused, or killed scontrol together with the job.
+        subprocess.TimeoutExpired: SLURM did not answer.
     """
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    return subprocess.run(["scontrol", "requeue", job], check=False).returncode <= 0
+    subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)

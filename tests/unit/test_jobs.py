@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,13 +12,10 @@ from pathlib import Path
 
 import cloudpickle
 import pytest
-from submitit.core.utils import UncompletedJobError
 
 from launch.backends import slurm_job as jobs
-from launch.backends.slurm_job import Job, leave
+from launch.backends.slurm_job import Job
 from pneumo_dist import stages
-from pneumo_dist.config import ConfigError
-from pneumo_dist.runtime.failure import Failure
 from pneumo_dist.runtime.stopping import SIGNALS, Stopped, StopSignal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,73 +95,6 @@ def test_other_ranks_leave_with_0_and_do_not_requeue(monkeypatch: pytest.MonkeyP
     with pytest.raises(SystemExit) as left:
         JOB()
     assert left.value.code == 0
-
-
-def test_a_requeue_whose_scontrol_slurm_has_killed_is_no_failure() -> None:
-    def requeue(*_: object) -> None:
-        raise subprocess.CalledProcessError(-signal.SIGTERM, "scontrol")
-
-    with pytest.raises(SystemExit) as left:
-        leave(Stopped(signal.SIGUSR2), requeue, first=True)
-    assert left.value.code == 0
-
-
-def test_a_site_that_forbids_requeueing_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    def requeue(*_: object) -> None:
-        raise subprocess.CalledProcessError(1, "scontrol")
-
-    with pytest.raises(SystemExit) as left:
-        leave(Stopped(signal.SIGUSR2), requeue, first=True)
-    said = capsys.readouterr().err
-    assert left.value.code == 1 and said.count("\n") == 1 and "state is saved" in said and "repeat" in said
-
-
-def test_without_submitit_a_stop_leaves_with_the_shells_status() -> None:
-    with pytest.raises(SystemExit) as left:
-        leave(Stopped(signal.SIGTERM), None, first=True)
-    assert left.value.code == 143
-
-
-def test_a_mistake_of_the_user_is_one_line_and_exit_status_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_raises(monkeypatch, ConfigError("stage 2 needs stage 1"))
-    with pytest.raises(SystemExit) as left:
-        JOB()
-    assert left.value.code == 1 and capsys.readouterr().err == "error: stage 2 needs stage 1\n"
-
-
-def test_what_lies_outside_the_program_is_one_line_naming_rank_and_node(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("SLURM_PROCID", "1")
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    run_raises(monkeypatch, Failure("the disk is full"))
-    with pytest.raises(SystemExit) as left:
-        JOB()
-    said = capsys.readouterr().err
-    assert left.value.code == 1 and said == f"error: rank 1 of 2 on {socket.gethostname()}: the disk is full\n"
-
-
-def test_a_mistake_in_the_program_names_rank_and_node_and_keeps_its_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("SLURM_PROCID", "1")
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    run_raises(monkeypatch, ValueError("one\ntwo"))
-    with pytest.raises(ValueError):
-        JOB()
-    assert capsys.readouterr().err == f"error: rank 1 of 2 on {socket.gethostname()}: ValueError: one two\n"
-
-
-def test_the_cap_on_time_limits_says_that_the_same_command_continues(capsys: pytest.CaptureFixture[str]) -> None:
-    def requeue(*_: object) -> None:
-        raise UncompletedJobError("Job not requeued because: timed-out too many times.")
-
-    with pytest.raises(SystemExit) as left:
-        leave(Stopped(signal.SIGUSR2), requeue, first=True)
-    said = capsys.readouterr().err
-    assert left.value.code == 1 and said.count("\n") == 1 and "max_timeouts" in said and "state is saved" in said
 
 
 def test_a_stale_result_of_this_task_alone_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

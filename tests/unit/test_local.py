@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.backends.workers import Foreground, Outcome, Worker, workers
-from launch.state.ledger import Locked, holder, lock
+from launch.state.locks import Locked, holder, lock
 from pneumo_dist.run import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]

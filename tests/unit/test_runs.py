@@ -14,7 +14,8 @@ from launch.monitor.outcome import score_table, why
 from launch.monitor.table import trouble
 from launch.runs import main
 from launch.state import progress
-from launch.state.ledger import Entry, Ledger, lock
+from launch.state.ledger import Entry, Ledger
+from launch.state.locks import lock
 from pneumo_dist import config as configuration
 from pneumo_dist.chain import Node
 from pneumo_dist.data.shards import HEADER_BYTES, image_name, size_name

@@ -16,7 +16,8 @@ from launch.planning import plan
 from launch.planning.arguments import Request, UsageError, parse
 from launch.planning.plan import resolve
 from launch.state.codecopy import code_hash, copy
-from launch.state.ledger import Entry, Ledger, lock
+from launch.state.ledger import Entry, Ledger
+from launch.state.locks import lock
 from launch.submit import main
 from pneumo_dist import done
 from pneumo_dist.config import ConfigError

@@ -29,6 +29,7 @@ from pneumo_dist.data.films.rle import EMPTY, RleError, area_px, encode_rle, pai
 from pneumo_dist.data.preprocess.source import FilmJob
 from pneumo_dist.data.shards import masks_to_sizes, to_size, to_sizes
 from pneumo_dist.runtime import stopping
+from pneumo_dist.runtime.ranks import is_local_worker
 
 HASH_SIZE = 256  # films with equal images of this size are looked at again for being duplicates
 FILM_TIMEOUT_S = 120.0  # a cut JPEG-LS stream can take 10 s until its decoder gives up
@@ -53,7 +54,7 @@ def cores(wanted: int) -> int:
     mine = len(os.sched_getaffinity(0))
     if os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
         mine = min(mine, int(os.environ["SLURM_CPUS_PER_TASK"]))
-    if "PNEUMO_STORE" in os.environ:  # several tasks of this machine's own executor share its cores
+    if is_local_worker():  # several of them share the cores
         mine //= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return max(1, mine)
 

@@ -1,0 +1,159 @@
+"""How a stage that did not end well ends its process: the same status and line from a SLURM job and a plain script."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from submitit.core.utils import UncompletedJobError
+
+from launch.backends.slurm_job import Job
+from pneumo_dist import stages
+from pneumo_dist.config import ConfigError
+from pneumo_dist.runtime import stopping
+from pneumo_dist.runtime.failure import Failure
+from pneumo_dist.runtime.stopping import SIGNALS, Stopped
+
+TIME_LIMIT = Stopped(signal.SIGUSR2)
+REFUSAL = subprocess.CalledProcessError(1, "scontrol")
+KILLED = subprocess.CalledProcessError(-signal.SIGTERM, "scontrol")
+
+End = Callable[..., int]
+
+
+@pytest.fixture(params=["job", "script"])
+def end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[End]:
+    """Return a function that ends one task of a SLURM job with an error and returns its exit status.
+
+    `refusal` is what the attempt to requeue raises; without it the requeue succeeds, and `requeued` lists it.
+    """
+    before = {s: signal.getsignal(s) for s in SIGNALS}
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+
+    def end(
+        error: Exception, rank: int = 0, refusal: Exception | None = None, requeued: list[int] | None = None
+    ) -> int:
+        def run_stage(*_: object, **__: object) -> None:
+            raise error
+
+        def requeue(*_: object) -> None:
+            if refusal:
+                raise refusal
+            (requeued if requeued is not None else []).append(rank)
+
+        monkeypatch.setattr(stages, "run_stage", run_stage)
+        monkeypatch.setenv("SLURM_PROCID", str(rank))
+        if request.param == "script":
+            monkeypatch.setattr(stopping, "requeue", requeue)
+            return stages.main(["--stage", "swa", "--run-dir", "/runs/x", "--fold", "0"])
+        signal.signal(signal.SIGUSR2, requeue)  # as submitit installs its handler before it calls the job
+        with pytest.raises(SystemExit) as left:  # a job that returned would be a success to submitit
+            Job("swa", 0, (0, 1), "/runs/x")()
+        assert isinstance(left.value.code, int)
+        return left.value.code
+
+    yield end
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.parametrize(("rank", "line"), [(0, "error: stage 2 needs stage 1\n"), (1, "")])
+def test_a_mistake_of_the_user_is_one_line_by_rank_0_and_exit_status_2(
+    end: End, capsys: pytest.CaptureFixture[str], rank: int, line: str
+) -> None:
+    assert end(ConfigError("stage 2 needs stage 1"), rank) == 2
+    assert capsys.readouterr().err == line
+
+
+def test_at_the_time_limit_rank_0_alone_requeues_and_no_rank_fails(
+    end: End, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requeued: list[int] = []
+    assert [end(TIME_LIMIT, rank, requeued=requeued) for rank in (1, 0)] == [0, 0]
+    assert requeued == [0] and capsys.readouterr().err == ""
+
+
+def test_a_requeue_whose_scontrol_slurm_has_killed_is_no_failure(end: End, capsys: pytest.CaptureFixture[str]) -> None:
+    assert end(TIME_LIMIT, refusal=KILLED) == 0 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("refusal", "reason"),
+    [
+        (REFUSAL, "SLURM refused to requeue (scontrol exited 1)"),
+        (subprocess.TimeoutExpired("scontrol", 60), "scontrol requeue did not answer"),
+        (UncompletedJobError("timed-out too many times."), "as often as the profile's max_timeouts allows"),
+    ],
+)
+def test_a_requeue_that_fails_is_one_line_that_says_what_to_do(
+    end: End, capsys: pytest.CaptureFixture[str], refusal: Exception, reason: str
+) -> None:
+    assert end(TIME_LIMIT, refusal=refusal) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: the state is saved, but ") and reason in said
+    assert said.endswith(": repeat the same command to continue\n") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_another_signal_leaves_with_the_shells_status(
+    end: End, capsys: pytest.CaptureFixture[str], signum: signal.Signals
+) -> None:
+    assert end(Stopped(signum), 1) == 128 + signum
+    assert capsys.readouterr().err == f"rank 1: stopped by {signum.name}; the same command continues\n"
+
+
+def test_outside_slurm_the_time_limits_signal_requeues_nothing(end: End, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID")
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)
+    assert end(TIME_LIMIT, refusal=AssertionError("there is nobody to ask")) == 128 + signal.SIGUSR2
+
+
+@pytest.mark.parametrize("error", [Failure("the disk\nis full"), OSError(28, "the disk is full")])
+def test_what_lies_outside_the_program_is_one_line_naming_rank_and_node(
+    end: End, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    assert end(error, 1) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: rank 1 of 2 on {socket.gethostname()}: ") and said.endswith("the disk is full\n")
+    assert said.count("\n") == 1
+
+
+def test_a_mistake_in_the_program_names_rank_and_node_and_keeps_its_traceback(
+    end: End, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match="one\ntwo"):
+        end(ValueError("one\ntwo"), 1)
+    assert capsys.readouterr().err == f"error: rank 1 of 2 on {socket.gethostname()}: ValueError: one two\n"
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "status"),
+    [("exit 0", 0), ("exit 1", 1), ("kill -TERM $$", 0)],
+    ids=["requeued", "refused", "killed by the requeue itself"],
+)
+def test_a_plain_script_requeues_its_own_array_element(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scontrol: str, status: int
+) -> None:
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n{scontrol}\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name, value in {"JOB_ID": "8", "ARRAY_JOB_ID": "7", "ARRAY_TASK_ID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+
+    def run_stage(*_: object) -> None:
+        raise TIME_LIMIT
+
+    monkeypatch.setattr(stages, "run_stage", run_stage)
+    before = {s: signal.getsignal(s) for s in SIGNALS}
+    try:
+        assert stages.main(["--stage", "infer", "--run-dir", "/runs/x"]) == status
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    assert (tmp_path / "asked").read_text() == "requeue 7_1\n"
