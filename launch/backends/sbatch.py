@@ -13,46 +13,20 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
 from pathlib import Path
 
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
 from launch.jobs import Job
-from launch.planning.profile import CPU_ONLY, Profile
+from launch.planning.profile import Profile
+from launch.planning.shape import Shape
 from launch.state import slurm_client as slurm
 
 # Where neither profile nor partition says more: a day, enough for a stage, short enough for most partitions.
 DEFAULT_MINUTES = 1440
 MOST_CPUS = {"ranks": 8, "array": 16, "single": 4}
 CPUS_UNKNOWN = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """How large one job of a chain is."""
-
-    kind: str  # "array", "ranks" or "single"
-    nodes: int = 1
-    tasks_per_node: int = 1
-    gpus_per_node: int = 0
-    elements: int = 1  # of an array
-
-    def __str__(self) -> str:
-        if self.elements > 1:
-            return f"array of {self.elements}"
-        return f"{self.nodes} nodes x {self.tasks_per_node} ranks" if self.kind == "ranks" else "one process"
-
-
-def shape_of(stage: str, kind: str, nodes: int, gpus_per_node: int) -> Shape:
-    """Return the shape of a SLURM job: N nodes of G ranks, an array of N elements, or one process."""
-    gpus = 0 if stage in CPU_ONLY else gpus_per_node
-    if kind == "ranks":
-        return Shape(kind=kind, nodes=nodes, tasks_per_node=max(1, gpus), gpus_per_node=gpus)
-    if kind == "array":
-        return Shape(kind=kind, gpus_per_node=min(1, gpus), elements=nodes)
-    return Shape(kind=kind, gpus_per_node=min(1, gpus))
 
 
 @functools.lru_cache(maxsize=1)

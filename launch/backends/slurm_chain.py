@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launch.backends.prepare import entry, prepare, refuse_live
-from launch.backends.sbatch import Shape, blocks_signals, script, shape_of, submit
+from launch.backends.sbatch import blocks_signals, script, submit
 from launch.jobs import Job
 from launch.planning import checks
 from launch.planning.estimates import remarks
 from launch.planning.plan import JobName, Plan, missing_line
+from launch.planning.shape import Shape, shape_of
 from launch.planning.site import Site
 from launch.state import slurm_client as slurm
 from launch.state.ledger import Ledger
 from launch.state.locks import Locked, lock
-from pneumo_dist.chain import STAGES, Node, upstream
+from pneumo_dist.chain import Node, upstream
 from pneumo_dist.config import ConfigError
 
 Ids = dict[JobName, str]
@@ -46,7 +47,7 @@ class _Parts:
         self._facts: dict[str | None, slurm.Partition | None] = {}
 
     def shape(self, node: Node) -> Shape:
-        return shape_of(node.stage, STAGES[node.stage].shape, self.plan.request.nodes, self.site.gpus_per_node)
+        return shape_of(node.stage, self.plan.request.nodes, self.site.gpus_per_node)
 
     def name(self, node: Node) -> str:
         return f"{node.key}.{self.plan.run.name}"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launch.planning.plan import Plan
-from launch.planning.profile import CPU_ONLY, Profile
+from launch.planning.shape import shape_of
 from launch.planning.site import Site
 from launch.state import slurm_client as slurm
 from pneumo_dist.chain import STAGES
@@ -125,29 +125,29 @@ def _said(check: Callable[[], object]) -> Iterator[str]:
         yield str(error)
 
 
-def _limits(plan: Plan, profile: Profile) -> Iterator[str]:
+def _limits(plan: Plan, site: Site) -> Iterator[str]:
     """Compare what is asked for with what the partitions allow: SLURM would let such a job wait for ever."""
-    nodes = plan.request.nodes
     known: dict[str | None, slurm.Partition | None] = {}
     for stage in dict.fromkeys(node.stage for node in plan.todo):
-        asked, minutes = profile.resources(stage), profile.minutes(stage)
+        asked, minutes = site.profile.resources(stage), site.profile.minutes(stage)
         if asked.partition not in known:
             known[asked.partition] = slurm.partition(asked.partition)
         facts, name = known[asked.partition], asked.partition or "(default)"
         if facts is None:
             continue
-        if STAGES[stage].shape == "ranks" and nodes > facts.nodes:
-            yield f"--nodes {nodes}: partition {name} has {facts.nodes} nodes"
+        shape, title = shape_of(stage, plan.request.nodes, site.gpus_per_node), STAGES[stage].title
+        if shape.nodes > facts.nodes:
+            yield f"--nodes {shape.nodes}: partition {name} has {facts.nodes} nodes"
         if minutes and facts.max_minutes and minutes > facts.max_minutes:
             yield (
-                f"time_min: the profile asks for {minutes} minutes for {stage}, but partition {name} allows "
+                f"time_min: the profile asks for {minutes} minutes for {title}, but partition {name} allows "
                 f"{facts.max_minutes}"
             )
-        tasks = 1 if stage in CPU_ONLY else max(1, profile.gpus_per_node or 0)
-        if asked.cpus_per_task and facts.cpus and asked.cpus_per_task * tasks > facts.cpus:
+        cpus = (asked.cpus_per_task or 0) * shape.tasks_per_node
+        if facts.cpus and cpus > facts.cpus:
             yield (
-                f"cpus_per_task: the profile asks for {asked.cpus_per_task * tasks} CPUs on a node for {stage}, but "
-                f"those of partition {name} have {facts.cpus}"
+                f"cpus_per_task={asked.cpus_per_task} x {shape.tasks_per_node} tasks a node: {cpus} CPUs for {title}, "
+                f"but the nodes of partition {name} have {facts.cpus}"
             )
 
 
@@ -169,7 +169,7 @@ def problems(plan: Plan, site: Site, probe: bool) -> Iterator[str]:
     if cramped:
         yield cramped
     if site.slurm:
-        yield from _limits(plan, site.profile)
+        yield from _limits(plan, site)
     if probe:
         unwritable = _writable(plan.run.folder, True)
         if unwritable:

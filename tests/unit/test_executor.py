@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from launch.backends import sbatch as executor
-from launch.backends.sbatch import Shape, shape_of
 from launch.planning import profile
 from launch.planning.profile import Profile
+from launch.planning.shape import Shape, shape_of
 from launch.state import slurm_client as slurm
 from pneumo_dist.config import ConfigError
 from tests.unit.squeue import squeue
@@ -22,7 +22,7 @@ def script(
     tmp_path: Path, stage: str = "1", shape: Shape | None = None, chosen: Profile | None = None, **more: object
 ) -> str:
     words = {"name": "stage1-fold0.x", "comment": "c", "code": tmp_path / "code", "after": "", "facts": None} | more
-    return executor.script(tmp_path, chosen or Profile(), stage, shape or shape_of("1", "ranks", 2, 0), **words)
+    return executor.script(tmp_path, chosen or Profile(), stage, shape or shape_of("1", 2, 0), **words)
 
 
 def written(tmp_path: Path, text: str) -> Profile:
@@ -108,15 +108,15 @@ def test_requeueing_can_be_given_up(tmp_path: Path) -> None:
 
 
 def test_shapes_of_jobs() -> None:
-    assert shape_of("1", "ranks", 4, 8) == Shape(kind="ranks", nodes=4, tasks_per_node=8, gpus_per_node=8)
-    assert shape_of("1", "ranks", 4, 0) == Shape(kind="ranks", nodes=4)
-    assert shape_of("preprocess", "array", 4, 8) == Shape(kind="array", elements=4)
-    assert shape_of("infer", "array", 4, 8) == Shape(kind="array", elements=4, gpus_per_node=1)
-    assert shape_of("merge", "single", 4, 8) == Shape(kind="single")
+    assert shape_of("1", 4, 8) == Shape(kind="ranks", nodes=4, tasks_per_node=8, gpus_per_node=8)
+    assert shape_of("1", 4, 0) == Shape(kind="ranks", nodes=4)
+    assert shape_of("preprocess", 4, 8) == Shape(kind="array", elements=4)
+    assert shape_of("infer", 4, 8) == Shape(kind="array", elements=4, gpus_per_node=1)
+    assert shape_of("merge", 4, 8) == Shape(kind="single")
 
 
 def test_gpus_are_asked_for_in_the_sites_way(tmp_path: Path) -> None:
-    shape = shape_of("1", "ranks", 2, 4)
+    shape = shape_of("1", 2, 4)
     assert "#SBATCH --gpus-per-node=4" in script(tmp_path, shape=shape)
     text = script(tmp_path, shape=shape, chosen=Profile(gres="gpu:a100"))
     assert "#SBATCH --gres=gpu:a100:4" in text and "gpus-per-node" not in text and "--ntasks-per-node=4" in text
@@ -124,12 +124,12 @@ def test_gpus_are_asked_for_in_the_sites_way(tmp_path: Path) -> None:
 
 def test_what_the_profile_leaves_open_comes_from_the_partition(tmp_path: Path) -> None:
     facts = slurm.Partition(nodes=3, cpus=12, memory_mb=1, gpus=4, max_minutes=90)
-    text = script(tmp_path, shape=shape_of("1", "ranks", 1, 4), facts=facts)
+    text = script(tmp_path, shape=shape_of("1", 1, 4), facts=facts)
     assert "#SBATCH --cpus-per-task=3" in text and "#SBATCH --time=90" in text
 
 
 def test_an_array_is_one_script(tmp_path: Path) -> None:
-    text = script(tmp_path, "preprocess", shape_of("preprocess", "array", 3, 2))
+    text = script(tmp_path, "preprocess", shape_of("preprocess", 3, 2))
     assert "#SBATCH --array=0-2%3" in text and "gpus" not in text
 
 

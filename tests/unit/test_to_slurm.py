@@ -134,6 +134,8 @@ def test_after_stands_for_what_is_missing(tools: Path, tmp_path: Path) -> None:
         (["--nodes", "4"], "", "--nodes 4: partition (default) has 3 nodes"),
         ([], "time_min: 999", "allows 120"),
         ([], "cpus_per_task: 9", "9 CPUs"),
+        (["--gpus-per-node", "4"], "cpus_per_task: 3", "12 CPUs for stage 1"),
+        ([], "gpus_per_node: 4\ncpus_per_task: 3", "12 CPUs for stage 1"),
     ],
 )
 def test_what_would_wait_for_ever_is_refused(
@@ -142,6 +144,23 @@ def test_what_would_wait_for_ever_is_refused(
     (tmp_path / "p.yaml").write_text(profile or "{}")
     assert submit(tmp_path, "--stage", "all", "--profile", str(tmp_path / "p.yaml"), *words) == 2
     assert said in capfd.readouterr().err and not (tools / "count").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "profile"),
+    [
+        ([], "gpus_per_node: 4\nstages: {infer: {cpus_per_task: 8}}"),  # one task: it is an array
+        (["--gpus-per-node", "1"], "gpus_per_node: 4\ncpus_per_task: 8"),
+    ],
+)
+def test_cpus_are_checked_in_the_shape_that_the_script_asks_for(
+    tools: Path, tmp_path: Path, words: list[str], profile: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.yaml").write_text(profile)
+    assert submit(tmp_path, "--stage", "all", "--profile", str(tmp_path / "p.yaml"), *words) == 0, capfd.readouterr()
+    order = [entry.key for entry in Ledger(RunFolder(tmp_path / "a")).entries()]
+    infer = script(tmp_path / "a", 1 + order.index("infer"))
+    assert "--cpus-per-task=8\n" in infer and "--ntasks-per-node=1\n" in infer  # the nodes have 8
 
 
 @pytest.mark.parametrize(
