@@ -127,6 +127,7 @@ def _serve() -> None:
     importlib.import_module("pneumo_dist.training.trainer")
     for line in sys.stdin:
         kind, name, count, place = line.split()
+        importlib.import_module(name.partition(":")[0])  # once, and not in every rank
         folder, world_size = Path(place), int(count)
         pids = [
             fork_rank(r, world_size, folder / "store", folder / f"printed{r}", lambda: _rank(kind, name, folder))  # noqa: B023

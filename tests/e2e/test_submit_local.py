@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,9 +101,11 @@ def test_the_table_of_the_run(chain: tuple[Path, subprocess.CompletedProcess[str
     assert shown.returncode == 0 and shown.stdout.count(" done ") == 9 and "epoch 2/2" in shown.stdout
 
 
-def test_ctrl_c_and_kill_lose_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_and_kill_lose_nothing(chain: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     words = ("--stage", "1", "stage1.epochs=10")
     metrics = tmp_path / "quickstart" / "fold0" / "stage1" / "metrics.jsonl"
+    for folder in ("phantom", "shards"):  # to begin with the training
+        shutil.copytree(chain[0] / "quickstart" / folder, tmp_path / "quickstart" / folder)
 
     def started(after_epoch: int) -> subprocess.Popen[str]:
         process = subprocess.Popen(
