@@ -1,11 +1,20 @@
 #!/bin/bash
 # Every test, with the set-up a fresh machine needs: `bash tests/run.sh`. With arguments: pytest alone, for example
 # `bash tests/run.sh tests/unit -k rle`. PNEUMO_REQUIRE_SLURM=1: a SLURM test that cannot run here is a failure.
+# `bash tests/run.sh --quick`: the linters, the unit tests and the shorter tests with several ranks, for the daily loop
+# (under 4 minutes on two cores). It needs and installs no SLURM and no browser.
 # Nothing outside the checkout is changed, except that root on a Debian gets the packages that tests need and lack:
 # SLURM, a browser that opens the reports, a validator of DICOM objects.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
+
+quick=
+if [ "${1-}" = --quick ]; then
+    quick=yes
+    shift
+    set -- tests/unit tests/dist/test_{batch_norm_update,evaluation_ranks,gradient,resume}.py "$@"
+fi
 
 . launch/setup_env.sh
 ensure_venv
@@ -15,7 +24,7 @@ if ! cmp -s tests/requirements.txt "$marker"; then
     cp tests/requirements.txt "$marker"
 fi
 
-if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+if [ -z "$quick" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     log=$(mktemp)
     if ! command -v sbatch >/dev/null; then
         echo "installing SLURM for the tests on a private cluster"
@@ -37,7 +46,7 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     rm -f "$log"
 fi
 
-if [ $# = 0 ]; then
+if [ -n "$quick" ] || [ $# = 0 ]; then
     .venv/bin/ruff check
     .venv/bin/mypy
 fi
