@@ -61,8 +61,8 @@ def git_state(root: Path) -> dict[str, object] | None:
     commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=all", "--", *FOLDERS])
     try:
         answers = [
-            subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=False)
-            for arguments in commands
+            subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=False)
+            for args in commands
         ]
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -160,7 +160,7 @@ def _queued(line: str) -> JobState:
         start += width
     job_id, name, state, reason, nodes, restarts, status = cells
     if state == "FAILED" and status.isdigit():
-        reason = f"exit {int(status) >> 8}:{int(status) & 127}"  # squeue has the status of wait(); written as sacct does
+        reason = f"exit {int(status) >> 8}:{int(status) & 127}"  # squeue gives wait()'s status
     elif state not in LIVE and not reason.startswith("Dependency"):  # squeue repeats why an ended job once waited
         reason = ""
     return JobState(job_id, name, state, "" if reason == "None" else reason, nodes, int(restarts or 0))
@@ -189,7 +189,7 @@ def accounted(job_ids: Iterable[str]) -> list[JobState]:
 
 
 def _newest(runs: list[JobState]) -> JobState:
-    """Return the last run of a job with the number and the last state of the earlier ones: sacct -D sorts by age."""
+    """Return the last run of a job with what is known of the earlier ones; sacct -D lists runs oldest first."""
     previous = runs[-2].state if len(runs) > 1 else ""
     return dataclasses.replace(runs[-1], restarts=len(runs) - 1, previous_state=previous)
 
