@@ -91,6 +91,13 @@ def test_torchvision_is_imported_in_one_place():
     assert users == {"pneumo_dist.model.pretrained"}
 
 
+def test_torch_load_runs_no_code_of_a_file():
+    for module, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert "weights_only=True" in map(ast.unparse, node.keywords), f"{module}:{node.lineno}"
+
+
 def _top_level_packages(path: Path) -> set[str]:
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
