@@ -23,8 +23,8 @@ from pneumo_dist.runtime.ranks import is_local_worker
 TIMEOUT_S = 120.0  # of a submitted batch; a cut JPEG-LS stream can take 10 s until its decoder gives up
 PR_SET_PDEATHSIG = 1  # prctl.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-Task = TypeVar("Task")
-Result = TypeVar("Result")
+T = TypeVar("T")  # a task
+R = TypeVar("R")  # its result
 _libc = ctypes.CDLL(None, use_errno=True)  # loaded before any fork: the guard runs between fork and exec as well
 
 
@@ -77,9 +77,7 @@ class Pool:
         self._answers: weakref.WeakSet[Answer[Any, Any]] = weakref.WeakSet()
         self._executor: ProcessPoolExecutor | None = self._fork(count)
 
-    def submit(
-        self, function: Callable[[Task], Result], batch: Sequence[Task], given_up: Callable[[Task, str], Result]
-    ) -> Answer[Task, Result]:
+    def submit(self, function: Callable[[T], R], batch: Sequence[T], given_up: Callable[[T, str], R]) -> Answer[T, R]:
         """Have one process do a batch of tasks; `given_up` makes the result of one that crashes or hangs."""
         answer = Answer(self, function, batch, given_up)
         with self._lock:
@@ -92,7 +90,7 @@ class Pool:
             self._answers.add(answer)
         return answer
 
-    def recover(self, answer: Answer[Task, Result]) -> None:
+    def recover(self, answer: Answer[T, R]) -> None:
         """End the processes and do again, alone, what they had not done. The next batch forks new ones."""
         with self._lock:
             if answer.lost:  # no other thread has recovered it
@@ -101,11 +99,11 @@ class Pool:
                     each.repeat(self._alone)
 
     def close(self) -> None:
-        """Kill the processes and what they are doing."""
+        """Kill the processes; unfinished tasks are dropped."""
         with self._lock:
             self._end()
 
-    def _alone(self, function: Callable[[Task], Result], task: Task, given_up: Callable[[Task, str], Result]) -> Result:
+    def _alone(self, function: Callable[[T], R], task: T, given_up: Callable[[T, str], R]) -> R:
         executor = self._fork(1)
         try:
             return executor.submit(function, task).result(TIMEOUT_S)
@@ -129,20 +127,20 @@ class Pool:
             self._executor = None
 
 
-class Answer(Generic[Task, Result]):
-    """The results of a batch, to come."""
+class Answer(Generic[T, R]):
+    """The future results of one batch."""
 
     def __init__(
         self,
         pool: Pool,
-        function: Callable[[Task], Result],
-        batch: Sequence[Task],
-        given_up: Callable[[Task, str], Result],
+        function: Callable[[T], R],
+        batch: Sequence[T],
+        given_up: Callable[[T, str], R],
     ) -> None:
         self._pool, self._function, self._batch, self._given_up = pool, function, batch, given_up
-        self.future: Future[list[Result]] = Future()
+        self.future: Future[list[R]] = Future()
 
-    def results(self) -> list[Result]:
+    def results(self) -> list[R]:
         """Wait for the results, in the order of the batch; raise what a task raised."""
         try:
             return self.future.result(TIMEOUT_S)
@@ -150,7 +148,7 @@ class Answer(Generic[Task, Result]):
             self._pool.recover(self)
             return self.future.result()
 
-    def result(self) -> Result:
+    def result(self) -> R:
         """Wait for the result of a batch of one."""
         return self.results()[0]
 
@@ -160,9 +158,9 @@ class Answer(Generic[Task, Result]):
         future = self.future
         return not future.done() or future.cancelled() or isinstance(future.exception(), BrokenProcessPool)
 
-    def repeat(self, alone: Callable[..., Result]) -> None:
+    def repeat(self, alone: Callable[..., R]) -> None:
         """Do the tasks again one by one."""
-        future: Future[list[Result]] = Future()
+        future: Future[list[R]] = Future()
         try:
             future.set_result([alone(self._function, task, self._given_up) for task in self._batch])
         except Exception as error:  # belongs to who waits for this answer
@@ -177,7 +175,7 @@ def _start(parent: int, prepare: Callable[[], None]) -> None:
     prepare()
 
 
-def _run(function: Callable[[Task], Result], batch: Sequence[Task]) -> list[Result]:
+def _run(function: Callable[[T], R], batch: Sequence[T]) -> list[R]:
     return [function(task) for task in batch]
 
 

@@ -28,7 +28,7 @@ HASH_SIZE = 256  # films with equal images of this size are looked at again for 
 CHUNK = 8  # films handed to a process at once: fewer messages
 AHEAD = 2  # chunks in flight per process
 
-_Task = tuple[int, FilmJob, int]  # key of the decoder, film, place of its pixels in the shared memory
+_Item = tuple[int, FilmJob, int]  # key of the decoder, film, place of its pixels in the shared memory
 _Result = tuple[dict[str, Any], dict[int, bytes] | None, str]  # facts, packed masks, reason
 
 
@@ -119,7 +119,7 @@ class Decoder:
         """Yield (job, what came of it) in the order of `jobs`."""
         todo = iter(jobs)
         free = deque(range(self._slots))
-        waiting: deque[tuple[list[_Task], int, Answer[_Task, _Result]]] = deque()
+        waiting: deque[tuple[list[_Item], int, Answer[_Item, _Result]]] = deque()
         while True:
             while free and (chunk := list(islice(todo, CHUNK))):
                 slot = free.popleft()
@@ -132,7 +132,7 @@ class Decoder:
                 yield job, Decoded(facts, {} if reason else self._views(place), masks, reason)
             free.append(slot)
 
-    def _give_up(self, task: _Task, reason: str) -> _Result:
+    def _give_up(self, task: _Item, reason: str) -> _Result:
         return _bad(task[1], self._folder), None, reason
 
     def _views(self, place: int) -> dict[int, np.ndarray]:
@@ -162,7 +162,7 @@ class Decoder:
 _DECODERS: dict[int, Decoder] = {}  # inherited by the forked workers: a decoder with its shared memory is not pickled
 
 
-def _work(task: _Task) -> _Result:
+def _work(task: _Item) -> _Result:
     key, job, place = task
     return _DECODERS[key].work(job, place)
 
