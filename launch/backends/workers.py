@@ -6,7 +6,6 @@ since code between fork and exec is only safe without any.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -20,14 +19,13 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from pneumo_dist.run import RunFolder
+from pneumo_dist.runtime.processes import die_with_parent
 from pneumo_dist.runtime.ranks import LOCAL_STORE
 
-PR_SET_PDEATHSIG = 1
 BLOCKED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 COOPERATIVE = tuple(128 + s for s in BLOCKED)  # exit statuses of a worker that saved and left
 GRACE_AFTER_STOP_S = 120.0  # the other ranks are saving
 GRACE_AFTER_FAILURE_S = 5.0  # the other ranks hang in a collective, or are about to say why
-_libc = ctypes.CDLL(None, use_errno=True)  # loaded before any fork
 
 
 @dataclass(frozen=True)
@@ -103,9 +101,7 @@ def workers(
 
 def _child_setup(parent: int) -> Callable[[], None]:
     def setup() -> None:
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above: nobody would kill this process
-            os._exit(1)
+        die_with_parent(parent)
         signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)  # until the worker has its handlers
 
     return setup

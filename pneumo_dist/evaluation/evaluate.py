@@ -21,13 +21,13 @@ import torch
 from pneumo_dist.config import ConfigError
 from pneumo_dist.data.cases import HOLDOUT, Case, read_cases
 from pneumo_dist.data.loaders import fold_cases
-from pneumo_dist.data.preprocess.decoding import cores
 from pneumo_dist.evaluation.events import evaluated
 from pneumo_dist.evaluation.film_notes import FilmNotes
 from pneumo_dist.evaluation.report import Evaluation, read_curves, write_report
 from pneumo_dist.model.modelfile import load_model, portable, save_model
 from pneumo_dist.prediction.forward import Predictor, predict_records
 from pneumo_dist.runtime.files import sha256_file, write_json, write_text
+from pneumo_dist.runtime.processes import cores
 from pneumo_dist.runtime.runlog import RunLog
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.runtime.task import Task

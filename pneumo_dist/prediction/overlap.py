@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
-from pneumo_dist.data.preprocess.decoding import cores
+from pneumo_dist.runtime.processes import cores
 
 Batch = TypeVar("Batch")
 Read = TypeVar("Read")

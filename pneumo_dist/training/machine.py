@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from pneumo_dist.config import Train
-from pneumo_dist.data.preprocess.decoding import keep_memory
+from pneumo_dist.runtime.processes import keep_memory
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pneumo_dist.config import Config
 from pneumo_dist.data import shards as files
-from pneumo_dist.data.preprocess.decoding import Decoded, Decoder, cores
+from pneumo_dist.data.preprocess.decoding import Decoded, Decoder
 from pneumo_dist.data.preprocess.finalize import check_bad, finalize
 from pneumo_dist.data.preprocess.manifest import (
     FORMAT,
@@ -27,6 +27,7 @@ from pneumo_dist.data.preprocess.manifest import (
 from pneumo_dist.data.preprocess.source import FilmJob, Source, check_source, read_source
 from pneumo_dist.data.shards import ShardWriter
 from pneumo_dist.runtime.files import read_json
+from pneumo_dist.runtime.processes import cores
 from pneumo_dist.runtime.runlog import progress
 from pneumo_dist.runtime.task import Task
 
