@@ -1,4 +1,4 @@
-"""The one pool of processes, the one guard against orphans, and what a process may use. Standard library only.
+"""The one pool of processes, the one guard against orphans, and what a process may use. Quick to import.
 
 Not pebble: all its workers share one lock, so that one killed while it sends a large result blocks the others for ever
 (time-outs included) and a hanging one that ignores SIGTERM blocks them for seconds. It is also LGPL.
