@@ -180,12 +180,9 @@ def _run(function: Callable[[T], R], batch: Sequence[T]) -> list[R]:
 
 
 def _kill(executor: ProcessPoolExecutor) -> None:
-    """End an executor at once: a task that hangs listens to nothing else."""
-    processes, results = list(executor._processes.values()), executor._result_queue
-    executor.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
+    """End an executor at once, and wait until its processes are gone: a task that hangs listens to nothing else."""
+    for process in list(executor._processes.values()):
         process.kill()
-    for process in processes:
-        process.join()
-    # The executor's thread may have read half a result; it would wait for the rest, and the interpreter's exit for it.
-    results._writer.close()  # type: ignore[attr-defined]
+    # The executor's thread may have read half a result and would wait for the rest.
+    executor._result_queue._writer.close()  # type: ignore[attr-defined]
+    executor.shutdown(cancel_futures=True)  # its thread joins the processes
