@@ -9,7 +9,7 @@ from pneumo_dist import config as configuration
 from pneumo_dist.model.resnet import ResNet34Encoder
 from pneumo_dist.model.unet import ResNet34UNet
 from pneumo_dist.runtime.ranks import Ranks
-from pneumo_dist.training.boundary import Late
+from pneumo_dist.training.agreement import DelayedRead
 from pneumo_dist.training.step import Stepper
 
 SIZE = 32
@@ -111,8 +111,8 @@ def test_a_state_from_another_device_is_laid_out_as_the_weights_here(stepper, fi
     assert all(torch.equal(value, wanted[name]) for name, value in stepper.model.state_dict().items())
 
 
-def test_a_late_flag_is_read_one_step_after_it_was_left_with_what_it_was_about():
-    late = Late()
-    assert late.exchange(torch.tensor(True), "first") == (False, None)
-    assert late.exchange(torch.tensor(False), "second") == (True, "first")
-    assert late.exchange(torch.tensor(True), "third") == (False, "second")
+def test_a_delayed_flag_is_read_one_step_later_with_its_context():
+    delayed = DelayedRead()
+    assert delayed.exchange(torch.tensor(True), "first") == (False, None)
+    assert delayed.exchange(torch.tensor(False), "second") == (True, "first")
+    assert delayed.exchange(torch.tensor(True), "third") == (False, "second")
