@@ -94,7 +94,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Re
     file_format = payload.get("format") if isinstance(payload, dict) else None
     if file_format != FORMAT:
         raise ConfigError(
-            f"{path} is not a model file (format {file_format!r}, expected {FORMAT!r}): give a model.pt of a training"
+            f"{path} is not a model file (format {file_format!r}, expected {FORMAT!r}): "
+            "give a model.pt that training wrote"
         )
     with torch.device("meta"):  # no memory, no random numbers: all values come from the file
         model = ResNet34UNet()

@@ -84,7 +84,7 @@ def test_weights_are_downloaded_once_and_then_taken_from_the_cache(
 
 def test_no_internet_is_an_error_never_a_random_start(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "_entry", lambda: ("http://127.0.0.1:9/resnet34-b627a593.pth", "b627a593"))
-    with pytest.raises(ConfigError, match="download failed .*refused.*on a machine with internet run"):
+    with pytest.raises(ConfigError, match=r"download failed .*refused.*on a machine with internet run"):
         build_model(Model(), seed=0)
 
 
