@@ -1,7 +1,7 @@
 """The weights that a training stage starts from: the first rule that applies. A checkpoint of the stage comes before.
 
 1. `stageN.init_from` (a model file, a checkpoint or a run), 2. the best weights of stage 1 for stage 2,
-3. ImageNet weights or a seeded random start. Only weights are used: optimizer and learning rate start anew.
+3. ImageNet weights or a seeded random start. Only weights are used: optimizer state and learning rate are new.
 """
 
 from __future__ import annotations

@@ -87,9 +87,8 @@ class Stepper:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=stage.lr, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         # An overflow of float16 in the forward pass would leave infinities in the running statistics for ever.
-        self._statistics = (
-            [b for b in self.model.buffers() if b.is_floating_point()] if self.scaler.is_enabled() else []
-        )
+        guarded = self.model.buffers() if self.scaler.is_enabled() else ()
+        self._statistics = [buffer for buffer in guarded if buffer.is_floating_point()]
         self._done = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.set_rates([stage.lr])
         self._warm_up()

@@ -50,9 +50,7 @@ def _one_batch_statistics(model: nn.Module) -> Iterator[list[nn.BatchNorm2d]]:
 
 
 def _statistics(layer: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    assert (
-        layer.running_mean is not None and layer.running_var is not None
-    )  # for mypy: every layer of this network tracks them
+    assert layer.running_mean is not None and layer.running_var is not None  # for mypy: every layer tracks them
     return layer.running_mean, layer.running_var
 
 
@@ -89,23 +87,27 @@ def update_batch_norm(
         leave = ranks.maximum([stop.leave])[0]
         if leave:
             raise Stopped(leave)
-        flat = torch.cat(
-            [s.flatten() for s in sums] + [torch.tensor([count], dtype=torch.float64, device=device)]
-        ).cpu()
+        counted = [torch.tensor([count], dtype=torch.float64, device=device)]
+        flat = torch.cat([total.flatten() for total in sums] + counted).cpu()
         if ranks.world_size > 1:
             dist.all_reduce(flat)
         count = int(flat[-1])
         if not count:
             raise ConfigError("the batch-norm update has no batch: the training fold is empty")
-        offset = 0
-        for layer in layers:
-            means = (flat[offset : offset + 2 * layer.num_features] / count).view(2, -1)
-            for buffer, mean in zip(_statistics(layer), means, strict=True):
-                buffer.copy_(mean)
-            if layer.num_batches_tracked is not None:
-                layer.num_batches_tracked.fill_(count)
-            offset += 2 * layer.num_features
+        _set_statistics(layers, flat[:-1] / count, count)
     return count
+
+
+def _set_statistics(layers: Iterable[nn.BatchNorm2d], flat: Tensor, count: int) -> None:
+    """Set mean and variance of each layer from float64 `flat`, which holds them in the order of the layers."""
+    offset = 0
+    for layer in layers:
+        means = flat[offset : offset + 2 * layer.num_features].view(2, -1)
+        for buffer, mean in zip(_statistics(layer), means, strict=True):
+            buffer.copy_(mean)
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.fill_(count)
+        offset += 2 * layer.num_features
 
 
 def _batches(task: Task, size: int, batch_size: int) -> tuple[list[list[tuple[int, int]]], FilmDataset]:

@@ -1,4 +1,4 @@
-"""ImageNet weights: verified, fetched once, never replaced by a random start in silence."""
+"""ImageNet weights: verified, downloaded once, never replaced silently by a random start."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def site(official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The stand-in as the official address, and an empty download cache; returns the file's place in the cache."""
+    """Set the stand-in as the official address, with an empty download cache; return the path in the cache."""
     monkeypatch.setattr(pretrained, "_entry", lambda: (official.as_uri(), official.stem.rpartition("-")[2]))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     return tmp_path / "hub" / "checkpoints" / official.name
@@ -64,7 +64,7 @@ def test_a_given_file_of_another_content_is_refused(site: Path, tmp_path: Path) 
         build_model(Model(weights=str(other)), seed=0)
 
 
-def test_a_missing_file_is_one_line_with_three_ways_on(site: Path, tmp_path: Path) -> None:
+def test_a_missing_file_is_one_line_with_three_remedies(site: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         imagenet_file(tmp_path / "nothing.pth")
     text = str(error.value)
@@ -112,7 +112,7 @@ def test_the_login_node_command_says_where_the_file_is(
     assert "delete it" in capsys.readouterr().err
 
 
-def test_a_random_start_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_random_start_needs_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "_entry", lambda: pytest.fail("asked for weights"))
     model = build_model(Model(pretrained="none"), seed=4)
     wanted = ResNet34UNet(seed=4).state_dict()
