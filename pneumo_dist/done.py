@@ -92,7 +92,7 @@ def inputs_of(run: Run, stage: str, fold: int | None) -> dict[str, str]:
     if stage in configuration.TRAIN_STAGES:
         start = config.train_stage(stage).init_from
         if start:
-            from pneumo_dist.training.start import start_path
+            from pneumo_dist.model.start import start_path
 
             found["init_from"] = _file_hash(start_path(start, fold), f"stage{stage}.init_from")
         elif config.model.weights and stage == config.train_stages[0]:

@@ -90,7 +90,7 @@ def _paths(plan: Plan) -> Iterator[str]:
     for stage in stages & set(TRAIN_STAGES):
         start = config.train_stage(stage).init_from
         if start:
-            from pneumo_dist.training.start import start_path
+            from pneumo_dist.model.start import start_path
 
             for fold in plan.folds:
                 try:
