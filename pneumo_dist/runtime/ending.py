@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from pneumo_dist.config import ConfigError
-from pneumo_dist.runtime.failure import told
+from pneumo_dist.runtime.failure import error_line
 from pneumo_dist.runtime.ranks import discover
 from pneumo_dist.runtime.stopping import Stopped
 
@@ -34,8 +34,8 @@ def exit_status(error: Exception, requeue: Callable[[], object] | None) -> int:
             return _requeued(requeue) if me.first else 0
         _print(f"rank {me.rank}: {error}; the same command continues")
         return error.status
-    line = told(error)
-    _print(f"error: {me.place}: {line or ' '.join(f'{type(error).__name__}: {error}'.split())[:300]}")
+    line = error_line(error)
+    _print(f"error: {me.label}: {line or ' '.join(f'{type(error).__name__}: {error}'.split())[:300]}")
     if line is None:
         raise error
     return 1

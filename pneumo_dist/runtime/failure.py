@@ -26,7 +26,7 @@ def disk_error(error: BaseException | None) -> OSError | None:
     return None
 
 
-def told(error: BaseException) -> str | None:
+def error_line(error: BaseException) -> str | None:
     """Return the one line that says it all, or None for an error that needs its traceback."""
     known = disk_error(error) is error or isinstance(error, (Failure, FloatingPointError))
     return " ".join(str(error).split()) if known else None

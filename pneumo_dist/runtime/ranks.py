@@ -39,7 +39,7 @@ class Ranks:
         return self.rank == 0
 
     @property
-    def place(self) -> str:
+    def label(self) -> str:
         """Rank and node for messages: "rank 1 of 4 on node2"."""
         return f"rank {self.rank} of {self.world_size} on {host()}"
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from pneumo_dist.runtime.failure import told
+from pneumo_dist.runtime.failure import error_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,7 @@ def setup(rank: int = 0) -> None:
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
     """Say in one line that a helper thread met a full disk (TensorBoard's writer does); its owner is told as well."""
-    line = told(failed.exc_value) if failed.exc_value else None
+    line = error_line(failed.exc_value) if failed.exc_value else None
     if line is None:
         threading.__excepthook__(failed)
     else:
@@ -142,7 +142,7 @@ class RunLog:
         self._writer.close()
 
 
-def progress(items: Iterable[T], total: int, what: str, unit: str = "film", every_s: float = 15.0) -> Iterator[T]:
+def progress_bar(items: Iterable[T], total: int, what: str, unit: str = "film", every_s: float = 15.0) -> Iterator[T]:
     """Yield from `items`, showing how many of `total` are done: a bar on a terminal, a line now and then elsewhere."""
     if sys.stderr.isatty():
         from tqdm import tqdm

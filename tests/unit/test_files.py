@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from pneumo_dist.runtime import files
-from pneumo_dist.runtime.failure import Failure, told
+from pneumo_dist.runtime.failure import Failure, error_line
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_no_other(tmp_path):
@@ -32,10 +32,10 @@ def test_a_disks_own_word_is_not_lost_in_what_a_writer_makes_of_it(tmp_path):
 
 
 def test_only_what_lies_outside_the_program_goes_without_a_traceback():
-    assert told(Failure("two\nlines")) == "two lines"
-    assert told(OSError(errno.EROFS, "Read-only file system", "/x")) == "[Errno 30] Read-only file system: '/x'"
+    assert error_line(Failure("two\nlines")) == "two lines"
+    assert error_line(OSError(errno.EROFS, "Read-only file system", "/x")) == "[Errno 30] Read-only file system: '/x'"
     for mistake in (RuntimeError("x"), FileNotFoundError(errno.ENOENT, "No such file", "/x"), KeyError("x")):
-        assert told(mistake) is None
+        assert error_line(mistake) is None
 
 
 def test_nan_is_not_written_as_json(tmp_path):
