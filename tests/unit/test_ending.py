@@ -105,7 +105,7 @@ def test_another_signal_leaves_with_the_shells_status(
     end: End, capsys: pytest.CaptureFixture[str], signum: signal.Signals
 ) -> None:
     assert end(Stopped(signum), 1) == 128 + signum
-    assert capsys.readouterr().err == f"rank 1: stopped by {signum.name}; the same command continues\n"
+    assert capsys.readouterr().err == f"rank 1: stopped by {signum.name}; repeat the same command to continue\n"
 
 
 def test_outside_slurm_the_time_limits_signal_requeues_nothing(end: End, monkeypatch: pytest.MonkeyPatch) -> None:

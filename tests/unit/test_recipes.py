@@ -49,7 +49,7 @@ def test_exp2_is_256_for_35_epochs_of_batch_40_and_has_no_stage_2() -> None:
 
 
 def test_exp3_is_512_for_10_epochs_of_batch_14_from_given_weights() -> None:
-    with pytest.raises(ConfigError, match=r"no stage 1: give its starting weights, stage2.init_from=PATH"):
+    with pytest.raises(ConfigError, match=r"no stage 1: give its initial weights, stage2.init_from=PATH"):
         load(CONFIGS / "exp3.yaml")
     config = load(CONFIGS / "exp3.yaml", ["stage2.init_from=runs/exp2"])
     assert config.stages == ["2"] and config.sizes == [512]
