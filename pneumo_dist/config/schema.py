@@ -88,7 +88,7 @@ class Config:
         return {"1": self.stage1, "2": self.stage2}[name]
 
     def averages(self, name: str) -> bool:
-        """Tell whether training stage `name` keeps a running SWA average, by swa.stages or because the swa stage reads it."""
+        """Tell whether training stage `name` averages weights: swa.stages lists it, or the swa stage follows it."""
         return name in self.swa.stages or ("last" in self.swa.stages and self.stages[-2:] == [name, "swa"])
 
 
