@@ -88,7 +88,42 @@ def gres_conf(folder: Path, size: Size) -> str:
 
 def slurm_conf(folder: Path, size: Size, network: Network) -> str:
     """Return slurm.conf."""
-    settings = {
+    settings = _settings(folder, network)
+    if size.accounting:
+        settings |= {
+            "AccountingStorageType": "accounting_storage/slurmdbd",
+            "AccountingStorageHost": network.head,
+            "AccountingStoragePort": str(network.accounting_port),
+            "AccountingStoragePass": f"{folder}/munge/socket",
+        }
+    if size.gpus:
+        settings["GresTypes"] = "gpu"
+        if size.accounting:
+            settings["AccountingStorageTRES"] = "gres/gpu"
+    lines = [f"{key}={value}" for key, value in (settings | size.settings).items() if value]
+    return "\n".join([*lines, *_nodes(size, network), *_partitions(size)]) + "\n"
+
+
+def _nodes(size: Size, network: Network) -> list[str]:
+    gres = f" Gres=gpu:{size.gpus}" if size.gpus else ""
+    default = f"NodeName=DEFAULT CPUs={size.cpus} RealMemory={size.memory_mb}{gres} State=UNKNOWN"
+    return [default, *(f"NodeName={name} NodeAddr={network.address(name)}" for name in size.node_names)]
+
+
+def _partitions(size: Size) -> list[str]:
+    # Without DefMemPerCPU a job gets a whole node's memory. A job in `high` preempts the others: in `low` after a
+    # grace time of 10 s, in `low0` at once.
+    return [
+        f"PartitionName=DEFAULT Nodes={size.node_list} State=UP DefaultTime=60 MaxTime=UNLIMITED DefMemPerCPU=100",
+        "PartitionName=batch Default=YES PriorityTier=10",
+        "PartitionName=low PriorityTier=1 GraceTime=10",
+        "PartitionName=low0 PriorityTier=1 GraceTime=0",
+        "PartitionName=high PriorityTier=100 PreemptMode=OFF",
+    ]
+
+
+def _settings(folder: Path, network: Network) -> dict[str, str]:
+    return {
         "ClusterName": "devcluster",
         "SlurmctldHost": f"{HEAD}({network.head})",
         # The controller listens on its bridge only, so that several clusters can use the same port.
@@ -138,32 +173,6 @@ def slurm_conf(folder: Path, size: Size, network: Network) -> str:
         "PreemptMode": "REQUEUE",
         "AccountingStorageType": "accounting_storage/none",
     }
-    if size.accounting:
-        settings |= {
-            "AccountingStorageType": "accounting_storage/slurmdbd",
-            "AccountingStorageHost": network.head,
-            "AccountingStoragePort": str(network.accounting_port),
-            "AccountingStoragePass": f"{folder}/munge/socket",
-        }
-    gres = ""
-    if size.gpus:
-        settings["GresTypes"] = "gpu"
-        gres = f" Gres=gpu:{size.gpus}"
-        if size.accounting:
-            settings["AccountingStorageTRES"] = "gres/gpu"
-    lines = [f"{key}={value}" for key, value in (settings | size.settings).items() if value]
-    lines.append(f"NodeName=DEFAULT CPUs={size.cpus} RealMemory={size.memory_mb}{gres} State=UNKNOWN")
-    lines += [f"NodeName={name} NodeAddr={network.address(name)}" for name in size.node_names]
-    # Without DefMemPerCPU a job gets a whole node's memory. A job in `high` preempts the others: in `low` after a
-    # grace time of 10 s, in `low0` at once.
-    lines += [
-        f"PartitionName=DEFAULT Nodes={size.node_list} State=UP DefaultTime=60 MaxTime=UNLIMITED DefMemPerCPU=100",
-        "PartitionName=batch Default=YES PriorityTier=10",
-        "PartitionName=low PriorityTier=1 GraceTime=10",
-        "PartitionName=low0 PriorityTier=1 GraceTime=0",
-        "PartitionName=high PriorityTier=100 PreemptMode=OFF",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def slurmdbd_conf(folder: Path, network: Network) -> str:
