@@ -202,14 +202,10 @@ def make_plan(request: Request) -> Plan:
             keys = None
         redo = request.redo and node.key in asked
         if keys and not redo:
-            where = run.dir_of(node.stage, node.fold)
             if node.key in asked:
-                differing.append(
-                    f"{where} is done with other settings ({', '.join(keys)}): "
-                    "take another name with --run OTHER, or start it over with --redo"
-                )
+                differing.append(done.difference_line(run, node.stage, node.fold, keys))
             else:
-                notes.append(_taken_as_it_is(where, keys))
+                notes.append(_taken_as_it_is(run.dir_of(node.stage, node.fold), keys))
                 continue
         again = [job for job in node.after if job in {(n.stage, n.fold) for n in todo} and job[0] in _NOT_REPEATABLE]
         if keys == [] and not redo and again and node.stage not in DERIVED:

@@ -31,7 +31,7 @@ from pneumo_dist.run import pooled_thresholds
 from pneumo_dist.runtime import ranks
 from pneumo_dist.runtime.files import sha256_text
 from pneumo_dist.runtime.processes import Answer, Pool, cores
-from pneumo_dist.runtime.runlog import progress
+from pneumo_dist.runtime.runlog import progress_bar
 from pneumo_dist.runtime.task import Task
 from pneumo_dist.scoring.records import Triplet
 
@@ -139,7 +139,9 @@ def _stream(
             ]
 
         done = overlap(batches(), read, compute, write, ahead=max(2, -(-2 * helpers.count // config.infer.batch_size)))
-        for _ in progress(_finished(task, done, settings), sum(len(made.part(j)) for j in todo), f"infer {made.label}"):
+        for _ in progress_bar(
+            _finished(task, done, settings), sum(len(made.part(j)) for j in todo), f"infer {made.label}"
+        ):
             pass
 
 

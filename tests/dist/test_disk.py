@@ -176,4 +176,4 @@ def watch(disk: str) -> int:
 def test_events_that_cannot_be_written_give_one_warning_and_no_error(disk: Path) -> None:
     codes, printed = exits(watch, 1, str(disk))
     assert codes == [0], printed
-    assert printed[0].count("no TensorBoard events from here on") == 1 and "Traceback" not in printed[0], printed
+    assert printed[0].count("no more TensorBoard events") == 1 and "Traceback" not in printed[0], printed

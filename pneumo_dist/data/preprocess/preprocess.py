@@ -28,7 +28,7 @@ from pneumo_dist.data.preprocess.source import FilmJob, Source, check_source, re
 from pneumo_dist.data.shards import ShardWriter
 from pneumo_dist.runtime.files import read_json
 from pneumo_dist.runtime.processes import cores
-from pneumo_dist.runtime.runlog import progress
+from pneumo_dist.runtime.runlog import progress_bar
 from pneumo_dist.runtime.task import Task
 
 __all__ = ["check_source", "clear", "finalize", "run_part", "verify"]
@@ -63,7 +63,7 @@ def run_part(task: Task) -> dict[str, Path]:
         with Decoder(
             found.folder, sizes, min(cores(config.data.workers), len(jobs)), config.data.max_pixels
         ) as decoder:
-            results = progress(decoder.run(jobs), len(jobs), "preprocess")
+            results = progress_bar(decoder.run(jobs), len(jobs), "preprocess")
             for j in chosen:
                 bad += _write_shard(task, found, j, sizes, results)
                 check_bad(bad, allowed, found.films, config)
