@@ -1,4 +1,4 @@
-"""TensorBoard says what happened, once, whatever was interrupted; it names no patient and changes no bit of a training."""
+"""TensorBoard shows every step once, also over interruptions; it names no patient and changes no bit of a training."""
 
 import json
 import re
@@ -39,13 +39,14 @@ EPOCH_TAGS = {"loss/train", "loss/validation", "loss/validation_bce", "loss/vali
 
 
 def events(folder):
-    """Everything in a folder of events, as TensorBoard's own Python reader sees it; nothing is sampled away."""
-    found = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
-    return found.Reload()
+    """All events of a folder, read by TensorBoard's own Python reader without sampling."""
+    return EventAccumulator(
+        str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0}
+    ).Reload()
 
 
-def points(found, tag):
-    return {e.step: e.value for e in found.Scalars(tag)}
+def points(accumulator, tag):
+    return {e.step: e.value for e in accumulator.Scalars(tag)}
 
 
 def stop_at(monkeypatch, run_dir, step):
@@ -111,8 +112,8 @@ def test_a_restart_is_visible(trained):
     assert [(e.step, e.value) for e in trained.Scalars("run/attempt")] == [
         (0, 1), (1, 1), (2, 1), (3, 1), (3, 2), (4, 2), (5, 2), (6, 2),
     ]  # fmt: skip
-    said = [t.tensor_proto.string_val[0].decode() for t in trained.Tensors("run/attempts/text_summary")]
-    assert [text[:26] for text in said] == ["attempt 1 from batch 0 on,", "attempt 2 from batch 3 on,"]
+    texts = [t.tensor_proto.string_val[0].decode() for t in trained.Tensors("run/attempts/text_summary")]
+    assert [text[:26] for text in texts] == ["attempt 1 from batch 0 on,", "attempt 2 from batch 3 on,"]
 
 
 def test_the_values_are_those_of_the_training(run_dir, trained):
@@ -160,14 +161,14 @@ def test_the_same_films_are_drawn_at_every_epoch_and_at_the_end(run_dir, trained
 
 
 def test_the_ranking_of_the_films_is_a_precision_recall_curve(trained, evaluated):
-    for found, steps in ((trained, EPOCH_ENDS), (evaluated, [0])):
-        curves = found.Tensors("films by highest score")
+    for accumulator, steps in ((trained, EPOCH_ENDS), (evaluated, [0])):
+        curves = accumulator.Tensors("films by highest score")
         assert [c.step for c in curves] == steps
         curve = np.array(
             curves[-1].tensor_proto.float_val or np.frombuffer(curves[-1].tensor_proto.tensor_content, np.float32)
         )
         true_positives, false_positives = curve.reshape(6, -1)[:2]
-        assert (true_positives[0], false_positives[0]) == (4, 6)  # at threshold 0 every validation film is called
+        assert (true_positives[0], false_positives[0]) == (4, 6)  # at threshold 0 every validation film is positive
 
 
 def test_no_patient_is_named(run_dir):
@@ -177,8 +178,8 @@ def test_no_patient_is_named(run_dir):
 
 
 def test_settings_stand_beside_the_last_scores(trained, evaluated):
-    for found, stage in ((trained, "1"), (evaluated, "evaluate")):
-        content = found.SummaryMetadata(hparams_metadata.SESSION_START_INFO_TAG).plugin_data.content
+    for accumulator, stage in ((trained, "1"), (evaluated, "evaluate")):
+        content = accumulator.SummaryMetadata(hparams_metadata.SESSION_START_INFO_TAG).plugin_data.content
         values = hparams_metadata.parse_session_start_info_plugin_data(content).hparams
         assert values["stage"].string_value == stage and values["fold"].string_value == "0"
         assert values["stage1.epochs"].number_value == 3 and values["stages"].string_value == "1,swa"
@@ -198,7 +199,7 @@ def test_every_chart_of_the_first_page_has_something_to_show(trained):
     for chart in charts:
         for pattern in chart.multiline.tag:
             assert any(re.match(pattern, tag) for tag in trained.Tags()["scalars"]), (chart.title, pattern)
-    more = tensorboard.layout(cuda=True, scaled=True)["Does it run well?"].values()
+    more = tensorboard.layout(cuda=True, scaled=True)["Throughput and stability"].values()
     assert ["speed/gpu_memory_mib"] in more and ["train/amp_scale"] in more
 
 
