@@ -1,4 +1,4 @@
-"""The name under which SLURM jobs pickle their work: `launch.jobs.Job`. It stays when files move."""
+"""`launch.jobs.Job`: the name under which submitit pickles jobs. Queued jobs need it, so this file must not move."""
 
 from launch.backends.slurm_job import Job
 

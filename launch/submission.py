@@ -8,8 +8,9 @@ from launch import bootstrap
 from launch.monitor.outcome import tell
 from launch.planning import checks
 from launch.planning.arguments import Request
-from launch.planning.estimates import remarks
-from launch.planning.plan import Plan, check_recipe, make_plan, missing_line, resolve, title
+from launch.planning.estimates import estimates
+from launch.planning.plan import Plan, check_recipe, make_plan, missing_line, title
+from launch.planning.recipe import resolve
 from launch.planning.site import choose_site
 from pneumo_dist.config import ConfigError
 
@@ -27,7 +28,7 @@ def run(request: Request) -> int:
         print(note, flush=True)
     if request.dry_run:
         return _dry_run(plan)
-    if not plan.todo and not plan.differing:
+    if not plan.todo and not plan.conflicts:
         name = "the whole chain" if request.stage == "all" else title(request.stage, None)
         print(f"{name} is done already (--redo runs it again)")
         tell(plan)
@@ -42,14 +43,14 @@ def run(request: Request) -> int:
         from launch.backends.slurm_chain import submit_chain
 
         return submit_chain(plan, chosen)
-    from launch.backends.local_chain import run_here
+    from launch.backends.local_chain import run_local_chain
 
     for node, job in plan.missing:
         raise ConfigError(missing_line(plan, node, job))
     checks.refuse(plan, chosen)
-    for remark in remarks(plan, chosen):
-        print(f"note: {remark}", flush=True)
-    return run_here(plan, chosen)
+    for estimate in estimates(plan, chosen):
+        print(f"note: {estimate}", flush=True)
+    return run_local_chain(plan, chosen)
 
 
 def _verify(request: Request) -> int:
@@ -79,8 +80,8 @@ def _dry_run(plan: Plan) -> int:
         warnings.insert(0, str(error))
     for line in dict.fromkeys(warnings):
         print(f"warning: {line}", file=sys.stderr)
-    for remark in remarks(plan, chosen):
-        print(f"note: {remark}", file=sys.stderr)
+    for estimate in estimates(plan, chosen):
+        print(f"note: {estimate}", file=sys.stderr)
     for text in render(plan, chosen):
         print(text, flush=True)
     return 0

@@ -1,1 +1,1 @@
-"""From a plan to running jobs: SLURM or worker processes of this machine."""
+"""From a plan to running jobs, on SLURM or as worker processes of this machine."""

@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from launch.backends.prepare import entry, prepare, refuse_live
-from launch.backends.workers import Foreground, store_folder, workers
+from launch.backends.prepare import ledger_entry, prepare, refuse_live
+from launch.backends.workers import Foreground, Outcome, Worker, job_workers, store_folder
 from launch.monitor.display import Display
 from launch.monitor.outcome import tell, why
 from launch.planning.plan import Plan
@@ -19,42 +19,42 @@ from launch.state.locks import Lock, Locked, lock
 from pneumo_dist.chain import STAGES, Node
 from pneumo_dist.config import ConfigError
 
-LOOK_EVERY_S = 2.0
+PROGRESS_EVERY_S = 2.0
 
 
-def run_here(plan: Plan, site: Site) -> int:
+def run_local_chain(plan: Plan, site: Site) -> int:
     """Run the plan's jobs in order and return the exit status: 0, 1 failed, 130 Ctrl-C, 143 SIGTERM.
 
     Raises:
-        ConfigError: another process is on one of the stages.
+        ConfigError: another process already runs one of the jobs.
     """
-    run, ledger = plan.run, Ledger(plan.run)
+    run = plan.run
     locks: list[Lock] = []
     display = Display()
-    watched = _Watched(plan, display)
-    with Foreground(display.pass_on, watched.look) as foreground:
+    watch = _ProgressWatch(plan, display)
+    with Foreground(display.pass_on, watch.update) as foreground:
         try:
-            refuse_live(plan, ledger, slurm_answers=False)
-            for node in plan.todo:
+            refuse_live(plan, Ledger(run), slurm_answers=False)
+            for node in plan.todo:  # all locks first: two chains must not meet half-way
                 try:
                     locks.append(lock(run.lock(node.key)))
                 except Locked as error:
-                    raise ConfigError(f"{error.holder} is on {node.key} of this run already: wait for it") from None
+                    raise ConfigError(f"{error.holder} already runs {node.key} of this run: wait for it") from None
             code = prepare(plan).code
-            chain = _Chain(plan, site, foreground, watched, ledger, code, [one.descriptor for one in locks])
+            chain = _LocalChain(plan, site, foreground, watch, code, [lock.descriptor for lock in locks])
             for node in plan.todo:
                 status = chain.run(node)
                 if status:
                     return status
         finally:
-            for one in locks:
-                one.release()
+            for held in locks:
+                held.release()
     tell(plan)
     return 0
 
 
-class _Watched:
-    """The progress of the job that runs, looked at from time to time."""
+class _ProgressWatch:
+    """Shows the progress of the running job at intervals."""
 
     def __init__(self, plan: Plan, display: Display) -> None:
         self._plan, self._display = plan, display
@@ -62,82 +62,90 @@ class _Watched:
         self._since = self._next = 0.0
 
     def begin(self, node: Node) -> None:
-        """A job starts."""
+        """Watch a job that starts now."""
         self._node, self._since = node, time.time()
 
     def end(self) -> None:
-        """It has ended: what is said next stands below its log."""
+        """Stop watching, and close the display: the next message goes below the log of the job."""
         self._node = None
         self._display.close()
 
-    def look(self) -> None:
-        """Show how far the job is, unless that has just been done."""
+    def update(self) -> None:
+        """Show the progress if the last update is long enough ago."""
         if self._node is None or time.monotonic() < self._next:
             return
-        self._next = time.monotonic() + LOOK_EVERY_S
-        at = progress.of(self._plan.run, self._node, self._since)
+        self._next = time.monotonic() + PROGRESS_EVERY_S
+        now = progress.of(self._plan.run, self._node, self._since)
         name = self._plan.title(self._node.stage, self._node.fold)
-        self._display.progress({name: (at.share, str(at))} if at else {})
+        self._display.progress({name: (now.share, str(now))} if now else {})
 
 
-class _Chain:
-    """What the jobs of one plan share."""
+class _LocalChain:
+    """Runs the jobs of one plan on this machine."""
 
     def __init__(
-        self,
-        plan: Plan,
-        site: Site,
-        foreground: Foreground,
-        watched: _Watched,
-        ledger: Ledger,
-        code: Path,
-        locks: list[int],
+        self, plan: Plan, site: Site, foreground: Foreground, watch: _ProgressWatch, code: Path, locks: list[int]
     ) -> None:
-        self.plan, self.site = plan, site
-        self.foreground, self.watched = foreground, watched
-        self.ledger, self.code, self.locks = ledger, code, locks
+        self._plan, self._site, self._code = plan, site, code
+        self._foreground, self._watch, self._locks = foreground, watch, locks
+        self._ledger = Ledger(plan.run)
 
     def run(self, node: Node) -> int:
         """Run one job to its end and return its exit status."""
         kind = STAGES[node.stage].shape
-        count = 1 if kind == "single" else self.site.ranks(self.plan.request.nodes)
-        title = self.plan.title(node.stage, node.fold)
-        mark = f"[{self.plan.todo.index(node) + 1}/{len(self.plan.todo)}] {title}"
-        print(mark + (f": {count} processes" if count > 1 else ""), flush=True)
+        count = 1 if kind == "single" else self._site.ranks(self._plan.request.nodes)
+        title = self._plan.title(node.stage, node.fold)
+        heading = f"[{self._plan.todo.index(node) + 1}/{len(self._plan.todo)}] {title}"
+        print(heading + (f": {count} processes" if count > 1 else ""), flush=True)
         began = time.monotonic()
         with store_folder() as folder:
-            group = workers(
+            group = job_workers(
                 key=node.key,
                 stage=node.stage,
                 fold=node.fold,
                 kind=kind,
                 count=count,
-                run=self.plan.run,
-                code=self.code,
+                run=self._plan.run,
+                code=self._code,
                 store=Path(folder) / "store",
             )
-            self._note(node, count)
-            self.watched.begin(node)
-            outcome = self.foreground.run(group, self.locks)
-            self.watched.end()
-            self._note(node, count, event="ended", status=outcome.status)
+            self._record(node, count)
+            self._watch.begin(node)
+            outcome = self._foreground.run(group, self._locks)
+            self._watch.end()
+            self._record(node, count, event="ended", status=outcome.status)
         if not outcome.status:
-            print(f"{mark} took {time.monotonic() - began:.0f} s", flush=True)
-        elif self.foreground.received:
+            print(f"{heading} took {time.monotonic() - began:.0f} s", flush=True)
+        else:
+            self._print_end(title, group, outcome)
+        return outcome.status
+
+    def _print_end(self, title: str, group: list[Worker], outcome: Outcome) -> None:
+        """Print why a job was stopped or failed, and how to continue."""
+        if self._foreground.received:
             print(f"stopped during {title}; the same command continues", file=sys.stderr)
             if outcome.failed:
                 log = group[outcome.failed[0]].log
-                said = why([log])
-                print(f"but its last state may not be saved: {said[0] if said else f'see {log}'}", file=sys.stderr)
-        else:
-            worker, status = outcome.failed or (0, 1)
-            how = f"was killed by signal {-status}" if status < 0 else f"exited with {status}"
-            line, log = why([group[worker].log, *(one.log for one in group)]) or ("no message", group[worker].log)
-            print(f"error: {title}: process {worker} {how}: {line}", file=sys.stderr)
-            print(f"its log: {log}; after correcting the cause, the same command continues", file=sys.stderr)
-        return outcome.status
+                reason = why([log])
+                print(f"but its last state may not be saved: {reason[0] if reason else f'see {log}'}", file=sys.stderr)
+            return
+        index, status = outcome.failed or (0, 1)
+        end = f"was killed by signal {-status}" if status < 0 else f"exited with {status}"
+        # The worker that failed first comes first: the others may only report that it is gone.
+        line, log = why([group[index].log, *(worker.log for worker in group)]) or ("no message", group[index].log)
+        print(f"error: {title}: process {index} {end}: {line}", file=sys.stderr)
+        print(f"log: {log}; after correcting the cause, the same command continues", file=sys.stderr)
 
-    def _note(self, node: Node, count: int, event: str = "submitted", status: int | None = None) -> None:
-        log = f"local-{node.key}-%r.out"
-        more = {"event": event, "status": status, "job_id": str(os.getpid()), "processes": count, "log": log}
-        self.ledger.append(entry(self.plan, self.site, node, self.code, **more))
+    def _record(self, node: Node, count: int, event: str = "submitted", status: int | None = None) -> None:
+        entry = ledger_entry(
+            self._plan,
+            self._site,
+            node,
+            self._code,
+            event=event,
+            status=status,
+            job_id=str(os.getpid()),
+            processes=count,
+            log=f"local-{node.key}-%r.out",
+        )
+        self._ledger.append(entry)

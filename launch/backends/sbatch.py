@@ -1,6 +1,6 @@
-"""The SLURM side of a submission: a profile and a job's shape become an sbatch script, printed or submitted.
+"""sbatch scripts: a job's profile and shape become a script, which is printed or submitted.
 
-Never decides what to run: plan.py does. The executor of this machine is in local.py.
+Never decides what to run: planning does.
 """
 
 from __future__ import annotations
@@ -13,157 +13,179 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
 from launch.jobs import Job
-from launch.planning.profile import Profile
+from launch.planning.profile import Profile, Resources
 from launch.planning.shape import Shape
 from launch.state import slurm_client as slurm
 
-# Where neither profile nor partition says more: a day, enough for a stage, short enough for most partitions.
+# Used if neither the profile nor the partition has a limit: a day is enough for a stage, and most partitions allow it.
 DEFAULT_MINUTES = 1440
-MOST_CPUS = {"ranks": 8, "array": 16, "single": 4}
+MAX_CPUS = {"ranks": 8, "array": 16, "single": 4}  # more per task would idle
 CPUS_UNKNOWN = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSpec:
+    """What the sbatch script of one job is made from."""
+
+    folder: Path  # scripts, pickles and logs
+    profile: Profile
+    stage: str
+    shape: Shape
+    name: str
+    comment: str
+    code: Path  # the copy of the code that the job runs
+    after: str  # "afterok:12:13", or "" for none
+    partition: slurm.Partition | None  # None: unknown
 
 
 @functools.lru_cache(maxsize=1)
 def blocks_signals() -> bool:
     """Tell whether this machine's `env` can start a program with signals blocked (coreutils 8.31)."""
+    command = ["env", "--block-signal=USR2", "true"]
     try:
-        return (
-            subprocess.run(
-                ["env", "--block-signal=USR2", "true"], capture_output=True, timeout=5, check=False
-            ).returncode
-            == 0
-        )
+        return subprocess.run(command, capture_output=True, timeout=5, check=False).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
 
 
-def python_command(profile: Profile, guard: bool = True) -> str:
-    """Return the shell words that start Python on a node.
+def _python_command(profile: Profile) -> str:
+    """Return the shell command that starts Python on a node.
 
-    USR2 and TERM are blocked until the job has its handlers: one that comes in the first second stays pending
-    across exec, where it would otherwise kill the job without a requeue.
+    USR2 and TERM are blocked until the job has installed its handlers. A signal of the first second then stays
+    pending across exec; unblocked, it would kill the job without a requeue.
     """
     python = profile.python or shlex.quote(sys.executable)
-    return f"env --block-signal=USR2 --block-signal=TERM {python}" if guard else python
+    return f"env --block-signal=USR2 --block-signal=TERM {python}" if blocks_signals() else python
 
 
 class _Script(SlurmExecutor):
-    """submitit's executor on any machine: renders the script, and submits where sbatch exists."""
+    """submitit's executor on any machine: renders the script; submits it if sbatch exists."""
 
     @classmethod
     def affinity(cls) -> int:
         return 2
 
 
-def _executor(
-    folder: Path,
-    profile: Profile,
-    stage: str,
-    shape: Shape,
-    *,
-    name: str,
-    comment: str,
-    code: Path,
-    after: str,
-    facts: slurm.Partition | None,
-) -> _Script:
-    asked = profile.resources(stage)
-    minutes = profile.minutes(stage)
-    if minutes is None:
-        limits = [DEFAULT_MINUTES, *([facts.max_minutes] if facts and facts.max_minutes else [])]
-        minutes = min(limits)
-    cpus = asked.cpus_per_task
-    if cpus is None:
-        most = facts.cpus // shape.tasks_per_node if facts and facts.cpus else CPUS_UNKNOWN
-        cpus = max(1, min(most, MOST_CPUS[shape.kind]))
-    setup = [
-        *profile.setup,
-        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "export PYTHONSAFEPATH=1",  # else `python -m` would find the checkout's code before the copy, if started there
-        # SLURM 22.05 to 23.02: srun does not take the job's --cpus-per-task over by itself.
-        "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
-        *(f"export {key}={shlex.quote(value)}" for key, value in sorted(profile.env.items())),
-    ]
-    more: dict[str, object] = {"requeue" if profile.requeue else "no-requeue": True, "kill-on-invalid-dep": "yes"}
-    if asked.mem_gb is not None:
-        more["mem"] = f"{round(asked.mem_gb * 1024)}M"
-    if shape.gpus_per_node and not asked.gres:
-        more["gpus-per-node"] = shape.gpus_per_node
-    more |= asked.sbatch
-    executor = _Script(folder, max_num_timeout=profile.max_timeouts, python=python_command(profile, blocks_signals()))
+def _executor(spec: JobSpec) -> _Script:
+    profile, shape = spec.profile, spec.shape
+    resources = profile.resources(spec.stage)
+    minutes = _minutes(spec)
+    executor = _Script(spec.folder, max_num_timeout=profile.max_timeouts, python=_python_command(profile))
     executor.update_parameters(
-        job_name=name,
-        comment=comment,
+        job_name=spec.name,
+        comment=spec.comment,
         time=minutes,
         nodes=shape.nodes,
         ntasks_per_node=shape.tasks_per_node,
-        cpus_per_task=cpus,
-        gres=f"{asked.gres}:{shape.gpus_per_node}" if asked.gres and shape.gpus_per_node else None,
-        partition=asked.partition,
-        account=asked.account,
-        qos=asked.qos,
-        constraint=asked.constraint,
-        exclude=asked.exclude,
+        cpus_per_task=resources.cpus_per_task or _default_cpus(spec),
+        gres=f"{resources.gres}:{shape.gpus_per_node}" if resources.gres and shape.gpus_per_node else None,
+        partition=resources.partition,
+        account=resources.account,
+        qos=resources.qos,
+        constraint=resources.constraint,
+        exclude=resources.exclude,
         mail_type=profile.mail_type or ("FAIL,END" if profile.mail_user else None),
         mail_user=profile.mail_user,
-        dependency=after or None,
-        # A warning longer than the job would come at its start, again and again.
+        dependency=spec.after or None,
+        # A warning time longer than the job would send the signal at its start, after every requeue.
         signal_delay_s=max(1, min(profile.signal_delay_s, minutes * 60 // 2)),
-        setup=setup,
-        srun_args=["--kill-on-bad-exit=1", *profile.srun],
+        setup=_setup_lines(spec),
+        srun_args=["--kill-on-bad-exit=1", *profile.srun],  # else the other ranks wait for one that has died
         stderr_to_stdout=True,
-        array_parallelism=shape.elements,
+        array_parallelism=shape.array_tasks,
         wckey=None,
-        additional_parameters=more,
+        additional_parameters=_more_options(spec, resources),
     )
     return executor
 
 
-def script(folder: Path, profile: Profile, stage: str, shape: Shape, **names: object) -> str:
+def _minutes(spec: JobSpec) -> int:
+    minutes = spec.profile.minutes(spec.stage)
+    if minutes is not None:
+        return minutes
+    limit = spec.partition.max_minutes if spec.partition else None
+    return min(DEFAULT_MINUTES, limit or DEFAULT_MINUTES)
+
+
+def _default_cpus(spec: JobSpec) -> int:
+    """Divide the CPUs of a node among its tasks."""
+    known = spec.partition.cpus if spec.partition else 0
+    share = known // spec.shape.tasks_per_node if known else CPUS_UNKNOWN
+    return max(1, min(share, MAX_CPUS[spec.shape.kind]))
+
+
+def _setup_lines(spec: JobSpec) -> list[str]:
+    return [
+        *spec.profile.setup,
+        f"export PYTHONPATH={shlex.quote(str(spec.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        # `python -m` puts the current directory first: a job submitted in the checkout would run its code, not the copy.
+        "export PYTHONSAFEPATH=1",
+        # srun of SLURM 22.05 to 23.02 does not inherit --cpus-per-task from the job.
+        "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
+        *(f"export {key}={shlex.quote(value)}" for key, value in sorted(spec.profile.env.items())),
+    ]
+
+
+def _more_options(spec: JobSpec, resources: Resources) -> dict[str, object]:
+    """Return the sbatch options for which submitit has no parameter."""
+    options: dict[str, object] = {
+        "requeue" if spec.profile.requeue else "no-requeue": True,
+        "kill-on-invalid-dep": "yes",  # else the jobs after a failed one stay pending forever
+    }
+    if resources.mem_gb is not None:
+        options["mem"] = f"{round(resources.mem_gb * 1024)}M"
+    if spec.shape.gpus_per_node and not resources.gres:
+        options["gpus-per-node"] = spec.shape.gpus_per_node
+    return options | resources.sbatch
+
+
+def script(spec: JobSpec) -> str:
     """Return the sbatch script of a job without submitting it; needs no SLURM on this machine."""
-    executor = _executor(folder, profile, stage, shape, **names)  # type: ignore[arg-type]
-    if shape.elements > 1:
-        executor.parameters["map_count"] = shape.elements
-    return executor._make_submission_file_text(executor._submitit_command_str, "")
+    executor = _executor(spec)
+    if spec.shape.array_tasks > 1:
+        executor.parameters["map_count"] = spec.shape.array_tasks
+    return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
 
 @contextmanager
 def _outside_any_job() -> Iterator[None]:
-    """Hide the variables of a job that submit.py itself runs in: sbatch and srun would take them over."""
-    kept = {
-        k: v
-        for k, v in os.environ.items()
-        if k.startswith(("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_")) and k != "SLURM_CONF"
+    """Hide the variables of the job in which submit.py itself may run: sbatch and srun would inherit its settings."""
+    hidden = {
+        key: value
+        for key, value in os.environ.items()
+        if key.startswith(("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_")) and key != "SLURM_CONF"
     }
-    inside = "SLURM_JOB_ID" in kept
+    if "SLURM_JOB_ID" not in hidden:  # these are settings of the user
+        yield
+        return
     try:
-        for key in kept if inside else ():
+        for key in hidden:
             del os.environ[key]
         yield
     finally:
-        if inside:
-            os.environ.update(kept)
+        os.environ.update(hidden)
 
 
-def submit(folder: Path, profile: Profile, stage: str, shape: Shape, jobs: Sequence[Job], **names: object) -> str:
-    """Submit one job, or one array when there are several elements, and return its (parent) id.
+def submit(spec: JobSpec, jobs: Sequence[Job]) -> str:
+    """Submit one job, or an array if there are several tasks, and return its (parent) id.
 
     Raises:
-        slurm.SlurmError: sbatch refused it: its own words.
+        slurm.SlurmError: sbatch refused it; the message is sbatch's.
     """
-    executor = _executor(folder, profile, stage, shape, **names)  # type: ignore[arg-type]
-    folder.mkdir(parents=True, exist_ok=True)
+    executor = _executor(spec)
+    spec.folder.mkdir(parents=True, exist_ok=True)
     try:
-        # submitit prints what sbatch says as well; it is in the error already.
+        # submitit prints sbatch's message too; the error below has it already.
         with _outside_any_job(), redirect_stderr(io.StringIO()):
             submitted = executor.submit_array(list(jobs))
     except (FailedJobError, FailedSubmissionError) as error:
         lines = [line.removeprefix("sbatch: error: ") for line in str(error).splitlines() if line.strip()]
-        raise slurm.SlurmError("; ".join(lines) or "sbatch failed without a word") from None
+        raise slurm.SlurmError("; ".join(lines) or "sbatch failed without a message") from None
     return str(submitted[0].job_id).split("_")[0]

@@ -1,4 +1,4 @@
-"""Hand a plan to SLURM as a chain of dependent jobs, all of it or nothing; or print the scripts of such a chain."""
+"""Submit a plan to SLURM as a chain of dependent jobs, all of them or none; or print the scripts of such a chain."""
 
 from __future__ import annotations
 
@@ -6,105 +6,88 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.backends.prepare import entry, prepare, refuse_live
-from launch.backends.sbatch import blocks_signals, script, submit
+from launch.backends.prepare import ledger_entry, prepare, refuse_live
+from launch.backends.sbatch import JobSpec, blocks_signals, script, submit
 from launch.jobs import Job
 from launch.planning import checks
-from launch.planning.estimates import remarks
-from launch.planning.plan import JobName, Plan, missing_line
-from launch.planning.shape import Shape, shape_of
+from launch.planning.estimates import estimates
+from launch.planning.plan import JobName, Plan, ancestors, missing_line
+from launch.planning.shape import shape_of
 from launch.planning.site import Site
 from launch.state import slurm_client as slurm
 from launch.state.ledger import Ledger
 from launch.state.locks import Locked, lock
-from pneumo_dist.chain import Node, upstream
+from pneumo_dist.chain import Node
 from pneumo_dist.config import ConfigError
 
-Ids = dict[JobName, str]
+JobIds = dict[JobName, str]
 
 
-def _behind(plan: Plan, job: JobName) -> set[JobName]:
-    """Return all that a job waits for, directly or not."""
-    direct = upstream(plan.run.config, *job, plan.folds)
-    return set(direct).union(*(_behind(plan, one) for one in direct))
+def _dependency(plan: Plan, node: Node, job_ids: JobIds) -> str:
+    """Return the dependency of a job: the jobs it reads from; --after for jobs that need none of the plan.
 
-
-def _after(plan: Plan, node: Node, ids: Ids) -> str:
-    """Return the dependency of a job: what it reads, less what that waits for itself; --after for the first ones."""
-    wanted = [job for job in node.after if job in ids]
-    implied = set().union(*(_behind(plan, job) for job in wanted))
-    found = [ids[job] for job in wanted if job not in implied]
+    A job that another dependency waits for anyway is left out, so that the script stays readable.
+    """
+    direct = [job for job in node.after if job in job_ids]
+    implied = set().union(*(ancestors(plan.run.config, job, plan.folds) for job in direct))
+    needed = [job_ids[job] for job in direct if job not in implied]
     if plan.request.after and not any((n.stage, n.fold) in node.after for n in plan.todo):
-        found.append(plan.request.after)
-    return f"afterok:{':'.join(dict.fromkeys(found))}" if found else ""
+        needed.append(plan.request.after)
+    return f"afterok:{':'.join(dict.fromkeys(needed))}" if needed else ""
 
 
-class _Parts:
-    """What a job's script is plan of, for every job of a plan alike."""
-
-    def __init__(self, plan: Plan, site: Site, code: Path) -> None:
-        self.plan, self.site, self.code = plan, site, code
-        self._facts: dict[str | None, slurm.Partition | None] = {}
-
-    def shape(self, node: Node) -> Shape:
-        return shape_of(node.stage, self.plan.request.nodes, self.site.gpus_per_node)
-
-    def name(self, node: Node) -> str:
-        return f"{node.key}.{self.plan.run.name}"
-
-    def facts(self, node: Node) -> slurm.Partition | None:
-        partition = self.site.profile.resources(node.stage).partition
-        if partition not in self._facts:
-            self._facts[partition] = slurm.partition(partition) if self.site.slurm else None
-        return self._facts[partition]
-
-    def words(self, node: Node, ids: Ids) -> dict[str, object]:
-        return {
-            "name": self.name(node),
-            "comment": str(self.plan.run.folder),
-            "code": self.code,
-            "after": _after(self.plan, node, ids),
-            "facts": self.facts(node),
-        }
+def _job_spec(plan: Plan, site: Site, code: Path, node: Node, job_ids: JobIds) -> JobSpec:
+    return JobSpec(
+        folder=plan.run.jobs_dir,
+        profile=site.profile,
+        stage=node.stage,
+        shape=shape_of(node.stage, plan.request.nodes, site.gpus_per_node),
+        name=f"{node.key}.{plan.run.name}",
+        comment=str(plan.run.folder),
+        code=code,
+        after=_dependency(plan, node, job_ids),
+        partition=site.partition(node.stage),
+    )
 
 
 def render(plan: Plan, site: Site) -> Iterator[str]:
-    """Yield the sbatch script of every job that --stage stands for, the done ones included; nothing is written."""
+    """Yield the sbatch script of every target, finished ones included; write nothing."""
     todo = {node.key for node in plan.todo}
-    # Jobs outside the plan that would have to run before stand in by name as well.
-    waited = {(n.stage, n.fold) for n in plan.targets} | {job for _, job in plan.missing}
-    ids = {job: f"<id of {plan.title(*job)}>" for job in waited}
-    parts = _Parts(plan, site, plan.run.code_dir / "<hash of the code>")
+    # Placeholders for the ids; missing upstream jobs would have to be submitted first.
+    jobs = {(node.stage, node.fold) for node in plan.targets} | {job for _, job in plan.missing}
+    job_ids = {job: f"<id of {plan.title(*job)}>" for job in jobs}
     for node in plan.targets:
-        shape = parts.shape(node)
-        text = script(plan.run.jobs_dir, site.profile, node.stage, shape, **parts.words(node, ids))
+        spec = _job_spec(plan, site, plan.run.code_dir / "<hash of the code>", node, job_ids)
         title = plan.title(node.stage, node.fold)
-        state = "" if node.key in todo else "; done already, would not be submitted"
-        yield f"# ---- {title} ({shape}{state})\n{text}"
+        state = "" if node.key in todo else "; already done, not submitted"
+        yield f"# ---- {title} ({spec.shape}{state})\n{script(spec)}"
     if not blocks_signals():
-        yield "# note: env cannot block signals here (coreutils 8.31): one in a job's first second would end the job"
+        yield (
+            "# note: `env` on this machine cannot block signals (it needs coreutils 8.31): "
+            "a signal in the first second of a job would end the job"
+        )
 
 
 def submit_chain(plan: Plan, site: Site) -> int:
-    """Submit the plan's jobs in order, each after those it reads from, and say where to look.
+    """Submit the jobs of a plan in order with their dependencies, and print ids and where to look.
 
     Raises:
-        ConfigError: something is to be corrected, or SLURM refused a job; then none of them stays submitted.
+        ConfigError: something must be corrected, or SLURM refused a job; then no job stays submitted.
     """
     ledger = Ledger(plan.run)
-    plan, ids = _under_way(plan, ledger)
+    plan, job_ids = _live_upstream(plan, ledger)
     checks.refuse(plan, site)
-    for remark in remarks(plan, site):
-        print(f"note: {remark}", flush=True)
+    for line in estimates(plan, site):
+        print(f"note: {line}", flush=True)
     try:
         guard = lock(plan.run.submit_lock, wait_s=30)
     except Locked as error:
-        raise ConfigError(f"{error.holder} is submitting to this run: try again") from None
+        raise ConfigError(f"{error.holder} is submitting to this run: try again later") from None
     try:
         refuse_live(plan, ledger, slurm_answers=True)
         prepared = prepare(plan)
         try:
-            submitted = _submit_all(_Parts(plan, site, prepared.code), ledger, ids)
+            submitted = _submit_all(plan, site, prepared.code, ledger, job_ids)
         except ConfigError:
             prepared.undo()
             raise
@@ -122,58 +105,63 @@ def submit_chain(plan: Plan, site: Site) -> int:
     return follow(plan, submitted)
 
 
-def _under_way(plan: Plan, ledger: Ledger) -> tuple[Plan, Ids]:
-    """Return the plan without the upstream jobs that are live in this run, and the ids of those to wait for.
+def _live_upstream(plan: Plan, ledger: Ledger) -> tuple[Plan, JobIds]:
+    """Return the plan without upstream jobs that are queued or running, and the ids of the jobs to wait for.
 
     Raises:
-        ConfigError: something upstream is neither done nor under way, and --after does not stand for it.
+        ConfigError: an upstream job is neither done nor live, and there is no --after.
     """
-    upstream_todo = [node for node in plan.todo if node.key not in plan.asked]
+    upstream_todo = [node for node in plan.todo if node.key not in plan.requested]
     if not plan.missing and not upstream_todo:
         return plan, {}
     try:
         live = ledger.live()
     except slurm.SlurmError as error:
-        raise ConfigError(f"SLURM does not say which jobs of this run are live ({error}): try again later") from None
-    ids: Ids = {}
+        raise ConfigError(f"SLURM does not report the live jobs of this run ({error}): try again later") from None
+    job_ids: JobIds = {}
     for node, job in plan.missing:
         key = Node(job[0], job[1], ()).key
         if key in live:
-            ids[job] = live[key]
+            job_ids[job] = live[key]
         elif not plan.request.after:
             raise ConfigError(missing_line(plan, node, job))
     for node in upstream_todo:
         if node.key in live:
-            ids[(node.stage, node.fold)] = live[node.key]
+            job_ids[(node.stage, node.fold)] = live[node.key]
             plan = dataclasses.replace(plan, todo=tuple(n for n in plan.todo if n is not node))
-    for job, job_id in ids.items():
-        print(f"{plan.title(*job)} is under way as job {job_id}: waiting for it", flush=True)
-    return plan, ids
+    for job, job_id in job_ids.items():
+        print(f"{plan.title(*job)} is queued or running as job {job_id}: waiting for it", flush=True)
+    return plan, job_ids
 
 
-def _submit_all(parts: _Parts, ledger: Ledger, ids: Ids) -> dict[str, str]:
-    plan, run = parts.plan, parts.plan.run
+def _submit_all(plan: Plan, site: Site, code: Path, ledger: Ledger, job_ids: JobIds) -> dict[str, str]:
+    """Submit the jobs and record each in the ledger; return {key: job id}. After an error, cancel them all."""
     submitted: dict[str, str] = {}
     for node in plan.todo:
-        shape, words = parts.shape(node), parts.words(node, ids)
-        jobs = [Job(node.stage, node.fold, (i, shape.elements), str(run.folder)) for i in range(shape.elements)]
+        spec = _job_spec(plan, site, code, node, job_ids)
+        count = spec.shape.array_tasks
+        jobs = [Job(node.stage, node.fold, (i, count), str(plan.run.folder)) for i in range(count)]
         try:
-            job_id = submit(run.jobs_dir, parts.site.profile, node.stage, shape, jobs, **words)
-            ids[(node.stage, node.fold)] = submitted[node.key] = job_id
-            more = {
-                "job_id": job_id,
-                "name": parts.name(node),
-                "log": f"{job_id}_%r_log.out" if shape.elements == 1 else f"{job_id}_%a_%r_log.out",
-                "processes": shape.nodes * shape.tasks_per_node,
-                "elements": shape.elements,
-                "after": [str(words["after"])] if words["after"] else [],
-            }
-            ledger.append(entry(plan, parts.site, node, parts.code, **more))
-        except BaseException as error:  # all of the chain or nothing, and nothing that the ledger does not know
+            job_id = submit(spec, jobs)
+            job_ids[(node.stage, node.fold)] = submitted[node.key] = job_id
+            entry = ledger_entry(
+                plan,
+                site,
+                node,
+                code,
+                job_id=job_id,
+                name=spec.name,
+                log=f"{job_id}_%r_log.out" if count == 1 else f"{job_id}_%a_%r_log.out",
+                processes=spec.shape.nodes * spec.shape.tasks_per_node,
+                elements=count,
+                after=[spec.after] if spec.after else [],
+            )
+            ledger.append(entry)
+        except BaseException as error:  # also Ctrl-C: no part of a chain, and no job that the ledger lacks, may stay
             slurm.cancel(submitted.values())
             if isinstance(error, slurm.SlurmError):
-                undone = f"; the {len(submitted)} jobs before it are cancelled again" if submitted else ""
+                cancelled = f"; the {len(submitted)} jobs submitted before it are cancelled" if submitted else ""
                 title = plan.title(node.stage, node.fold)
-                raise ConfigError(f"SLURM refused the job of {title}: {error}{undone}") from None
+                raise ConfigError(f"SLURM refused the job of {title}: {error}{cancelled}") from None
             raise
     return submitted

@@ -1,6 +1,6 @@
-"""The job that SLURM runs: which stage, fold, part and run directory, nothing else, so that its pickle stays small.
+"""The job that SLURM runs. It holds only stage, fold, part and run directory, so that its pickle stays small.
 
-Standard library only until the signal handlers stand: a signal in the first second must not be lost.
+Imports only the standard library until the signal handlers are installed: a signal in the first second counts too.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from pneumo_dist.runtime import stopping
 
 @dataclass(frozen=True)
 class Job:
-    """One process's work. Pickles as launch.jobs.Job; all state lies in the run directory."""
+    """The work of one process. Pickles as launch.jobs.Job; all state is in the run directory."""
 
     stage: str
     fold: int | None
-    part: tuple[int, int]  # array element: index, count
+    part: tuple[int, int]  # array task: index, count
     run_dir: str
 
     def __call__(self) -> None:
-        """Run the stage; on a time-limit signal save, then let rank 0 requeue the job."""
-        before = signal.getsignal(signal.SIGUSR2)  # submitit's: it installs its own after unpickling
+        """Run the stage; after a time-limit signal save the state, then requeue the job from rank 0."""
+        requeue_handler = signal.getsignal(signal.SIGUSR2)  # submitit installs it after unpickling
         stop = stopping.install()
-        _forget_stale_result()
-        _say_once()
+        _remove_stale_result()
+        _silence_duplicate_logging()
         from pneumo_dist.runtime.ending import exit_status
         from pneumo_dist.stages import run_stage
 
         try:
             run_stage(self.stage, Path(self.run_dir), self.fold, self.part, stop=stop)
         except Exception as error:
-            # What exit_status raises goes on to submitit, which writes the traceback into the log and its result.
-            sys.exit(exit_status(error, partial(before, signal.SIGUSR2, None) if callable(before) else None))
+            # submitit catches what exit_status raises and writes the traceback into the log and the result file.
+            requeue = partial(requeue_handler, signal.SIGUSR2, None) if callable(requeue_handler) else None
+            sys.exit(exit_status(error, requeue))
 
     def checkpoint(self) -> Any:
         """Return the same job again (submitit's protocol for a requeue)."""
@@ -48,19 +49,19 @@ class Job:
         return DelayedSubmission(self)
 
 
-# Queued jobs are pickled by this name, and launch/jobs.py keeps it.
+# The name in pickles of queued jobs. launch/jobs.py provides it, so that this file may move.
 Job.__module__ = "launch.jobs"
 
 
-def _say_once() -> None:
-    """Silence submitit's second voice: it warns on both streams, which share a file here, and to our log as well."""
+def _silence_duplicate_logging() -> None:
+    """Keep one of submitit's log handlers: it logs to both streams, which are one file here, and to the root logger."""
     logger = logging.getLogger("submitit")
     logger.propagate = False
     logger.handlers = [h for h in logger.handlers if getattr(h, "stream", None) is not sys.stderr]
 
 
-def _forget_stale_result() -> None:
-    """Remove the result file that this task's earlier attempt left: it would be taken for this attempt's."""
+def _remove_stale_result() -> None:
+    """Remove the result file of an earlier attempt of this task: submitit would take it for this attempt's."""
     if "SUBMITIT_FOLDER" in os.environ:
         from submitit import JobEnvironment
 

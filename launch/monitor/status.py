@@ -172,7 +172,7 @@ def _on_slurm(inputs: RowInputs, row: Row, last: Entry, logs: Sequence[Path], is
         return row
     state, reason = _together(found, last.elements)
     if restarts and any(s.live for s in found):
-        before = next((s.before for s in found if s.before), "") or requeued_for(logs)
+        before = next((s.previous_state for s in found if s.previous_state), "") or requeued_for(logs)
         reason = ", ".join(filter(None, [reason, before and f"after {before}"]))
     if row.log and (bad := {s.job_id for s in found if s.state in FAILED}) and last.elements > 1:
         row = replace(row, log=next((p for p in logs if p.name.rsplit("_", 2)[0] in bad), row.log))

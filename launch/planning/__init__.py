@@ -1,1 +1,1 @@
-"""From the words of a request to a plan; nothing is started or written in here."""
+"""From the command line to a plan. Starts nothing and writes nothing."""

@@ -1,6 +1,6 @@
-"""What can be known to be wrong before anything starts: one line for each finding.
+"""Problems that can be known before anything starts: one line each.
 
-Writes nothing, apart from one test file that is removed at once when a run is really to start.
+Writes nothing, except one test file that is removed at once when a run is about to start.
 """
 
 from __future__ import annotations
@@ -14,29 +14,31 @@ from pathlib import Path
 from launch.planning.plan import Plan
 from launch.planning.shape import shape_of
 from launch.planning.site import Site
-from launch.state import slurm_client as slurm
 from pneumo_dist.chain import STAGES
 from pneumo_dist.config import TRAIN_STAGES, ConfigError
 
-CHECKPOINT_BYTES = 400_000_000  # 24.4 million weights in float32, Adam's two averages, the SWA average
+CHECKPOINT_BYTES = 400_000_000  # 24.4 million weights in float32: the weights, Adam's two averages, the SWA average
 WEIGHTS_BYTES = 100_000_000
+OTHER_FOLDER = "choose another folder with run_root=DIR"
 
 
-def _existing(path: Path) -> Path:
-    """Return the nearest folder above that exists."""
+def _existing_parent(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
 
 
-def _writable(run_dir: Path, probe: bool) -> str | None:
-    """Say why the run directory cannot be written, or None. With `probe` it is plan, and a file in it tried."""
-    advice = "choose another place with run_root=DIR"
-    parent = _existing(run_dir)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        return f"{parent} is not writable: {advice}"
-    if not probe:
+def _not_writable(run_dir: Path) -> str | None:
+    """Return why permissions forbid writing the run directory, or None. Writes nothing."""
+    parent = _existing_parent(run_dir)
+    if os.access(parent, os.W_OK | os.X_OK):
         return None
+    return f"{parent} is not writable: {OTHER_FOLDER}"
+
+
+def _write_fails(run_dir: Path) -> str | None:
+    """Create the run directory and write a test file in it: a full or read-only disk has valid permissions."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         test = run_dir / f".write-test-{uuid.uuid4().hex[:8]}"
@@ -45,56 +47,58 @@ def _writable(run_dir: Path, probe: bool) -> str | None:
         finally:
             test.unlink(missing_ok=True)
     except OSError as error:
-        return f"{run_dir} cannot be written ({error.strerror}): {advice}"
+        return f"{run_dir} cannot be written ({error.strerror}): {OTHER_FOLDER}"
     return None
 
 
-def _space(plan: Plan) -> str | None:
+def _no_space(plan: Plan) -> str | None:
     config = plan.run.config
     training = [node for node in plan.todo if node.stage in TRAIN_STAGES]
     if not training:
         return None
-    each = (config.train.keep + 1) * CHECKPOINT_BYTES + 3 * WEIGHTS_BYTES
-    need = len(training) * each
-    there = _existing(plan.run.folder)
-    free = shutil.disk_usage(there).free
-    kept = sum(
+    needed = len(training) * ((config.train.keep + 1) * CHECKPOINT_BYTES + 3 * WEIGHTS_BYTES)
+    folder = _existing_parent(plan.run.folder)
+    free = shutil.disk_usage(folder).free
+    # A continued training replaces its own checkpoints.
+    reused = sum(
         f.stat().st_size for node in training for f in plan.run.dir_of(node.stage, node.fold).rglob("*") if f.is_file()
     )
-    if free + kept >= need:
+    if free + reused >= needed:
         return None
     return (
-        f"{there} has {free / 1e9:.1f} GB free, but the checkpoints need {need / 1e9:.1f} GB: "
-        "make room, or choose another place with run_root=DIR"
+        f"{folder} has {free / 1e9:.1f} GB free, but the checkpoints need {needed / 1e9:.1f} GB: "
+        f"free some space, or {OTHER_FOLDER}"
     )
 
 
-def _ranks(plan: Plan, site: Site) -> Iterator[str]:
+def _too_many_ranks(plan: Plan, site: Site) -> Iterator[str]:
     nodes = plan.request.nodes
     ranks = site.ranks(nodes)
     for stage in dict.fromkeys(node.stage for node in plan.todo if node.stage in TRAIN_STAGES):
         batch = plan.run.config.train_stage(stage).batch_size
         if ranks > batch:
             yield (
-                f"stage{stage}.batch_size={batch} cannot feed {ranks} ranks (--nodes {nodes} x {ranks // nodes}): "
+                f"stage{stage}.batch_size={batch} is too small for {ranks} ranks (--nodes {nodes} x {ranks // nodes}): "
                 f"use at most {batch} ranks, or a larger batch"
             )
 
 
-def _paths(plan: Plan) -> Iterator[str]:
+def _missing_weights(plan: Plan) -> Iterator[str]:
     config = plan.run.config
     stages = {node.stage for node in plan.todo}
     if "1" in stages and config.model.weights and not Path(config.model.weights).is_file():
-        fetch = "`.venv/bin/python -m pneumo_dist.model.pretrained` fetches them and prints their place"
-        yield f"model.weights={config.model.weights}: no such file: give torchvision's resnet34 weights; {fetch}"
+        yield (
+            f"model.weights={config.model.weights}: no such file: name the resnet34 weights of torchvision; "
+            "`.venv/bin/python -m pneumo_dist.model.pretrained` downloads them and prints their path"
+        )
     for stage in stages & set(TRAIN_STAGES):
-        start = config.train_stage(stage).init_from
-        if start:
+        init_from = config.train_stage(stage).init_from
+        if init_from:
             from pneumo_dist.model.start import start_path
 
             for fold in plan.folds:
                 try:
-                    start_path(start, fold)
+                    start_path(init_from, fold)
                 except ConfigError as error:
                     yield f"stage{stage}.{error}"
     if "infer" in stages:
@@ -103,80 +107,77 @@ def _paths(plan: Plan) -> Iterator[str]:
                 yield f"infer.models={path}: no such file"
 
 
-def _sources(plan: Plan) -> Iterator[str]:
-    """Ask the packages that read films whether there is something to read."""
+def _missing_films(plan: Plan) -> Iterator[str]:
+    """Run the checks of the packages that read films."""
     stages = {node.stage for node in plan.todo}
     run, config = plan.run, plan.run.config
     if "preprocess" in stages and not config.phantom.films:
         from pneumo_dist.data.preprocess.source import check_source
 
-        yield from _said(lambda: check_source(run))
-    listed = config.phantom.films or "preprocess" in stages  # without infer.dir the same films once more
-    if "infer" in stages and (config.infer.dir or not listed):
+        yield from _error_line(lambda: check_source(run))
+    # Without infer.dir, inference reads the training films: checked above, or not generated yet.
+    checked = config.phantom.films or "preprocess" in stages
+    if "infer" in stages and (config.infer.dir or not checked):
         from pneumo_dist.inference.film_plan import check_films
 
-        yield from _said(lambda: check_films(run))
+        yield from _error_line(lambda: check_films(run))
 
 
-def _said(check: Callable[[], object]) -> Iterator[str]:
+def _error_line(check: Callable[[], object]) -> Iterator[str]:
     try:
         check()
     except ConfigError as error:
         yield str(error)
 
 
-def _limits(plan: Plan, site: Site) -> Iterator[str]:
-    """Compare what is asked for with what the partitions allow: SLURM would let such a job wait for ever."""
-    known: dict[str | None, slurm.Partition | None] = {}
+def _partition_limits(plan: Plan, site: Site) -> Iterator[str]:
+    """Compare each job with the limits of its partition: SLURM would keep a job that exceeds them pending forever."""
     for stage in dict.fromkeys(node.stage for node in plan.todo):
-        asked, minutes = site.profile.resources(stage), site.profile.minutes(stage)
-        if asked.partition not in known:
-            known[asked.partition] = slurm.partition(asked.partition)
-        facts, name = known[asked.partition], asked.partition or "(default)"
-        if facts is None:
+        partition = site.partition(stage)
+        if partition is None:
             continue
+        resources, minutes = site.profile.resources(stage), site.profile.minutes(stage)
+        name = resources.partition or "(default)"
         shape, title = shape_of(stage, plan.request.nodes, site.gpus_per_node), STAGES[stage].title
-        if shape.nodes > facts.nodes:
-            yield f"--nodes {shape.nodes}: partition {name} has {facts.nodes} nodes"
-        if minutes and facts.max_minutes and minutes > facts.max_minutes:
+        if shape.nodes > partition.nodes:
+            yield f"--nodes {shape.nodes}: partition {name} has {partition.nodes} nodes"
+        if minutes and partition.max_minutes and minutes > partition.max_minutes:
             yield (
-                f"time_min: the profile asks for {minutes} minutes for {title}, but partition {name} allows "
-                f"{facts.max_minutes}"
+                f"time_min: the profile requests {minutes} minutes for {title}, but partition {name} allows "
+                f"{partition.max_minutes}"
             )
-        cpus = (asked.cpus_per_task or 0) * shape.tasks_per_node
-        if facts.cpus and cpus > facts.cpus:
+        cpus = (resources.cpus_per_task or 0) * shape.tasks_per_node
+        if partition.cpus and cpus > partition.cpus:
             yield (
-                f"cpus_per_task={asked.cpus_per_task} x {shape.tasks_per_node} tasks a node: {cpus} CPUs for {title}, "
-                f"but the nodes of partition {name} have {facts.cpus}"
+                f"cpus_per_task={resources.cpus_per_task} x {shape.tasks_per_node} tasks per node: {cpus} CPUs for "
+                f"{title}, but the nodes of partition {name} have {partition.cpus}"
             )
 
 
 def problems(plan: Plan, site: Site, probe: bool) -> Iterator[str]:
-    """Yield what is wrong with a plan, gravest first.
+    """Yield the problems of a plan, most serious first.
 
     Args:
-        probe: really try to write; False for a dry run.
+        probe: also write a test file; False for a dry run.
     """
-    yield from plan.differing
-    yield from _ranks(plan, site)
-    yield from _paths(plan)
-    yield from _sources(plan)
-    unwritable = _writable(plan.run.folder, False)
-    if unwritable:
-        yield unwritable
+    yield from plan.conflicts
+    yield from _too_many_ranks(plan, site)
+    yield from _missing_weights(plan)
+    yield from _missing_films(plan)
+    not_writable = _not_writable(plan.run.folder)
+    if not_writable:
+        yield not_writable
         return
-    cramped = _space(plan)
-    if cramped:
-        yield cramped
-    if site.slurm:
-        yield from _limits(plan, site)
-    if probe:
-        unwritable = _writable(plan.run.folder, True)
-        if unwritable:
-            yield unwritable
+    no_space = _no_space(plan)
+    if no_space:
+        yield no_space
+    yield from _partition_limits(plan, site)
+    write_fails = _write_fails(plan.run.folder) if probe else None
+    if write_fails:
+        yield write_fails
 
 
 def refuse(plan: Plan, site: Site) -> None:
-    """Raise ConfigError with the gravest thing that is wrong."""
+    """Raise ConfigError with the most serious problem, if there is one."""
     for line in problems(plan, site, probe=True):
         raise ConfigError(line)

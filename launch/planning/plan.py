@@ -1,39 +1,23 @@
-"""From a request to a plan: which recipe, which run, which jobs of the chain are to run and what they wait for.
+"""From a request to a plan: the jobs of the chain to run, their dependencies, and conflicts with earlier results.
 
-Reads files, writes nothing, asks SLURM nothing. The errors are ConfigError, one line each.
+Reads files; writes nothing and never queries SLURM. Errors are ConfigError, one line each.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from launch import bootstrap
 from launch.planning.arguments import Request
 from launch.planning.profile import FAMILY
-from pneumo_dist import config as configuration
+from launch.planning.recipe import ROOT, resolve
 from pneumo_dist import done
-from pneumo_dist.chain import STAGES, Node, closing, jobs_of
+from pneumo_dist.chain import STAGES, Node, closing, jobs_of, upstream
 from pneumo_dist.config import Config, ConfigError
-from pneumo_dist.run import Run, RunFolder
-
-ROOT = Path(bootstrap.ROOT)
-RECIPES = ROOT / "configs"
-EMBEDDED = RECIPES / "quickstart.yaml"
-DEFAULT_RECIPE = RECIPES / "paper.yaml"
+from pneumo_dist.run import Run
 
 JobName = tuple[str, "int | None"]  # stage and fold of a job
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """A run whose configuration has absolute paths, and how it was found."""
-
-    run: Run
-    embedded: bool  # nothing was named: synthetic films, missing upstream is run as well
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,124 +27,53 @@ class Plan:
     request: Request
     run: Run
     folds: tuple[int, ...]
-    targets: tuple[Node, ...]  # what --stage stands for, upstream included where it is run as well
-    asked: frozenset[str]  # keys of what --stage itself stands for
-    todo: tuple[Node, ...]  # those that are not done, in submission order
-    missing: tuple[tuple[Node, JobName], ...]  # jobs of the plan whose upstream is neither done nor planned
-    differing: tuple[str, ...]  # why something cannot be run as asked: one line each
-    notes: tuple[str, ...]  # what the user should know before it starts
+    targets: tuple[Node, ...]  # the jobs of --stage, and their upstream jobs where these run too
+    requested: frozenset[str]  # keys of the jobs of --stage alone
+    todo: tuple[Node, ...]  # the targets that are not done, in submission order
+    missing: tuple[tuple[Node, JobName], ...]  # a job to run, and an upstream job that is neither done nor a target
+    conflicts: tuple[str, ...]  # why results on disk forbid the request: one line each
+    notes: tuple[str, ...]  # lines for the user before anything starts
 
     @property
     def submit_options(self) -> str:
-        """The options that name this run to submit.py."""
+        """The options with which submit.py finds this run."""
         root = self.run.folder.parent
         return f"--run {self.run.name}" + ("" if root == ROOT / "runs" else f" run_root={root}")
 
     @property
     def runs_argument(self) -> str:
-        """The argument that names this run to runs.py."""
+        """The argument with which runs.py finds this run."""
         return self.run.name if self.run.folder.parent == ROOT / "runs" else str(self.run.folder)
 
     def title(self, stage: str, fold: int | None) -> str:
-        """Return a job's name for people; the fold is part of it where there are several."""
+        """Return the display name of a job; it includes the fold if there are several."""
         return title(stage, fold, len(self.folds))
 
 
 def title(stage: str, fold: int | None, folds: int = 1) -> str:
-    """Return a job's name for people: "stage 1", "stage 2 of fold 3", "preprocess"."""
+    """Return the display name of a job: "stage 1", "stage 2 of fold 3", "preprocess"."""
     name = STAGES[stage].title
     return f"{name} of fold {fold}" if fold is not None and folds > 1 else name
 
 
 def command_stage(stage: str) -> str:
-    """Return the word for --stage that runs `stage`."""
+    """Return the value of --stage that runs `stage`."""
     return FAMILY.get(stage, stage)
-
-
-def _absolute(config: Config, root: Path) -> Config:
-    """Make every path absolute, as seen from the current directory."""
-
-    def full(path: str | None) -> str | None:
-        return None if path is None else str(Path(path).expanduser().absolute())
-
-    data = ("dicom_dir", "rle_csv", "patient_map", "shard_dir", "holdout_ids")
-    paths: dict[str, Any] = {name: full(getattr(config.data, name)) for name in data}
-    if not (config.data.stage_dir or "$").startswith("$"):  # a variable is each node's own
-        paths["stage_dir"] = full(config.data.stage_dir)
-    return dataclasses.replace(
-        config,
-        run_root=str(root),
-        data=dataclasses.replace(config.data, **paths),
-        model=dataclasses.replace(config.model, weights=full(config.model.weights)),
-        stage1=dataclasses.replace(config.stage1, init_from=full(config.stage1.init_from)),
-        stage2=dataclasses.replace(config.stage2, init_from=full(config.stage2.init_from)),
-        infer=dataclasses.replace(
-            config.infer, dir=full(config.infer.dir), models=[full(p) or p for p in config.infer.models]
-        ),
-    )
-
-
-def _run_root(request: Request, recipes: str = "runs") -> Path:
-    """Return where runs lie: as typed, as in the recipe, else beside launch/, so that any directory finds them."""
-    words = [word.partition("=") for word in request.overrides]
-    typed = [value.strip() for key, _, value in words if key.strip() == "run_root"]
-    if not typed and recipes == "runs":
-        return ROOT / "runs"
-    return Path(typed[-1] if typed else recipes).expanduser().absolute()
-
-
-def resolve(request: Request) -> Recipe:
-    """Find the recipe and the run of a request.
-
-    `--config` wins; else the run's own config.yaml; else, when nothing at all is named, the embedded default; else
-    the paper's recipe. `key=value` words go over it.
-    """
-    words = list(request.overrides)
-    embedded = request.config is None and request.run is None and not request.names("data.")
-    if request.config is not None:
-        source = Path(request.config).expanduser()
-        run = request.run or source.stem
-        config = configuration.load(source, words)
-        root = _run_root(request, config.run_root)
-    else:
-        source = EMBEDDED if embedded else DEFAULT_RECIPE
-        run = request.run or source.stem
-        root = _run_root(request)
-        own = RunFolder(root / run).config_file
-        config = configuration.load(own if own.is_file() else source, words)
-    notes = []
-    if embedded and config.phantom.films:
-        notes.append("no data configured: synthetic phantom films")
-    own_upstream = embedded and not request.names("infer.dir=", "infer.models=")
-    return Recipe(run=Run(root / run, _absolute(config, root)), embedded=own_upstream, notes=tuple(notes))
 
 
 def _folds(request: Request, run: Run) -> list[int]:
     if request.folds is not None:
         return list(request.folds)
-    if request.stage == "infer":  # every fold that has a model
+    if request.stage == "infer":  # every fold that has a model, since they predict together
         evaluated = [k for k in range(run.config.data.folds) if done.read_done(run, "evaluate", k) is not None]
         return evaluated or [0]
     return [0]
 
 
-# Cheap to make again from what they read, so they follow it without being asked to.
+# These jobs run again whenever what they read changes: they are cheap.
 DERIVED = ("pool", "infer", "merge")
-# Preprocessing gives the same bytes again; these may not (GPUs), or read more folds than before.
+# A second run of preprocessing gives the same bytes. These may differ (GPU arithmetic), or may read more folds.
 _NOT_REPEATABLE = ("1", "2", "swa", "evaluate", "pool", "infer")
-
-
-def _settings_differ(run: Run, stage: str, fold: int | None) -> list[str] | None:
-    """Compare an upstream stage's settings with the recipe's: None when it is not done, else the keys that differ.
-
-    What it read is not looked at: the films may have been moved away since.
-    """
-    record = done.read_done(run, stage, fold)
-    if record is None or (stage == "finalize" and not done.shards_cover(run.config, record)):
-        return None
-    now = done.settings_of(run.config, stage)
-    before = record["settings"]
-    return sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
 
 
 def make_plan(request: Request) -> Plan:
@@ -170,53 +83,97 @@ def make_plan(request: Request) -> Plan:
         ConfigError: the recipe has no such stage, a fold does not exist, or a key is wrong.
     """
     recipe = resolve(request)
-    run, config = recipe.run, recipe.run.config
+    run = recipe.run
+    _check_run_folder(run)
+    folds = _folds(request, run)
+    targets = jobs_of(run.config, request.stage, folds)
+    requested = frozenset(node.key for node in targets)
+    if recipe.embedded:
+        targets = _with_upstream(run.config, targets, folds)
+    todo, conflicts, kept = _compare_with_disk(run, targets, requested, request.redo)
+    if not request.redo and not any(node.stage in ("preprocess", "finalize") for node in todo):
+        todo = [node for node in todo if node.stage != "phantom"]  # only preprocessing reads it
+    missing, kept_upstream = _missing_upstream(run, todo, targets)
+    return Plan(
+        request=request,
+        run=run,
+        folds=tuple(folds),
+        targets=tuple(targets),
+        requested=requested,
+        todo=tuple(todo),
+        missing=tuple(missing),
+        conflicts=tuple(dict.fromkeys(conflicts)),
+        notes=tuple(dict.fromkeys([*recipe.notes, *kept, *kept_upstream])),
+    )
+
+
+def _check_run_folder(run: Run) -> None:
     for folder in (run.folder, *run.folder.parents):
         if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"{folder} is a file, no folder for runs: choose another place with run_root=DIR")
-    folds = _folds(request, run)
-    targets = jobs_of(config, request.stage, folds)
-    if recipe.embedded and request.stage != "all":
-        chain = {(n.stage, n.fold): n for n in jobs_of(config, "all", folds)}
-        wanted = {(n.stage, n.fold) for n in targets}
-        open_ = list(wanted)
-        while open_:
-            node = chain.get(open_.pop())
-            for job in node.after if node else ():
-                if job not in wanted:
-                    wanted.add(job)
-                    open_.append(job)
-        targets = [node for job, node in chain.items() if job in wanted] + [
-            n for n in targets if (n.stage, n.fold) not in chain
-        ]
-    planned = {(n.stage, n.fold) for n in targets}
-    asked = frozenset(n.key for n in jobs_of(config, request.stage, folds))
+            raise ConfigError(f"{folder} is a file, not a folder for runs: choose another folder with run_root=DIR")
+
+
+def ancestors(config: Config, job: JobName, folds: Sequence[int]) -> set[JobName]:
+    """Return all jobs that a job waits for, directly or through others."""
+    direct = upstream(config, *job, folds)
+    return set(direct).union(*(ancestors(config, parent, folds) for parent in direct))
+
+
+def _with_upstream(config: Config, targets: Sequence[Node], folds: list[int]) -> list[Node]:
+    """Return the targets and all jobs that they wait for, in submission order."""
+    jobs: set[JobName] = {(node.stage, node.fold) for node in targets}
+    jobs = jobs.union(*(ancestors(config, job, folds) for job in jobs))
+    return [node for node in jobs_of(config, "all", folds) if (node.stage, node.fold) in jobs]
+
+
+def _compare_with_disk(
+    run: Run, targets: Sequence[Node], requested: frozenset[str], redo: bool
+) -> tuple[list[Node], list[str], list[str]]:
+    """Compare each target with its DONE.json.
+
+    Args:
+        requested: keys of the jobs whose results must have the settings of the request; others are used as they are.
+        redo: the requested jobs run again even if they are done.
+
+    Returns:
+        The jobs to run, the conflicts that forbid it, and notes on results with other settings.
+    """
     todo: list[Node] = []
-    differing: list[str] = []
-    notes = list(recipe.notes)
+    conflicts: list[str] = []
+    notes: list[str] = []
+    folds = len({node.fold for node in targets} - {None})
     for node in targets:
         try:
             keys = done.differences(run, closing(node.stage), node.fold)
-        except ConfigError as error:  # no folder of films to infer on
-            differing.append(str(error))
+        except ConfigError as error:  # there is no folder of films for inference
+            conflicts.append(str(error))
             keys = None
-        redo = request.redo and node.key in asked
-        if keys and not redo:
-            if node.key in asked:
-                differing.append(done.difference_line(run, node.stage, node.fold, keys))
-            else:
-                notes.append(_taken_as_it_is(run.dir_of(node.stage, node.fold), keys))
-                continue
-        again = [job for job in node.after if job in {(n.stage, n.fold) for n in todo} and job[0] in _NOT_REPEATABLE]
-        if keys == [] and not redo and again and node.stage not in DERIVED:
-            name = title(*again[0], len(folds))
-            where = run.dir_of(node.stage, node.fold)
-            differing.append(f"{where} is done from an earlier {name}, which is to run again: --redo runs both again")
-        if keys != [] or redo or again:
+        if redo and node.key in requested:
+            keys = None
+        if keys and node.key not in requested:
+            notes.append(_kept_note(run.dir_of(node.stage, node.fold), keys))
+            continue
+        repeated = [n for n in todo if n.stage in _NOT_REPEATABLE and (n.stage, n.fold) in node.after]
+        if keys:
+            conflicts.append(done.difference_line(run, node.stage, node.fold, keys))
+        elif keys == [] and repeated and node.stage not in DERIVED:
+            name = title(repeated[0].stage, repeated[0].fold, folds)
+            folder = run.dir_of(node.stage, node.fold)
+            conflicts.append(
+                f"{folder} was computed from an earlier {name}, which has to run again: repeat both with --redo"
+            )
+        if keys != [] or repeated:
             todo.append(node)
-    if not request.redo and not any(node.stage in ("preprocess", "finalize") for node in todo):
-        todo = [node for node in todo if node.stage != "phantom"]  # only preprocessing reads it
-    missing = []
+    return todo, conflicts, notes
+
+
+def _missing_upstream(
+    run: Run, todo: Sequence[Node], targets: Sequence[Node]
+) -> tuple[list[tuple[Node, JobName]], list[str]]:
+    """Return the jobs outside the plan that a planned job needs and that are not done, and notes on the others."""
+    planned = {(node.stage, node.fold) for node in targets}
+    missing: list[tuple[Node, JobName]] = []
+    notes: list[str] = []
     for node in todo:
         for job in node.after:
             if job in planned:
@@ -225,29 +182,32 @@ def make_plan(request: Request) -> Plan:
             if keys is None:
                 missing.append((node, job))
             elif keys:
-                notes.append(_taken_as_it_is(run.dir_of(*job), keys))
-    return Plan(
-        request=request,
-        run=run,
-        folds=tuple(folds),
-        targets=tuple(targets),
-        asked=asked,
-        todo=tuple(todo),
-        missing=tuple(missing),
-        differing=tuple(dict.fromkeys(differing)),
-        notes=tuple(dict.fromkeys(notes)),
-    )
+                notes.append(_kept_note(run.dir_of(*job), keys))
+    return missing, notes
 
 
-def _taken_as_it_is(where: Path, keys: list[str]) -> str:
-    return f"note: {where} was made with other settings ({', '.join(keys)}) and is taken as it is"
+def _settings_differ(run: Run, stage: str, fold: int | None) -> list[str] | None:
+    """Compare the settings of an upstream stage with the recipe: None if it is not done, else the keys that differ.
+
+    Its inputs are not compared: the user may have moved the films since.
+    """
+    record = done.read_done(run, stage, fold)
+    if record is None or (stage == "finalize" and not done.shards_cover(run.config, record)):
+        return None
+    now = done.settings_of(run.config, stage)
+    before = record["settings"]
+    return sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
+
+
+def _kept_note(folder: Path, keys: list[str]) -> str:
+    return f"note: {folder} was computed with other settings ({', '.join(keys)}) and is used as it is"
 
 
 def missing_line(plan: Plan, node: Node, job: JobName) -> str:
-    """Say which stage is missing and how to run it."""
+    """Return the error line that names the missing stage and the command that runs it."""
     name = command_stage(job[0])
     fold = f" --folds {job[1]}" if job[1] not in (None, 0) else ""
-    needs = plan.title(command_stage(job[0]), job[1])
+    needs = plan.title(name, job[1])
     if job[0] == "pool":
         fold, needs = f" --folds {','.join(map(str, plan.folds))}", "the folds' pooled evaluation"
     return (
@@ -257,7 +217,7 @@ def missing_line(plan: Plan, node: Node, job: JobName) -> str:
 
 
 def check_recipe(plan: Plan) -> None:
-    """Raise ConfigError where the recipe names no films although the stage reads them."""
+    """Raise ConfigError if the stage reads films and the recipe names none."""
     data = plan.run.config.data
     if plan.request.stage not in ("preprocess", "all") or plan.run.config.phantom.films:
         return
@@ -266,4 +226,4 @@ def check_recipe(plan: Plan) -> None:
             "no films: give data.dicom_dir=DIR and data.rle_csv=FILE (or phantom.films=100 for synthetic ones)"
         )
     if not data.rle_csv:
-        raise ConfigError("no annotations: give data.rle_csv=FILE, the list of run-length encoded masks")
+        raise ConfigError("no annotations: give data.rle_csv=FILE, the csv file with the run-length encoded masks")

@@ -1,4 +1,4 @@
-"""A cluster profile (configs/cluster/*.yaml): how this site's SLURM is asked for nodes. Knows no training setting."""
+"""A cluster profile (configs/cluster/*.yaml): what jobs request from a site's SLURM. Knows no training setting."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from launch import bootstrap
 from pneumo_dist.config import ConfigError
 
 FOLDER = Path(bootstrap.ROOT) / "configs" / "cluster"
-# Internal jobs count as the stage a person names; `cpu` stands for all that never need a GPU.
+# Internal jobs take the settings of the stage that the user names; `cpu` names all jobs that never need a GPU.
 FAMILY = {"phantom": "preprocess", "finalize": "preprocess", "pool": "evaluate", "merge": "infer"}
 CPU_ONLY = ("phantom", "preprocess", "finalize", "merge", "pool")
 STAGE_KEYS = ("cpu", "phantom", "preprocess", "finalize", "1", "2", "swa", "evaluate", "pool", "infer", "merge")
@@ -21,37 +21,48 @@ STAGE_KEYS = ("cpu", "phantom", "preprocess", "finalize", "1", "2", "swa", "eval
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a job asks for. Unset values are left to SLURM, or chosen from what the partition's nodes have."""
+    """What a job requests. SLURM, or the size of the partition's nodes, decides about unset values."""
 
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
     exclude: str | None = None
-    gres: str | None = None  # how GPUs are named here, without a number (gpu:a100); default --gpus-per-node
+    gres: str | None = None  # the site's name for GPUs, without a number (gpu:a100); default --gpus-per-node
     cpus_per_task: int | None = None
     mem_gb: float | None = None  # per node
     sbatch: dict[str, str] = field(default_factory=dict)  # any other sbatch option, long name without dashes
 
+    def __post_init__(self) -> None:
+        if self.gres and not re.fullmatch(r"[A-Za-z_]\w*(:[A-Za-z_][\w.-]*)?", self.gres):
+            raise ConfigError(
+                f"gres={self.gres!r} must be a name without a number, such as gpu:a100; the number is gpus_per_node"
+            )
+        if self.cpus_per_task is not None and self.cpus_per_task < 1:
+            raise ConfigError(f"cpus_per_task={self.cpus_per_task} must be at least 1")
+        if self.mem_gb is not None and self.mem_gb <= 0:
+            raise ConfigError(f"mem_gb={self.mem_gb} must be positive")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Profile(Resources):
-    """One site."""
+    """The settings of one site."""
 
     gpus_per_node: int | None = None
     time_min: dict[str, int] = field(default_factory=dict)  # minutes by stage; `default` for the rest
-    stages: dict[str, Resources] = field(default_factory=dict)  # what differs for a stage, or for `cpu`
+    stages: dict[str, Resources] = field(default_factory=dict)  # overrides for a stage, or for `cpu`
     setup: list[str] = field(default_factory=list)  # shell lines before the program: module load, source ...
     env: dict[str, str] = field(default_factory=dict)  # NCCL_SOCKET_IFNAME and the like
-    srun: list[str] = field(default_factory=list)  # further words for srun, such as --container-image=...
+    srun: list[str] = field(default_factory=list)  # further arguments of srun, such as --container-image=...
     python: str | None = None  # command that starts Python on a node; default: the Python that submits
     mail_user: str | None = None
     mail_type: str | None = None
     requeue: bool = True
-    max_timeouts: int = 100  # how often a job may run into its time limit and continue
+    max_timeouts: int = 100  # how many times a job may reach its time limit and continue
     signal_delay_s: int = 180  # warning before the time limit: at least a step, an evaluation, a save and 60 s
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for where, names in (("time_min", self.time_min), ("stages", self.stages)):
             valid = [*STAGE_KEYS, "default"] if where == "time_min" else list(STAGE_KEYS)
             for name in names:
@@ -63,47 +74,36 @@ class Profile(Resources):
         if self.gpus_per_node is not None and self.gpus_per_node < 0:
             raise ConfigError(f"gpus_per_node={self.gpus_per_node} must not be negative")
         if self.max_timeouts < 0 or self.signal_delay_s < 1:
-            raise ConfigError("max_timeouts must not be negative, signal_delay_s must be at least 1")
+            raise ConfigError("max_timeouts must not be negative, and signal_delay_s must be at least 1")
         for name in self.env:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ConfigError(f"env.{name} is no name of an environment variable")
-        for part in (self, *self.stages.values()):
-            if part.gres and not re.fullmatch(r"[A-Za-z_]\w*(:[A-Za-z_][\w.-]*)?", part.gres):
-                raise ConfigError(
-                    f"gres={part.gres!r} must be a name without a number, such as gpu:a100; the number is gpus_per_node"
-                )
-            if part.cpus_per_task is not None and part.cpus_per_task < 1:
-                raise ConfigError(f"cpus_per_task={part.cpus_per_task} must be at least 1")
-            if part.mem_gb is not None and part.mem_gb <= 0:
-                raise ConfigError(f"mem_gb={part.mem_gb} must be positive")
+                raise ConfigError(f"env.{name} is not the name of an environment variable")
 
     def resources(self, stage: str) -> Resources:
-        """Return what a job of `stage` asks for: the stage's own values over `cpu`'s over the profile's."""
-        names = [stage, FAMILY.get(stage, stage), *(("cpu",) if stage in CPU_ONLY else ())]
-        found: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(Resources)}
-        for layer in (self.stages[name] for name in reversed(names) if name in self.stages):
-            for key in found:
+        """Return what a job of `stage` requests: the stage's own values over `cpu`'s over the profile's."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(Resources)}
+        for layer in (self.stages[name] for name in reversed(_keys_of(stage)) if name in self.stages):
+            for key in values:
                 value = getattr(layer, key)
                 if key == "sbatch":
-                    found[key] = {**found[key], **value}
+                    values[key] = {**values[key], **value}
                 elif value is not None:
-                    found[key] = value or None  # "" takes a value back, for example qos: "" for CPU jobs
-        return Resources(**found)
+                    values[key] = value or None  # "" unsets a value, for example qos: "" for CPU jobs
+        return Resources(**values)
 
     def minutes(self, stage: str) -> int | None:
-        """Return the time limit of a job of `stage`, or None where the profile leaves it open."""
-        for name in (stage, FAMILY.get(stage, stage), *(("cpu",) if stage in CPU_ONLY else ()), "default"):
-            if name in self.time_min:
-                return self.time_min[name]
-        return None
+        """Return the time limit of a job of `stage`, or None if the profile has none."""
+        return next((self.time_min[key] for key in (*_keys_of(stage), "default") if key in self.time_min), None)
 
 
-_Schema = TypeVar("_Schema")
+def _keys_of(stage: str) -> list[str]:
+    """Return the keys of `stages` and `time_min` that hold for a stage, most specific first."""
+    return [stage, FAMILY.get(stage, stage), *(["cpu"] if stage in CPU_ONLY else [])]
 
 
 def _nearest(word: str, valid: list[str]) -> str:
     close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; valid here: {', '.join(valid)}"
+    return f"; did you mean {close[0]}?" if close else f"; valid: {', '.join(valid)}"
 
 
 def _check_keys(tree: Any, cls: type, prefix: str) -> None:
@@ -115,8 +115,12 @@ def _check_keys(tree: Any, cls: type, prefix: str) -> None:
             raise ConfigError(f"unknown key {prefix}{key}{_nearest(str(key), valid)}")
 
 
-def find(name: str | None) -> Path | None:
-    """Return the profile's file: a path, a name in configs/cluster/, or default.yaml there when nothing is named."""
+def find_profile(name: str | None) -> Path | None:
+    """Return the file of a profile: a path, a name in configs/cluster/, or its default.yaml if `name` is None.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
     if name is None:
         default = FOLDER / "default.yaml"
         return default if default.is_file() else None
@@ -124,11 +128,11 @@ def find(name: str | None) -> Path | None:
         if path.is_file():
             return path.absolute()
     known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
-    raise ConfigError(f"--profile {name}: no such file; in configs/cluster/ there are: {known or 'none'}")
+    raise ConfigError(f"--profile {name}: no such file; configs/cluster/ has: {known or 'none'}")
 
 
-def load(path: Path | None) -> Profile:
-    """Read a profile over the defaults.
+def load_profile(path: Path | None) -> Profile:
+    """Read a profile; unset keys keep their defaults.
 
     Raises:
         ConfigError: one line naming the file, the key and the nearest valid one.

@@ -1,49 +1,59 @@
-"""Where the jobs of a request go: to SLURM or to this machine, with which profile and how many GPUs a node."""
+"""Where the jobs of a request run: on SLURM or on this machine, with which profile and how many GPUs per node."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.planning import profile
 from launch.planning.arguments import Request
-from launch.planning.profile import Profile
-from launch.state import slurm_client as slurm
+from launch.planning.profile import Profile, find_profile, load_profile
+from launch.state import slurm_client
 from pneumo_dist.config import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """The chosen place."""
+    """SLURM or this machine, and its settings."""
 
     slurm: bool
     profile: Profile
     profile_path: Path | None
     gpus_per_node: int
-    line: str  # what to tell the user: why this machine, or that it is SLURM
+    line: str  # message for the user: SLURM, or why this machine
+    _partitions: dict[str | None, slurm_client.Partition | None] = field(default_factory=dict, init=False, repr=False)
 
     def ranks(self, nodes: int) -> int:
-        """Return the ranks of a training job on `nodes` nodes: one a GPU, or one a node without GPUs."""
+        """Return the ranks of a training job on `nodes` nodes: one per GPU, or one per node without GPUs."""
         return nodes * max(1, self.gpus_per_node)
+
+    def partition(self, stage: str) -> slurm_client.Partition | None:
+        """Return the partition that runs `stage`; None on this machine, or if SLURM does not answer.
+
+        Each partition is queried once: a chain has many jobs and sinfo may take seconds.
+        """
+        name = self.profile.resources(stage).partition
+        if self.slurm and name not in self._partitions:
+            self._partitions[name] = slurm_client.partition(name)
+        return self._partitions.get(name)
 
 
 def choose_site(request: Request) -> Site:
     """Choose between SLURM and this machine.
 
     Raises:
-        ConfigError: SLURM was asked for and is not there, or the profile is wrong.
+        ConfigError: SLURM is requested but not available, or the profile is wrong.
     """
-    path = profile.find(request.profile)
-    chosen = profile.load(path)
-    reason = "asked for" if request.cluster == "local" else slurm.why_not()
+    path = find_profile(request.profile)
+    profile = load_profile(path)
+    reason = "--cluster local" if request.cluster == "local" else slurm_client.unavailable_reason()
     if not request.dry_run and reason:
         if request.cluster == "slurm":
             raise ConfigError(f"--cluster slurm: {reason}")
         if request.after:
-            raise ConfigError(f"--after waits for a SLURM job, and jobs would run on this machine: {reason}")
-    gpus = chosen.gpus_per_node if request.gpus_per_node is None else request.gpus_per_node
+            raise ConfigError(f"--after waits for a SLURM job, but the jobs would run on this machine: {reason}")
+    gpus = profile.gpus_per_node if request.gpus_per_node is None else request.gpus_per_node
     if gpus is None:
-        facts = None if reason else slurm.partition(chosen.partition)
-        gpus = 1 if facts and facts.gpus else 0
+        partition = None if reason else slurm_client.partition(profile.partition)
+        gpus = 1 if partition and partition.gpus else 0
     line = f"running on this machine ({reason})" if reason else "submitting to SLURM"
-    return Site(slurm=not reason, profile=chosen, profile_path=path, gpus_per_node=gpus, line=line)
+    return Site(slurm=not reason, profile=profile, profile_path=path, gpus_per_node=gpus, line=line)

@@ -1,1 +1,1 @@
-"""What is known of jobs: the ledger and its locks, SLURM's answers, progress files, the copy of the code."""
+"""The state of jobs: the ledger and its locks, queries to SLURM, progress files, the copy of the code."""

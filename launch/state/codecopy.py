@@ -1,12 +1,11 @@
-"""The copy of the code that a run's jobs use, so that editing the checkout changes nothing under way.
+"""The copy of the code that the jobs of a run use, so that edits of the checkout do not change submitted jobs.
 
-Never touches a copy that is there: its name is the hash of its files. Standard library only.
+Never changes an existing copy: its name is the hash of its files. Standard library only.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import tempfile
@@ -27,16 +26,16 @@ def _files(root: Path) -> list[Path]:
 
 
 def code_hash(root: Path) -> str:
-    """Return a short hash of the names and bytes of all that is copied."""
-    found = hashlib.sha256()
+    """Return a short hash of the names and bytes of all copied files."""
+    digest = hashlib.sha256()
     for path in _files(root):
         data = (root / path).read_bytes()
-        found.update(f"{path.as_posix()}\0{len(data)}\0".encode() + data)
-    return found.hexdigest()[:12]
+        digest.update(f"{path.as_posix()}\0{len(data)}\0".encode() + data)
+    return digest.hexdigest()[:12]
 
 
 def copy(root: Path, run: RunFolder) -> Path:
-    """Copy the code to `code/<hash>` of the run unless it is there, and return that folder."""
+    """Copy the code to `code/<hash>` of the run unless that folder exists, and return the folder."""
     target = run.code_dir / code_hash(root)
     if target.is_dir():
         return target
@@ -46,11 +45,11 @@ def copy(root: Path, run: RunFolder) -> Path:
         for path in _files(root):
             (temporary / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / path, temporary / path)
-        temporary.chmod(0o755)
+        temporary.chmod(0o755)  # mkdtemp allows only the owner
         try:
-            os.rename(temporary, target)
+            temporary.rename(target)
         except OSError:
-            if not target.is_dir():  # else another submission was quicker with the same files
+            if not target.is_dir():  # else another submission has just made the same copy
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -58,12 +57,12 @@ def copy(root: Path, run: RunFolder) -> Path:
 
 
 def git_state(root: Path) -> dict[str, object] | None:
-    """Return the checkout's commit and how many of the copied files differ from it; None where it is no repository."""
-    questions = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=all", "--", *FOLDERS])
+    """Return the commit of the checkout and the number of copied files that differ from it; None without git."""
+    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=all", "--", *FOLDERS])
     try:
         answers = [
-            subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=False)
-            for words in questions
+            subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=False)
+            for args in commands
         ]
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -1,4 +1,4 @@
-"""What was submitted for a run (jobs/submitted.jsonl). Lines are only ever appended. Standard library only."""
+"""The submissions of a run (jobs/submitted.jsonl). Lines are only appended. Standard library only."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from pneumo_dist.run import RunFolder
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One submission of one job of the chain, or how a local one ended."""
+    """One submission of one job, or the end of a local one. The field names are the keys in the file."""
 
     key: str  # stage1-fold0, finalize, ...
     stage: str
     fold: int | None
     cluster: str  # "slurm" or "local"
-    event: str = "submitted"  # or "ended" (local jobs; SLURM itself knows how its jobs ended)
+    event: str = "submitted"  # or "ended" (local jobs only: SLURM records the end of its jobs)
     job_id: str = ""  # SLURM's (parent) id, or the process id of submit.py
     name: str = ""  # SLURM's job name
     processes: int = 1
-    elements: int = 1
+    elements: int = 1  # tasks of an array
     after: list[str] = field(default_factory=list)
     status: int | None = None  # exit status, of "ended"
-    code: str = ""
+    code: str = ""  # hash of the code copy
     log: str = ""  # file name pattern in jobs/
     extra: dict[str, Any] = field(default_factory=dict)
     time: str = ""
@@ -43,7 +43,7 @@ class Ledger:
         self.path = run.ledger_file
 
     def append(self, entry: Entry) -> None:
-        """Add one line; a reader never sees half of it (one write, in append mode)."""
+        """Add one line in one write, so that a reader never sees a part of it."""
         stamped = {
             **asdict(entry),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -58,30 +58,30 @@ class Ledger:
             os.close(handle)
 
     def entries(self) -> list[Entry]:
-        """Return all lines, oldest first; a damaged line (disk full) is left out."""
+        """Return all entries, oldest first, without damaged lines (full disk)."""
         try:
             text = self.path.read_text()
         except FileNotFoundError:
             return []
-        found = []
+        entries = []
         for line in text.splitlines():
             try:
-                found.append(Entry(**json.loads(line)))
+                entries.append(Entry(**json.loads(line)))
             except (ValueError, TypeError):
                 continue
-        return found
+        return entries
 
     def latest(self) -> dict[str, Entry]:
-        """Return the newest submission of every job key."""
+        """Return the newest submission of each job key."""
         return {e.key: e for e in self.entries() if e.event == "submitted"}
 
     def live(self, keys: Iterable[str] | None = None) -> dict[str, str]:
-        """Return {key: SLURM job id} of the submissions that still wait or run.
+        """Return {key: SLURM job id} of the submissions that are pending or running.
 
-        The name is compared as well: another cluster, or one set up anew, counts its ids from 1 again.
+        Job names are compared too: another cluster, or a reinstalled one, reuses the same ids.
 
         Raises:
-            slurm.SlurmError: there are recorded jobs and SLURM cannot be asked.
+            slurm.SlurmError: there are recorded jobs and SLURM does not answer.
         """
         entries = [
             e

@@ -1,4 +1,4 @@
-"""Lock files that keep one writer to each stage; the kernel frees one when its holder dies. Standard library only."""
+"""Lock files: one writer per stage. The kernel releases a lock when its holder dies. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class Locked(RuntimeError):
-    """Another process holds the lock; `holder` says which."""
+    """Another process holds the lock; `holder` names it."""
 
     def __init__(self, path: Path, holder: str) -> None:
         super().__init__(f"{path} is held by {holder}")
@@ -20,17 +20,17 @@ class Locked(RuntimeError):
 
 @dataclass(frozen=True)
 class Lock:
-    """A held lock. Worker processes keep the descriptor too, so it lasts until the last writer has ended."""
+    """A held lock. Worker processes inherit the descriptor, so the lock lasts until the last writer has ended."""
 
     descriptor: int
 
     def release(self) -> None:
-        """Let go."""
+        """Release the lock, unless workers still hold it."""
         os.close(self.descriptor)
 
 
 def process_name(pid: int | str, host: str) -> str:
-    """Return the text that a process writes into the locks it holds, as messages name it."""
+    """Return the name of a process in lock files and messages."""
     return f"process {pid} on {host}"
 
 
@@ -59,7 +59,7 @@ def lock(path: Path, wait_s: float = 0.0) -> Lock:
 
 
 def holder(path: Path) -> str | None:
-    """Return who holds a lock file, or None when it is free; writes nothing."""
+    """Return the name of the process that holds a lock file, or None if it is free; writes nothing."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

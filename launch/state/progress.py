@@ -1,4 +1,4 @@
-"""How far a job is, from the files that it writes: steps of a training, films of an array. Only reads, never waits."""
+"""The progress of a job, read from the files that it writes: training steps, films of an array. Never waits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pneumo_dist.runtime.files import read_json
 
 @dataclass(frozen=True)
 class Progress:
-    """How much of a job is done, in words, as a share and in seconds still to go where that is known."""
+    """The progress of a job: as text, as a share between 0 and 1, and the estimated seconds left if known."""
 
     text: str
     share: float
@@ -30,7 +30,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Return a time span for people."""
+    """Return a time span as text: "40 s", "12 min", "3 h 05 min"."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
@@ -38,10 +38,10 @@ def duration(seconds: float) -> str:
 
 
 def of(run: Run, node: Node, since: float = 0.0) -> Progress | None:
-    """Return how far a job is, None where nothing tells.
+    """Return the progress of a job, or None if it has written nothing yet.
 
     Args:
-        since: when the job was submitted (epoch seconds): the rate of an array is that of its own files.
+        since: time of submission (epoch seconds): older files do not count for the rate of an array.
     """
     try:
         if node.stage in TRAIN_STAGES:
@@ -50,13 +50,13 @@ def of(run: Run, node: Node, since: float = 0.0) -> Progress | None:
             return _shards(run, since)
         if node.stage == "infer":
             return _parts(run.infer_dir, since)
-    except (OSError, ValueError, KeyError, ConfigError):  # being written, or of another version
+    except (OSError, ValueError, KeyError, ConfigError):  # a file is being written, or another version wrote it
         return None
     return None
 
 
 def epochs(run: RunFolder, node: Node) -> list[dict[str, Any]]:
-    """Return the rows of a training's metrics.jsonl; [] where there are none."""
+    """Return the rows of a training's metrics.jsonl; [] without one."""
     if node.stage not in TRAIN_STAGES:
         return []
     try:
@@ -83,15 +83,15 @@ def _training(run: Run, node: Node) -> Progress | None:
 
 
 def _shards(run: Run, since: float) -> Progress | None:
-    """Count the films of whole shards; the others are about as large."""
+    """Count the films of finished shards; estimate the total, since all shards are about as large."""
     folder = run.shard_dir
-    found = sorted(folder.glob(size_name(run.config.sizes[-1], 0, 0).replace("00000", "*")))
-    if not found:
+    markers = sorted(folder.glob(size_name(run.config.sizes[-1], 0, 0).replace("00000", "*")))
+    if not markers:
         return None
-    names = [path.stem.split("-") for path in found]  # size-256-00003-of-00016
+    names = [path.stem.split("-") for path in markers]  # size-256-00003-of-00016
     count = int(names[0][4])
     films = []
-    for path, name in zip(found, names, strict=True):
+    for path, name in zip(markers, names, strict=True):
         size = int(name[1])
         pixels = (folder / image_name(size, int(name[2]), count)).stat().st_size - HEADER_BYTES
         films.append((path.stat().st_mtime, pixels // size**2))
@@ -105,19 +105,19 @@ def _parts(folder: Path, since: float) -> Progress | None:
     plan = read_film_plan(folder)
     if plan is None:
         return None
-    found = [path for path in (folder / "parts").glob("part-*") if path.is_dir()]
-    films = [(path.stat().st_mtime, len(plan.part(int(path.name[5:])))) for path in found]
+    parts = [path for path in (folder / "parts").glob("part-*") if path.is_dir()]
+    films = [(path.stat().st_mtime, len(plan.part(int(path.name[5:])))) for path in parts]
     done, total = sum(n for _, n in films), len(plan.films)
     return _films(films, done, total, since, f"{done} of {total} films (part {len(films)} of {plan.parts})")
 
 
 def _films(films: Iterable[tuple[float, int]], done: int, total: int, since: float, text: str) -> Progress:
-    """Add rate and time left, from the moments at which this submission's files came to be."""
-    own = sorted(entry for entry in films if entry[0] > since)
-    span = own[-1][0] - own[0][0] if own else 0.0
+    """Add rate and time left, from the modification times of the files of this submission."""
+    recent = sorted(entry for entry in films if entry[0] > since)
+    span = recent[-1][0] - recent[0][0] if recent else 0.0
     share = done / max(total, 1)
     if span <= 0 or done >= total:
         return Progress(text, share)
-    rate = sum(n for _, n in own[1:]) / span
-    silent = time.time() - own[-1][0]  # what is under way has been so for a while
-    return Progress(f"{text}, {rate:.3g} films/s", share, max((total - done) / rate - silent, 1.0))
+    rate = sum(n for _, n in recent[1:]) / span
+    elapsed = time.time() - recent[-1][0]  # time already spent on the unfinished files
+    return Progress(f"{text}, {rate:.3g} films/s", share, max((total - done) / rate - elapsed, 1.0))

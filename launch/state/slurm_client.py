@@ -1,6 +1,6 @@
-"""Questions to SLURM: is it there, what does a partition have, what became of these jobs. Changes nothing but `cancel`.
+"""Queries to SLURM: availability, partitions, states of jobs; and `cancel`, the only function that changes anything.
 
-Every call has a time limit, since clients hang on a dead controller. Standard library only.
+Every call has a time limit, since SLURM's clients hang if the controller is dead. Standard library only.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ LIVE = (
 
 
 class SlurmError(RuntimeError):
-    """SLURM could not be asked: one line."""
+    """SLURM does not answer, or refuses: one line."""
 
 
-def _run(words: list[str], timeout_s: float = 20.0) -> str:
+def _run(command: list[str], timeout_s: float = 20.0) -> str:
     environ = {**os.environ, "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, env=environ, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environ, check=False)
     except FileNotFoundError:
-        raise SlurmError(f"{words[0]} is not on PATH") from None
+        raise SlurmError(f"{command[0]} is not on PATH") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{words[0]} did not answer within {timeout_s:.0f} s") from None
+        raise SlurmError(f"{command[0]} did not answer within {timeout_s:.0f} s") from None
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines()
-        said = lines[0].split("error: ")[-1] if lines else f"exit status {done.returncode}"
-        raise SlurmError(f"{words[0]}: {said}")
+        message = lines[0].split("error: ")[-1] if lines else f"exit status {done.returncode}"
+        raise SlurmError(f"{command[0]}: {message}")
     return done.stdout
 
 
-def why_not() -> str | None:
-    """Return None where SLURM can be used from here, else the reason in a few words."""
+def unavailable_reason() -> str | None:
+    """Return why SLURM cannot be used from this machine, or None if it can."""
     if shutil.which("sbatch") is None:
         return "no sbatch on PATH"
     try:
         answer = _run(["scontrol", "ping"], 5.0)
     except SlurmError as error:
-        return f"sbatch is there, but no controller answers ({error})"
+        return f"sbatch is installed, but no controller answers ({error})"
     if not re.search(r"\bis UP\b", answer):
-        return "sbatch is there, but no controller is up (scontrol ping)"
+        return "sbatch is installed, but no controller is up (scontrol ping)"
     return None
 
 
 @dataclass(frozen=True)
 class Partition:
-    """How many nodes a partition has, and the least of what each of them has."""
+    """The size of a partition; cpus, memory and gpus are those of its smallest node."""
 
     nodes: int
     cpus: int
@@ -64,7 +64,7 @@ class Partition:
 
 
 def minutes(text: str) -> int | None:
-    """Read SLURM's time notation ([days-]hours:minutes:seconds and shorter forms); None for no limit.
+    """Parse SLURM's time notation ([days-]hours:minutes:seconds and shorter forms); None for no limit.
 
     >>> minutes("1-02:00:00"), minutes("30:00"), minutes("infinite")
     (1560, 30, None)
@@ -72,14 +72,14 @@ def minutes(text: str) -> int | None:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if not match:
         return None
-    days, a, b, c = (int(g) if g else 0 for g in match.groups())
+    days, first, second, _seconds = (int(g) if g else 0 for g in match.groups())
     if match[1] is not None:
-        return days * 1440 + a * 60 + b
-    return a * 60 + b if match[4] is not None else a
+        return days * 1440 + first * 60 + second
+    return first * 60 + second if match[4] is not None else first  # one or two numbers: minutes[:seconds]
 
 
 def partition(name: str | None) -> Partition | None:
-    """Return what the named partition (the default one for None) has, or None where SLURM does not say."""
+    """Return the named partition (None: the default one), or None if SLURM does not answer or does not know it."""
     try:
         text = _run(["sinfo", "-h", "-o", "%P|%D|%c|%m|%G|%l", *(["-p", name] if name else [])], 5.0)
     except SlurmError:
@@ -107,38 +107,38 @@ def partition(name: str | None) -> Partition | None:
 
 @dataclass(frozen=True)
 class JobState:
-    """One job, or one element of an array, as SLURM reports it."""
+    """One job, or one task of an array, as SLURM reports it."""
 
-    job_id: str  # "12" or, for an array element, "12_3"
+    job_id: str  # "12" or, for an array task, "12_3"
     name: str
     state: str
-    reason: str = ""  # why it waits, or its exit code and who cancelled it
+    reason: str = ""  # why it waits, its exit code, or who cancelled it
     nodes: str = ""
     restarts: int = 0
-    before: str = ""  # how its last run ended, where it was requeued: PREEMPTED, NODE_FAIL, REQUEUED
+    previous_state: str = ""  # the end of its previous run if it was requeued: PREEMPTED, NODE_FAIL, REQUEUED
 
     @property
     def parent(self) -> str:
-        """The id without the array element."""
+        """The id without the array task."""
         return self.job_id.split("_")[0]
 
     @property
     def live(self) -> bool:
-        """Whether the job is waiting or running."""
+        """Whether the job is pending or running."""
         return self.state in LIVE
 
 
-# Columns of squeue with widths that cut nothing short: a name may hold any character that could part them.
+# Columns of squeue, wide enough to truncate nothing. Fixed widths, since a job name may contain any separator.
 COLUMNS = {
     "JobArrayID": 40, "Name": 250, "State": 30, "Reason": 80, "NodeList": 600, "RestartCnt": 12, "exit_code": 12,
 }  # fmt: skip
 
 
 def queued(job_ids: Iterable[str]) -> list[JobState]:
-    """Return those of the jobs (by parent id) that SLURM's controller still knows, array elements one by one.
+    """Return the jobs (by parent id) that the controller still knows; one entry for each array task.
 
     Raises:
-        SlurmError: the controller cannot be asked.
+        SlurmError: the controller does not answer.
     """
     wanted = sorted({i.split("_")[0] for i in job_ids}, key=int)
     if not wanted:
@@ -154,24 +154,24 @@ def queued(job_ids: Iterable[str]) -> list[JobState]:
 
 
 def _queued(line: str) -> JobState:
-    cells, at = [], 0
+    cells, start = [], 0
     for width in COLUMNS.values():
-        cells.append(line[at : at + width].strip())
-        at += width
+        cells.append(line[start : start + width].strip())
+        start += width
     job_id, name, state, reason, nodes, restarts, status = cells
     if state == "FAILED" and status.isdigit():
-        reason = f"exit {int(status) >> 8}:{int(status) & 127}"  # as wait() gives it; sacct writes it like this
-    elif state not in LIVE and not reason.startswith("Dependency"):  # what it once waited for
+        reason = f"exit {int(status) >> 8}:{int(status) & 127}"  # squeue gives wait()'s status
+    elif state not in LIVE and not reason.startswith("Dependency"):  # squeue repeats why an ended job once waited
         reason = ""
     return JobState(job_id, name, state, "" if reason == "None" else reason, nodes, int(restarts or 0))
 
 
 def accounted(job_ids: Iterable[str]) -> list[JobState]:
-    """Return what accounting knows of the jobs (by parent id); [] where there is no accounting."""
+    """Return the jobs (by parent id) that the accounting database knows; [] without accounting."""
     wanted = sorted({i.split("_")[0] for i in job_ids}, key=int)
     if not wanted or shutil.which("sacct") is None:
         return []
-    fields = "JobID,State%30,ExitCode,NodeList%600,JobName%250"  # the name last: it may hold a |
+    fields = "JobID,State%30,ExitCode,NodeList%600,JobName%250"  # the name last: it may contain |
     try:
         text = _run(["sacct", "-n", "-X", "-P", "-D", "-o", fields, "-j", ",".join(wanted)])
     except SlurmError:
@@ -180,18 +180,18 @@ def accounted(job_ids: Iterable[str]) -> list[JobState]:
     for line in text.splitlines():
         cells = line.split("|", 4)
         if len(cells) == 5 and "[" not in cells[0]:
-            job_id, words, status, nodes, name = cells
-            state, _, who = (words or "UNKNOWN").partition(" by ")  # "CANCELLED by 0"
-            reason = f"by {_user(who)}" if who else f"exit {status}" if status not in ("0:0", "") else ""
+            job_id, state_text, status, nodes, name = cells
+            state, _, uid = (state_text or "UNKNOWN").partition(" by ")  # "CANCELLED by 0"
+            reason = f"by {_user(uid)}" if uid else f"exit {status}" if status not in ("0:0", "") else ""
             nodes = "" if nodes == "None assigned" else nodes
             runs.setdefault(job_id, []).append(JobState(job_id, name, state, reason, nodes))
     return [_newest(all_runs) for all_runs in runs.values()]
 
 
 def _newest(runs: list[JobState]) -> JobState:
-    """Return the last run of a job with what is known of those before: -D lists every run, oldest first."""
-    before = runs[-2].state if len(runs) > 1 else ""
-    return dataclasses.replace(runs[-1], restarts=len(runs) - 1, before=before)
+    """Return the last run of a job with what is known of the earlier ones; sacct -D lists runs oldest first."""
+    previous = runs[-2].state if len(runs) > 1 else ""
+    return dataclasses.replace(runs[-1], restarts=len(runs) - 1, previous_state=previous)
 
 
 def _user(uid: str) -> str:
@@ -202,30 +202,31 @@ def _user(uid: str) -> str:
 
 
 def states(job_ids: Iterable[str]) -> dict[str, JobState]:
-    """Return the newest known state of every job and array element; the controller's word goes before accounting's.
+    """Return the newest state of every job and array task; the controller overrides accounting.
 
     Raises:
-        SlurmError: the controller cannot be asked.
+        SlurmError: the controller does not answer.
     """
     wanted = list(job_ids)
-    found = {row.job_id: row for row in accounted(wanted)}
+    rows = {row.job_id: row for row in accounted(wanted)}
     for row in queued(wanted):
-        old = found.get(row.job_id)
-        if old:
-            # Accounting lags behind: its last run may be the one that the controller has just taken back.
-            behind = old.restarts < row.restarts and not old.live
-            before = old.state if behind else old.before
-            told = old.reason if old.state == row.state and not row.live else ""
-            row = dataclasses.replace(row, reason=row.reason or told, before=before)
-        found[row.job_id] = row
-    return found
+        recorded = rows.get(row.job_id)
+        if recorded:
+            # Accounting lags behind: its last run may be the one that the controller has just requeued.
+            requeued = recorded.restarts < row.restarts and not recorded.live
+            previous = recorded.state if requeued else recorded.previous_state
+            # Accounting alone knows who cancelled a job.
+            reason = recorded.reason if recorded.state == row.state and not row.live else ""
+            row = dataclasses.replace(row, reason=row.reason or reason, previous_state=previous)
+        rows[row.job_id] = row
+    return rows
 
 
 def cancel(job_ids: Iterable[str]) -> None:
-    """Cancel jobs; those that have ended already are no error.
+    """Cancel jobs; jobs that have already ended are ignored.
 
     Raises:
-        SlurmError: the controller cannot be asked.
+        SlurmError: the controller does not answer.
     """
     wanted = list(job_ids)
     if wanted:

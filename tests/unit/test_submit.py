@@ -14,7 +14,7 @@ import pytest
 from launch.backends import prepare
 from launch.planning import plan
 from launch.planning.arguments import Request, UsageError, parse
-from launch.planning.plan import resolve
+from launch.planning.recipe import resolve
 from launch.state.codecopy import code_hash, copy
 from launch.state.ledger import Entry, Ledger
 from launch.state.locks import lock
@@ -135,7 +135,7 @@ def test_paths_are_made_absolute_where_the_command_was_typed(tmp_path: Path, mon
 
 def test_runs_lie_beside_launch_whatever_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert plan.resolve(parse(["--stage", "1"])).run.folder == ROOT / "runs" / "quickstart"
+    assert resolve(parse(["--stage", "1"])).run.folder == ROOT / "runs" / "quickstart"
 
 
 def test_a_stage_that_the_recipe_does_not_have() -> None:

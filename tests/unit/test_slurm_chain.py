@@ -12,7 +12,7 @@ import pytest
 from launch.backends import follow
 from launch.backends.slurm_job import Job
 from launch.monitor.display import Display
-from launch.planning.plan import ROOT
+from launch.planning.recipe import ROOT
 from launch.state import codecopy
 from launch.state.ledger import Entry, Ledger
 from launch.submit import main
