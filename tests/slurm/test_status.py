@@ -1,6 +1,6 @@
-"""runs.py status on a real SLURM cluster: a run with jobs in every state, with and without accounting.
+"""runs.py status on a real SLURM: a run with a job in every state, with and without accounting.
 
-The jobs are short commands in place of stages; the table finds them by the run's list of submissions.
+The jobs are short commands instead of stages. The table identifies them by the run's ledger.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.slurm.private import ROOT, TINY, PrivateCluster, devcluster, until
 
 @pytest.fixture(params=["accounting", "no accounting"])
 def site(request: pytest.FixtureRequest) -> Iterator[PrivateCluster]:
-    """Return an idle cluster, once with accounting and once without."""
+    """Return an idle cluster, with and without accounting."""
     if request.param == "accounting":
         yield request.getfixturevalue("free_cluster")
         return
@@ -38,7 +38,7 @@ def site(request: pytest.FixtureRequest) -> Iterator[PrivateCluster]:
 
 
 class Run:
-    """A run directory, and the jobs that its list of submissions names."""
+    """A run directory and the jobs that its ledger lists."""
 
     def __init__(self, cluster: PrivateCluster, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
@@ -82,7 +82,7 @@ class Run:
         return self.cluster.command(sys.executable, ROOT / "launch/runs.py", "status", self.folder).stdout
 
     def shows(self, *lines: str) -> bool:
-        """Tell whether the table has a line with all words of each of `lines`."""
+        """Tell whether for each of `lines` the table has a line with all its words."""
         rows = [set(row.split()) for row in self.status().splitlines()]
         return all(any(set(line.split()) <= row for row in rows) for line in lines)
 
