@@ -1,6 +1,6 @@
 """Distributed training for pneumothorax segmentation (2ST-UNet) on SLURM clusters.
 
-Importing this package imports neither torch nor numpy: `load_model` and `predict` are found on first use.
+Importing this package imports neither torch nor numpy: `load_model` and `predict` are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The chain as data: each stage with its function, its shape and what determines its result; what depends on what.
+"""The chain as data: each stage with its function, its shape and the keys that determine its result; dependencies.
 
-Functions are named as strings, so that nothing here imports torch. Nothing is run or read from disk in here.
+Functions are named as strings, so that this module imports no torch. It runs nothing and reads no file.
 """
 
 from __future__ import annotations
@@ -18,21 +18,31 @@ class Stage:
 
     name: str
     function: str  # "module:function", called with a Task
-    shape: str  # "single" process, "array" of independent elements, or "ranks" of one process group
+    shape: str  # "single" process, "array" of independent tasks, or "ranks" of one process group
     keys: tuple[str, ...]  # configuration keys, or prefixes ending in ".", that determine the result
     per_fold: bool = False
-    closes: str = ""  # the array that this job merges; its DONE.json speaks for both
+    closes: str = ""  # the array stage whose parts this stage merges; one DONE.json covers both
 
     @property
     def title(self) -> str:
-        """The stage's name for people."""
+        """The stage's name in messages."""
         return f"stage {self.name}" if self.name in configuration.TRAIN_STAGES else self.name
 
 
 _TRAINING = (
-    "augment.", "loss.", "model.pretrained", "model.sync_bn", "train.seed", "train.amp", "train.clip_norm",
-    "train.eval_every", "train.compile", "train.deterministic", "evaluate.threshold", "evaluate.batch_size",
-)  # fmt: skip
+    "augment.",
+    "loss.",
+    "model.pretrained",
+    "model.sync_bn",
+    "train.seed",
+    "train.amp",
+    "train.clip_norm",
+    "train.eval_every",
+    "train.compile",
+    "train.deterministic",
+    "evaluate.threshold",  # the best epoch is chosen at this threshold
+    "evaluate.batch_size",
+)
 _SHARDS = (
     "phantom.",
     "data.shards",
@@ -43,11 +53,15 @@ _SHARDS = (
     "data.max_pixels",
 )
 _SCORES = ("evaluate.",)
-
 _INFER = (
-    "infer.tta", "infer.triplet", "infer.outputs", "infer.batch_size", "infer.part_size", "train.amp",
+    "infer.tta",
+    "infer.triplet",
+    "infer.outputs",
+    "infer.batch_size",
+    "infer.part_size",
+    "train.amp",
     "data.max_pixels",
-)  # fmt: skip
+)
 
 
 def _rows() -> Iterator[Stage]:
@@ -69,13 +83,19 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in _rows()}
 
 
 def closing(stage: str) -> str:
-    """Return the job whose DONE.json speaks for `stage`: an array's is written by the job that merges it."""
+    """Return the stage whose DONE.json covers `stage`: for an array, the stage that merges its parts."""
     return next((row.name for row in STAGES.values() if row.closes == stage), stage)
+
+
+def job_key(stage: str, fold: int | None) -> str:
+    """Return a job's name within a run: the stage, and the fold where it has one."""
+    name = f"stage{stage}" if stage in configuration.TRAIN_STAGES else stage
+    return name if fold is None else f"{name}-fold{fold}"
 
 
 @dataclass(frozen=True)
 class Node:
-    """One job of a chain; `after` lists the (stage, fold) that must have ended well."""
+    """One job of a chain; `after` lists the (stage, fold) that must succeed before it starts."""
 
     stage: str
     fold: int | None
@@ -83,22 +103,20 @@ class Node:
 
     @property
     def key(self) -> str:
-        """The job's name within a run: stage, and fold where it has one."""
-        name = f"stage{self.stage}" if self.stage in configuration.TRAIN_STAGES else self.stage
-        return name if self.fold is None else f"{name}-fold{self.fold}"
+        """The job's name within a run."""
+        return job_key(self.stage, self.fold)
 
 
 def upstream(config: Config, stage: str, fold: int | None, folds: Iterable[int] = ()) -> list[tuple[str, int | None]]:
-    """Return the jobs whose results `stage` reads, nearest last."""
+    """Return the jobs, as (stage, fold), whose results `stage` reads, in the order of the chain."""
     trained = config.train_stages
     if stage == "preprocess":
         return [("phantom", None)] if config.phantom.films else []
     if stage == "finalize":
         return [("preprocess", None)]
     if stage in trained:
-        before = trained[: trained.index(stage)]
-        own = config.train_stage(stage).init_from
-        return [("finalize", None), *((name, fold) for name in before[-1:] if not own)]
+        previous = [] if config.train_stage(stage).init_from else trained[: trained.index(stage)][-1:]
+        return [("finalize", None), *((name, fold) for name in previous)]
     if stage == "swa":
         return [("finalize", None), (config.last_stage, fold)]
     if stage == "evaluate":
@@ -107,7 +125,7 @@ def upstream(config: Config, stage: str, fold: int | None, folds: Iterable[int] 
         return [("evaluate", k) for k in folds]
     if stage == "infer":
         folds = list(folds)
-        # Several folds answer together by the pooled triplet; without the wait some elements would not find it yet.
+        # The models of several folds use the pooled triplet: without this dependency some tasks would start before it.
         pooled = [("pool", None)] if len(folds) > 1 else []
         return [] if config.infer.models else [*(("evaluate", k) for k in folds), *pooled]
     if stage == "merge":
@@ -116,7 +134,7 @@ def upstream(config: Config, stage: str, fold: int | None, folds: Iterable[int] 
 
 
 def jobs_of(config: Config, stage: str, folds: list[int]) -> list[Node]:
-    """Return the jobs that the command line's `--stage` stands for, in submission order.
+    """Return the jobs that `--stage` requests, in submission order.
 
     Raises:
         ConfigError: the recipe has no such stage, or a fold lies outside `data.folds`.

@@ -1,6 +1,6 @@
-"""When a stage is done: `DONE.json`, written last, carries the settings and inputs that determine the result.
+"""When a stage is done: `DONE.json`, its last file, holds the settings and inputs that determine the result.
 
-Nodes, workers, paths and versions are recorded there, not compared. No torch in here: submit.py asks before it submits.
+World size and versions are recorded but not compared. No torch here: submit.py reads DONE.json before it submits.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from pneumo_dist import config as configuration
-from pneumo_dist.chain import STAGES, Node, upstream
+from pneumo_dist.chain import STAGES, job_key, upstream
 from pneumo_dist.config import Config, ConfigError
 from pneumo_dist.data.cases import find_films
 from pneumo_dist.run import Run, pooled_thresholds
 from pneumo_dist.runtime.files import read_json, sha256_file, sha256_text, write_json
 from pneumo_dist.runtime.task import Task
+from pneumo_dist.model.start import start_path
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +36,12 @@ def settings_of(config: Config, stage: str) -> dict[str, Any]:
     if stage == "swa":
         last = f"stage{config.last_stage}"
         patterns = (*patterns, f"{last}.size", f"{last}.batch_size", "evaluate.threshold", "evaluate.tta")
-    dropped = {"stage1.init_from", "stage2.init_from"}  # paths: their files are inputs
+    dropped = {"stage1.init_from", "stage2.init_from"}  # paths: the hashes of their files are inputs
     return {k: v for k, v in configuration.flatten(config).items() if _matches(k, patterns) and k not in dropped}
 
 
 def _listing_hash(folder: Path) -> str:
-    """Hash the names and sizes of the films in a folder; their bytes are hashed while they are read."""
-
+    """Hash the names and sizes of the films in a folder; reading all their bytes here would take too long."""
     films, _ = find_films(folder)
     return sha256_text("".join(f"{name}\t{path}\t{(folder / path).stat().st_size}\n" for name, path in films))
 
@@ -50,58 +50,69 @@ def inputs_of(run: Run, stage: str, fold: int | None) -> dict[str, str]:
     """Return the sha256 of everything that `stage` reads.
 
     Raises:
-        ConfigError: something upstream is missing: which stage to run.
+        ConfigError: an input is missing; the text says which stage to run or which key to set.
     """
-    config = run.config
-    found: dict[str, str] = {}
     if stage in ("preprocess", "finalize"):
-        for name in ("rle_csv", "patient_map"):
-            path = run.source(name)
-            if path is not None:
-                found[name] = _file_hash(path, f"data.{name}")
-        if config.data.holdout_ids:
-            found["holdout_ids"] = _file_hash(Path(config.data.holdout_ids).expanduser(), "data.holdout_ids")
-        folder = run.source("dicom_dir")
-        if folder is not None:
-            found["films"] = _listing_hash(folder)
-        return found
+        return _source_hashes(run)
     if stage in ("infer", "merge"):
-        folder = run.infer_source
-        if folder is not None:
-            found["films"] = _listing_hash(folder)
-        for i, path in enumerate(run.model_paths()):
-            found[f"model{i}"] = _file_hash(path, "infer.models")
-        pooled = pooled_thresholds(run.model_paths())
-        if pooled:
-            found["pooled_thresholds"] = sha256_file(pooled)
-        return found
+        return _inference_hashes(run)
+    hashes = _upstream_hashes(run, stage, fold)
+    if stage in configuration.TRAIN_STAGES:
+        hashes |= _start_hash(run.config, stage, fold)
+    return hashes
+
+
+def _source_hashes(run: Run) -> dict[str, str]:
+    """Hash the tables and the list of films that preprocessing reads."""
+    data = run.config.data
+    files = {name: run.source(name) for name in ("rle_csv", "patient_map")}
+    files["holdout_ids"] = Path(data.holdout_ids).expanduser() if data.holdout_ids else None
+    hashes = {name: _file_hash(path, f"data.{name}") for name, path in files.items() if path}
+    folder = run.source("dicom_dir")
+    return hashes | ({"films": _listing_hash(folder)} if folder else {})
+
+
+def _inference_hashes(run: Run) -> dict[str, str]:
+    """Hash the list of films, the models and the pooled thresholds that inference reads."""
+    folder = run.infer_source
+    hashes = {"films": _listing_hash(folder)} if folder else {}
+    models = run.model_paths()
+    hashes |= {f"model{i}": _file_hash(path, "infer.models") for i, path in enumerate(models)}
+    pooled = pooled_thresholds(models)
+    return hashes | ({"pooled_thresholds": sha256_file(pooled)} if pooled else {})
+
+
+def _upstream_hashes(run: Run, stage: str, fold: int | None) -> dict[str, str]:
+    """Return the hashes, from their DONE.json, of the upstream outputs that `stage` reads."""
+    hashes: dict[str, str] = {}
     for name, k in upstream(run.config, stage, fold, run.folds):
-        outputs = _outputs_read(config, stage, name)
         done = read_done(run, name, k)
+        if done is None and stage == "pool":
+            continue  # pools the folds that are evaluated
         if done is None:
-            if stage == "pool":
-                continue
-            where = run.dir_of(name, k)
             raise ConfigError(
                 f"{STAGES[stage].title} needs {STAGES[STAGES[name].closes or name].title}, "
-                f"which is not done in {where}: run it first"
+                f"which is not done in {run.dir_of(name, k)}: run it first"
             )
+        read = _outputs_read(run.config, stage, name)
         for output, entry in done["outputs"].items():
-            if outputs is None or output in outputs:
-                found[f"{Node(name, k, ()).key}/{output}"] = entry["sha256"]
-    if stage in configuration.TRAIN_STAGES:
-        start = config.train_stage(stage).init_from
-        if start:
-            from pneumo_dist.training.start import start_path
+            if read is None or output in read:
+                hashes[f"{job_key(name, k)}/{output}"] = entry["sha256"]
+    return hashes
 
-            found["init_from"] = _file_hash(start_path(start, fold), f"stage{stage}.init_from")
-        elif config.model.weights and stage == config.train_stages[0]:
-            found["weights"] = _file_hash(Path(config.model.weights).expanduser(), "model.weights")
-    return found
+
+def _start_hash(config: Config, stage: str, fold: int | None) -> dict[str, str]:
+    """Hash the weights file that the recipe names for the start of a training stage."""
+    start = config.train_stage(stage).init_from
+    if start:
+        return {"init_from": _file_hash(start_path(start, fold), f"stage{stage}.init_from")}
+    if config.model.weights and stage == config.train_stages[0]:
+        return {"weights": _file_hash(Path(config.model.weights).expanduser(), "model.weights")}
+    return {}
 
 
 def _outputs_read(config: Config, stage: str, upstream_stage: str) -> set[str] | None:
-    """Which outputs of an upstream stage are read; None: all. Another size of the shards must not matter."""
+    """Return the outputs of an upstream stage that `stage` reads (None: all): shards of other sizes do not count."""
     if upstream_stage == "finalize":
         size = config.train_stage(stage if stage in configuration.TRAIN_STAGES else config.last_stage).size
         return {"cases", f"manifest-{size}"}
@@ -116,7 +127,7 @@ def _file_hash(path: Path, key: str) -> str:
     try:
         return sha256_file(path)
     except OSError as error:
-        raise ConfigError(f"{key}={path}: {error.strerror}: give a file that can be read") from None
+        raise ConfigError(f"{key}={path}: cannot be read ({error.strerror}): give a readable file") from None
 
 
 def read_done(run: Run, stage: str, fold: int | None) -> dict[str, Any] | None:
@@ -129,21 +140,21 @@ def read_done(run: Run, stage: str, fold: int | None) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):
-        log.warning("%s is damaged: the stage counts as not done", run.done_file(stage, fold))
+        log.warning("%s is damaged: the stage is treated as not done", run.done_file(stage, fold))
         return None
 
 
 def result_hash(settings: dict[str, Any], inputs: dict[str, str]) -> str:
-    """Hash what determines a stage's result."""
+    """Hash the settings and inputs that determine a stage's result."""
     return sha256_text(json.dumps({"settings": settings, "inputs": inputs}, sort_keys=True))
 
 
 def differences(run: Run, stage: str, fold: int | None) -> list[str] | None:
-    """Compare a stage's DONE.json with what would be run now.
+    """Compare a stage's DONE.json with the current settings and inputs.
 
     Returns:
-        None when the stage has not been done (or something it reads is missing now), [] when it is done with the
-        same settings and inputs, else the keys that differ.
+        None when the stage is not done (or one of its inputs is missing now), [] when it is done with the same
+        settings and inputs, else the keys that differ.
     """
     done = read_done(run, stage, fold)
     if done is None:
@@ -156,32 +167,31 @@ def differences(run: Run, stage: str, fold: int | None) -> list[str] | None:
     before = done["settings"] | done["inputs"]
     keys = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
     if not keys and stage == "finalize" and not shards_cover(run.config, done):
-        return None  # a new size is added to the shards that are there
+        return None  # preprocessing adds the new size to the existing shards
     return keys
 
 
 def shards_cover(config: Config, done: dict[str, Any]) -> bool:
-    """Whether shards that are done (their DONE.json) have every size that the recipe trains at."""
-    return {f"manifest-{size}" for size in config.sizes} <= done["outputs"].keys()
+    """Tell whether the shards of this DONE.json include every image size that the recipe trains at."""
+    return all(f"manifest-{size}" in done["outputs"] for size in config.sizes)
 
 
-def refuse_difference(run: Run, stage: str, fold: int | None, keys: list[str]) -> None:
-    """Raise ConfigError saying what differs from the result that is there, and the two ways on."""
-    where = run.dir_of(stage, fold)
-    raise ConfigError(
-        f"{where} is done with other settings ({', '.join(keys)}): "
-        "take another name with --run OTHER, or start it over with --redo"
+def difference_line(run: Run, stage: str, fold: int | None, keys: list[str]) -> str:
+    """Return the error line for a result that exists with other settings: the keys, and the two ways to continue."""
+    return (
+        f"{run.dir_of(stage, fold)} is done with other settings ({', '.join(keys)}): "
+        "choose another name with --run OTHER, or repeat the stage with --redo"
     )
 
 
 def _name(task: Task, path: Path) -> str:
-    """Return an output's path relative to the run, or to the stage's directory where that lies outside."""
+    """Return an output's path relative to the run, or to the stage's directory where that is outside the run."""
     base = task.run.folder if path.is_relative_to(task.run.folder) else task.out
     return path.relative_to(base).as_posix()
 
 
 def write_done(task: Task, outputs: dict[str, Path]) -> None:
-    """Write DONE.json, the last file of a stage. No times or hosts: shards with theirs are compared byte for byte."""
+    """Write DONE.json, the last file of a stage, without times or hosts: equal results must be equal bytes."""
     task.check_attempt()
     write_json(
         task.run.done_file(task.stage, task.fold),

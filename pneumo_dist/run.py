@@ -1,6 +1,6 @@
-"""A run: its configuration, its folder, and the path of everything in it. No other module spells these paths.
+"""A run: its configuration, its folder, and every path in it. No other module builds these paths.
 
-Reads nothing but configurations and folder listings, writes nothing, imports no torch.
+It reads only configurations and folder listings, writes nothing and imports no torch.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from pathlib import Path
 from pneumo_dist import config as configuration
 from pneumo_dist.config import TRAIN_STAGES, Config, ConfigError
 
-# What stands for the data section's paths in a run on synthetic films, below <run>/phantom.
+# The data section's paths in a run on synthetic films, below <run>/phantom.
 PHANTOM_SOURCES = {"dicom_dir": "dicom-images-train", "rle_csv": "train-rle.csv", "patient_map": "patients.csv"}
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run, and what lies in it whatever the configuration says."""
+    """The folder of a run, and the paths in it that do not depend on the configuration."""
 
     folder: Path
 
     @property
     def name(self) -> str:
-        """The run's name: that of its folder."""
+        """The run's name, which is its folder's name."""
         return self.folder.name
 
     @property
@@ -48,7 +48,7 @@ class RunFolder:
 
     @property
     def submit_lock(self) -> Path:
-        """The lock of the process that submits to this run."""
+        """The lock that a process holds while it submits to this run."""
         return self.jobs_dir / ".submit.lock"
 
     def lock(self, key: str) -> Path:
@@ -65,7 +65,7 @@ class RunFolder:
 
     @property
     def folds(self) -> list[int]:
-        """The folds that have a directory, ascending; [] where this is no run."""
+        """The folds that have a directory, ascending."""
         return sorted(int(path.name[4:]) for path in self.folder.glob("fold*") if path.name[4:].isdigit())
 
     def fold_dir(self, fold: int | None) -> Path:
@@ -73,7 +73,7 @@ class RunFolder:
         return self.folder / f"fold{fold}"
 
     def in_fold(self, stage: str, fold: int | None) -> Path:
-        """Return the directory of a stage that belongs to a fold."""
+        """Return the directory of a stage that runs per fold."""
         return self.fold_dir(fold) / (f"stage{stage}" if stage in TRAIN_STAGES else stage)
 
     def model(self, fold: int | None) -> Path:
@@ -81,7 +81,7 @@ class RunFolder:
         return self.fold_dir(fold) / "model.pt"
 
     def metrics(self, stage: str, fold: int | None) -> Path:
-        """Return the table of a training's epochs."""
+        """Return the table of epochs of a training stage."""
         return self.in_fold(stage, fold) / "metrics.jsonl"
 
     @property
@@ -101,16 +101,16 @@ class Run(RunFolder):
         """Return the run in a folder with its own configuration.
 
         Raises:
-            ConfigError: this is no run directory.
+            ConfigError: the folder is not a run directory.
         """
         path = RunFolder(folder).config_file
         if not path.is_file():
-            raise ConfigError(f"{folder}: no such run (no config.yaml): python launch/runs.py list shows what there is")
+            raise ConfigError(f"{folder}: no such run (no config.yaml): python launch/runs.py list shows all runs")
         return cls(folder, configuration.load(path))
 
     @classmethod
     def of_job(cls, folder: Path, key: str) -> Run:
-        """Return a run with the configuration of a job's last submission, else the run's own.
+        """Return the run with the configuration of a job's last submission, else with its own.
 
         Raises:
             ConfigError: the run has no configuration.
@@ -119,7 +119,7 @@ class Run(RunFolder):
         for path in (run.job_config_file(key), run.config_file):
             if path.exists():
                 return cls(run.folder, configuration.load(path))
-        raise ConfigError(f"{run.folder}: no config.yaml: is this a run directory? submit.py makes one")
+        raise ConfigError(f"{run.folder}: not a run directory (no config.yaml): launch/submit.py creates one")
 
     def source(self, name: str) -> Path | None:
         """Return a path of the data section (`dicom_dir`, `rle_csv`, `patient_map`), or its synthetic counterpart."""
@@ -130,7 +130,7 @@ class Run(RunFolder):
 
     @property
     def infer_source(self) -> Path | None:
-        """The folder whose films are inferred: `infer.dir`, else the training films."""
+        """The folder of the films to predict: `infer.dir`, else the training films."""
         if self.config.infer.dir:
             return Path(self.config.infer.dir).expanduser().absolute()
         return self.source("dicom_dir")
@@ -146,16 +146,16 @@ class Run(RunFolder):
         """The directory of one inference; its label defaults to the folder's name.
 
         Raises:
-            ConfigError: there is no folder to infer on.
+            ConfigError: no folder of films is configured.
         """
         films = self.infer_source
         label = self.config.infer.label or (films.name if films else "")
         if not label:
-            raise ConfigError("no films to infer on: give infer.dir=DIR")
+            raise ConfigError("no films to predict: set infer.dir=DIR")
         return self.folder / "infer" / label
 
     def dir_of(self, stage: str, fold: int | None = None) -> Path:
-        """Return the directory that belongs to one stage (of one fold)."""
+        """Return the directory of a stage (of one fold)."""
         if stage == "phantom":
             return self.folder / "phantom"
         if stage in ("preprocess", "finalize"):
@@ -165,29 +165,29 @@ class Run(RunFolder):
         return self.pooled_dir if stage == "pool" else self.in_fold(stage, fold)
 
     def done_file(self, stage: str, fold: int | None = None) -> Path:
-        """Return the file whose presence says that a stage is done."""
+        """Return the file that a stage writes last, when it is done."""
         return self.dir_of(stage, fold) / "DONE.json"
 
     def model_paths(self) -> list[Path]:
-        """Return the models to infer with: `infer.models` (files, or runs that stand for their folds), else this run's.
+        """Return the models to predict with: `infer.models` (files, or runs with one model per fold), else this run's.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: a run has no model yet.
         """
         models: list[Path] = []
         for name in self.config.infer.models or [str(self.folder)]:
-            other = RunFolder(Path(name).expanduser().absolute())
-            of_folds = [model for k in other.folds if (model := other.model(k)).exists()]
-            if other.folder.is_dir() and not of_folds:
-                own = "run --stage evaluate first, or give infer.models=PATH"
-                advice = "give a model.pt" if self.config.infer.models else own
-                raise ConfigError(f"{other.folder} has no fold<k>/model.pt: {advice}")
-            models += of_folds or [other.folder]
+            source = RunFolder(Path(name).expanduser().absolute())
+            fold_models = [model for k in source.folds if (model := source.model(k)).exists()]
+            if source.folder.is_dir() and not fold_models:
+                evaluate = "run --stage evaluate first, or set infer.models=PATH"
+                advice = "name a model file" if self.config.infer.models else evaluate
+                raise ConfigError(f"{source.folder} has no fold<k>/model.pt: {advice}")
+            models += fold_models or [source.folder]
         return models
 
 
 def pooled_thresholds(models: list[Path]) -> Path | None:
-    """Return the pooled thresholds.json of the run that these several models are the folds of, where there is one."""
+    """Return the pooled thresholds.json where `models` are several folds of one run that has it, else None."""
     runs = {path.parent.parent for path in models}
     if len(models) < 2 or len(runs) != 1:
         return None

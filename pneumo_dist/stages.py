@@ -1,8 +1,8 @@
-"""How one process runs its share of a stage: look, take the stage over, work, mark it done; and the plain entry.
+"""Run one process of a stage: check whether it is done, take it over, work, write DONE.json. Also the plain entry:
 
     python -m pneumo_dist.stages --stage S --run-dir DIR [--fold K] [--part I/N]
 
-Importing this file imports no torch; what a stage is stands in chain.py, when it is done in done.py.
+This module imports no torch at its top level. chain.py defines the stages, done.py when a stage is done.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pneumo_dist import done
-from pneumo_dist.chain import STAGES, Node, closing
+from pneumo_dist.chain import STAGES, Stage, closing, job_key
 from pneumo_dist.config import ConfigError
 from pneumo_dist.run import Run
 from pneumo_dist.runtime import ranks as ranks_module
@@ -36,58 +36,76 @@ def run_stage(
     part: tuple[int, int] = (0, 1),
     stop: stopping.StopSignal | None = None,
 ) -> None:
-    """Run this process's share of a stage, and mark the stage done when it is.
+    """Run this process's share of a stage, and write DONE.json at its end.
 
     Raises:
-        ConfigError: something the stage needs is missing or differs.
-        stopping.Stopped: a signal asked to leave; the state is saved.
+        ConfigError: an input of the stage is missing, or the stage is done with other settings.
+        stopping.Stopped: a signal requested the exit; the state is saved.
     """
-    node = Node(stage, fold, ())
-    run = Run.of_job(run_dir, node.key)
-    stop = stop or stopping.StopSignal()
+    key = job_key(stage, fold)
+    run = Run.of_job(run_dir, key)
     row = STAGES[stage]
     if row.per_fold and fold is None:
-        raise ConfigError(f"{row.title} belongs to a fold: give --fold K")
+        raise ConfigError(f"{row.title} runs per fold: give --fold K")
     ranks = ranks_module.init(run.config.train.first_timeout_s) if row.shape == "ranks" else Ranks()
     setup_log(ranks.rank)
-    started = time.monotonic()
-    # Rank 0 looks and decides for all: file systems may show the others an older state.
-    decided = ranks.broadcast(ranks.on_first(lambda: _decide(run, stage, fold)))
-    if isinstance(decided, str):
-        raise ConfigError(decided)
-    if decided is None:
-        log.info("%s is done in %s", node.key, run.dir_of(stage, fold))
+    # Rank 0 decides for all ranks: a shared file system may show the others an older state.
+    decision = ranks.broadcast(ranks.on_first(lambda: _decide(run, stage, fold)))
+    if isinstance(decision, str):
+        raise ConfigError(decision)
+    if decision is None:
+        log.info("%s is already done: %s", key, run.dir_of(stage, fold))
         ranks_module.close(ranks)
         return
-    settings, inputs = decided
+    settings, inputs = decision
     attempt = None
-    if row.shape != "array":
-        attempt = ranks.broadcast(ranks.on_first(lambda: Attempt.begin(run.attempt_file(node.key))))
+    if row.shape != "array":  # the tasks of an array write different files
+        attempt = ranks.broadcast(ranks.on_first(lambda: Attempt.begin(run.attempt_file(key))))
     task = Task(
-        run=run, stage=stage, fold=fold, part=part, ranks=ranks, stop=stop, attempt=attempt,
-        result_hash=done.result_hash(settings, inputs), settings=settings, inputs=inputs,
-    )  # fmt: skip
-    log.info("%s starts on %s: rank %d of %d", node.key, ranks_module.host(), ranks.rank, ranks.world_size)
+        run=run,
+        stage=stage,
+        fold=fold,
+        part=part,
+        ranks=ranks,
+        stop=stop or stopping.StopSignal(),
+        attempt=attempt,
+        result_hash=done.result_hash(settings, inputs),
+        settings=settings,
+        inputs=inputs,
+    )
+    log.info("%s starts: %s", key, ranks.label)
+    _work(task, row, key)
+
+
+def _work(task: Task, row: Stage, key: str) -> None:
+    """Call the stage's function, write DONE.json (not for one task of an array), and close the process group."""
+    started = time.monotonic()
     module, function = row.function.split(":")
     try:
         outputs = getattr(importlib.import_module(module), function)(task)
+        if row.shape != "array":
+            task.ranks.on_first(lambda: done.write_done(task, outputs))
+            log.info("%s is done after %.0f s: %s", key, time.monotonic() - started, task.out)
     except stopping.Stopped:
-        ranks.barrier()  # all stop together; one that left early would tear a peer's last exchange
-        ranks_module.close(ranks)
+        _close(task.ranks)
         raise
-    if row.shape != "array":
-        ranks.on_first(lambda: done.write_done(task, outputs))
-        log.info("%s is done after %.0f s: %s", node.key, time.monotonic() - started, task.out)
-    ranks.barrier()
+    _close(task.ranks)
+
+
+def _close(ranks: Ranks) -> None:
+    ranks.barrier()  # a rank that exits early would break the last collective of the others
     ranks_module.close(ranks)
 
 
 def _decide(run: Run, stage: str, fold: int | None) -> tuple[dict[str, Any], dict[str, str]] | str | None:
-    """Return what determines the result, None when it is there already, or the line that says why it cannot run."""
+    """Return settings and inputs of the stage, None when it is done, or the error line when it cannot run.
+
+    The error is returned, not raised, so that it reaches the other ranks as a ConfigError.
+    """
     try:
         keys = done.differences(run, closing(stage), fold)
         if keys:
-            done.refuse_difference(run, closing(stage), fold, keys)
+            return done.difference_line(run, closing(stage), fold, keys)
         if keys == []:
             return None
         return done.settings_of(run.config, stage), done.inputs_of(run, stage, fold)
@@ -100,14 +118,14 @@ def _part(text: str) -> tuple[int, int]:
     try:
         part = (int(index), int(count or "1"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, for example 0/4") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N (for example 0/4)") from None
     if not 0 <= part[0] < part[1]:
-        raise argparse.ArgumentTypeError(f"{text!r}: I must lie between 0 and N-1")
+        raise argparse.ArgumentTypeError(f"{text!r}: I must be between 0 and N-1")
     return part
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Enter from a plain script: ranks come from srun's or torchrun's environment."""
+    """Run a stage from a plain script; the ranks come from the environment of srun or torchrun."""
     stop = stopping.install()
     parser = argparse.ArgumentParser(
         prog="python -m pneumo_dist.stages", description="Run one process of one stage of a run."
@@ -115,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stage", required=True, choices=list(STAGES))
     parser.add_argument("--run-dir", required=True, type=Path)
     parser.add_argument("--fold", type=int)
-    parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="array element I of N")
+    parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="task I of N of an array")
     options = parser.parse_args(arguments)
     try:
         run_stage(options.stage, options.run_dir, options.fold, options.part, stop)

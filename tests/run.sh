@@ -47,7 +47,8 @@ if [ -z "$quick" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
 fi
 
 if [ -n "$quick" ] || [ $# = 0 ]; then
-    .venv/bin/ruff check
-    .venv/bin/mypy
+    # One list for both: the hooks of pre-commit.
+    mapfile -t linters < <(sed -n 's/^ *entry: //p' .pre-commit-config.yaml)
+    for linter in "${linters[@]}"; do $linter; done
 fi
 exec .venv/bin/python -m pytest "$@"

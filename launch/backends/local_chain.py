@@ -10,7 +10,7 @@ from pathlib import Path
 from launch.backends.prepare import ledger_entry, prepare, refuse_live
 from launch.backends.workers import Foreground, Outcome, Worker, job_workers, store_folder
 from launch.monitor.display import Display
-from launch.monitor.outcome import tell, why
+from launch.monitor.outcome import failure_line, print_result
 from launch.planning.plan import Plan
 from launch.planning.site import Site
 from launch.state import progress
@@ -49,7 +49,7 @@ def run_local_chain(plan: Plan, site: Site) -> int:
         finally:
             for held in locks:
                 held.release()
-    tell(plan)
+    print_result(plan)
     return 0
 
 
@@ -126,13 +126,14 @@ class _LocalChain:
             print(f"stopped during {title}; the same command continues", file=sys.stderr)
             if outcome.failed:
                 log = group[outcome.failed[0]].log
-                reason = why([log])
+                reason = failure_line([log])
                 print(f"but its last state may not be saved: {reason[0] if reason else f'see {log}'}", file=sys.stderr)
             return
         index, status = outcome.failed or (0, 1)
         end = f"was killed by signal {-status}" if status < 0 else f"exited with {status}"
         # The worker that failed first comes first: the others may only report that it is gone.
-        line, log = why([group[index].log, *(worker.log for worker in group)]) or ("no message", group[index].log)
+        logs = [group[index].log, *(worker.log for worker in group)]
+        line, log = failure_line(logs) or ("no message", logs[0])
         print(f"error: {title}: process {index} {end}: {line}", file=sys.stderr)
         print(f"log: {log}; after correcting the cause, the same command continues", file=sys.stderr)
 

@@ -7,7 +7,6 @@ code between fork and exec is safe only without threads.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
@@ -21,16 +20,13 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from pneumo_dist.run import RunFolder
+from pneumo_dist.runtime.processes import die_with_parent
 from pneumo_dist.runtime.ranks import LOCAL_STORE
 
-PR_SET_PDEATHSIG = 1
 BLOCKED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 COOPERATIVE = tuple(128 + s for s in BLOCKED)  # exit statuses of a worker that has saved its state after a signal
 GRACE_AFTER_STOP_S = 120.0  # the other ranks are saving
 GRACE_AFTER_FAILURE_S = 5.0  # the other ranks hang in a collective, or are writing their own error
-_libc = ctypes.CDLL(
-    None, use_errno=True
-)  # loaded before any fork: a child must not load libraries
 
 
 @dataclass(frozen=True)
@@ -107,9 +103,7 @@ def job_workers(
 
 def _child_setup(parent: int) -> Callable[[], None]:
     def setup() -> None:
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # the parent died before prctl: nobody would kill this process
-            os._exit(1)
+        die_with_parent(parent)
         signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)  # until the worker has installed its handlers
 
     return setup
@@ -140,9 +134,7 @@ class Foreground:
             signal.signal(signum, handler)  # type: ignore[arg-type]
 
     def _note(self, signum: int, _frame: FrameType | None) -> None:
-        if (
-            signum == signal.SIGHUP
-        ):  # the terminal is gone: writing to it would fail before the workers save
+        if signum == signal.SIGHUP:  # the terminal is gone: writing to it would fail before the workers save
             devnull = os.open(os.devnull, os.O_WRONLY)
             os.dup2(devnull, 1)
             os.dup2(devnull, 2)

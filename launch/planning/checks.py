@@ -94,7 +94,7 @@ def _missing_weights(plan: Plan) -> Iterator[str]:
     for stage in stages & set(TRAIN_STAGES):
         init_from = config.train_stage(stage).init_from
         if init_from:
-            from pneumo_dist.training.start import start_path
+            from pneumo_dist.model.start import start_path
 
             for fold in plan.folds:
                 try:

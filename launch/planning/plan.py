@@ -143,7 +143,6 @@ def _compare_with_disk(
     notes: list[str] = []
     folds = len({node.fold for node in targets} - {None})
     for node in targets:
-        folder = run.dir_of(node.stage, node.fold)
         try:
             keys = done.differences(run, closing(node.stage), node.fold)
         except ConfigError as error:  # there is no folder of films for inference
@@ -152,16 +151,14 @@ def _compare_with_disk(
         if redo and node.key in requested:
             keys = None
         if keys and node.key not in requested:
-            notes.append(_kept_note(folder, keys))
+            notes.append(_kept_note(run.dir_of(node.stage, node.fold), keys))
             continue
         repeated = [n for n in todo if n.stage in _NOT_REPEATABLE and (n.stage, n.fold) in node.after]
         if keys:
-            conflicts.append(
-                f"{folder} was computed with other settings ({', '.join(keys)}): "
-                "choose another name with --run OTHER, or run it again with --redo"
-            )
+            conflicts.append(done.difference_line(run, node.stage, node.fold, keys))
         elif keys == [] and repeated and node.stage not in DERIVED:
             name = title(repeated[0].stage, repeated[0].fold, folds)
+            folder = run.dir_of(node.stage, node.fold)
             conflicts.append(
                 f"{folder} was computed from an earlier {name}, which has to run again: repeat both with --redo"
             )

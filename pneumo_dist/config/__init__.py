@@ -1,6 +1,6 @@
 """The configuration: schema, defaults, rules, loading. `python -m pneumo_dist.config` lists every key.
 
-No torch in this package: `submit.py` reads a configuration before anything heavy is imported.
+This package imports no torch, so that `submit.py` starts quickly.
 """
 
 from pneumo_dist.config.loading import flatten, load, to_yaml

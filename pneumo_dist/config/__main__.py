@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 from pneumo_dist.config.loading import nearest
 from pneumo_dist.config.schema import Config, Key, keys
 
-_WIDEST_DEFAULT = 16  # a longer one (the grids) puts the meaning on the next line
+_WIDEST_DEFAULT = 16  # the meaning of a key with a longer default (the grids) goes to the next line
 
 
 def _type(kind: Any) -> str:
@@ -22,20 +22,20 @@ def _type(kind: Any) -> str:
 
 
 def _default(value: Any) -> str:
-    """Return a value as YAML writes it, but a list with commas, as on the command line."""
+    """Return a value as in YAML; a list with commas, as on the command line."""
     if isinstance(value, list):
         return ",".join(map(_default, value)) or "[]"
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _matches(name: str, key: Key, word: str) -> bool:
-    """Tell whether the word is part of the key; a word that ends in a dot is not looked for in the meaning."""
+    """Tell whether the key or its meaning contains the word; a word that ends in a dot (`loss.`) matches keys only."""
     return word in name or (not word.endswith(".") and word in key.meaning.lower())
 
 
-def table(found: dict[str, Key]) -> str:
+def table(listed: dict[str, Key]) -> str:
     """Return an aligned table of the keys with a heading for each section."""
-    rows = [(name, _type(key.type), _default(key.default), key.meaning) for name, key in found.items()]
+    rows = [(name, _type(key.type), _default(key.default), key.meaning) for name, key in listed.items()]
     name_width, type_width = (max(len(row[column]) for row in rows) for column in (0, 1))
     lines: list[str] = []
     for section, group in groupby(rows, lambda row: row[0].rpartition(".")[0]):
@@ -49,21 +49,23 @@ def table(found: dict[str, Key]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; return 2 where no key matches the filter."""
+    """Print the table; return 2 when no key matches the word."""
     parser = argparse.ArgumentParser(
         prog="python -m pneumo_dist.config",
         description="List every key of the configuration with type, default and meaning. "
         "A key is set in a recipe (configs/*.yaml) or as key=value on the command line of launch/submit.py.",
     )
-    parser.add_argument("word", nargs="?", default="", help="only keys with this in their name (loss.) or meaning")
+    parser.add_argument(
+        "word", nargs="?", default="", help="list only keys with this word in their name (loss.) or meaning"
+    )
     word = parser.parse_args(arguments).word.lower()
-    found = {name: key for name, key in keys().items() if _matches(name, key, word)}
-    if not found:
+    listed = {name: key for name, key in keys().items() if _matches(name, key, word)}
+    if not listed:
         print(f"error: no key has {word!r} in its name or meaning{nearest(word, list(keys()))}", file=sys.stderr)
         return 2
     try:
-        print(table(found), flush=True)
-    except BrokenPipeError:  # the reader of the output has gone, for example `| head`
+        print(table(listed), flush=True)
+    except BrokenPipeError:  # the reader of the pipe has exited, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 130
     return 0

@@ -1,6 +1,6 @@
-"""A configuration from a YAML file and `key=value` words, and back to text.
+"""Read a configuration from a YAML file and `key=value` overrides, and write it back as YAML.
 
-OmegaConf and YAML are imported where they are used: whoever needs only the schema does not wait for them.
+OmegaConf and YAML are imported in the functions that use them, so that the schema alone loads quickly.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pneumo_dist.config.schema import Config, keys
 
 
 def nearest(word: str, choices: list[str]) -> str:
-    """Return the end of an error line about an unknown word: the most similar choice, or where to look."""
+    """Return the end of an error line about an unknown word: the most similar choice, or where to find all keys."""
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else "; python -m pneumo_dist.config lists every key"
 
 
 def _override(text: str) -> tuple[str, str]:
-    """Split one `key=value` word; list-typed keys take commas."""
+    """Split one `key=value` override; the values of a list are separated by commas."""
     key, sep, value = text.partition("=")
     key = key.strip()
     require(bool(sep and key), f"{text!r} is not key=value (for example stage1.epochs=10)")
@@ -35,15 +35,15 @@ def _override(text: str) -> tuple[str, str]:
         parts = [p.strip() for p in value.split(",") if p.strip()]
         value = json.dumps(parts) if item is str else f"[{','.join(parts)}]"
     elif str in (kind, *get_args(kind)) and value not in ("null", ""):
-        value = json.dumps(value)  # a path may look like YAML
+        value = json.dumps(value)  # quoted, because a path may contain YAML syntax
     return key, value if value else "null"
 
 
 def load(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file over the defaults, then apply `key=value` words.
+    """Merge a YAML file and then `key=value` overrides into the defaults.
 
     Raises:
-        ConfigError: one line naming the key or file, and the nearest valid key.
+        ConfigError: one line with the file or key, and the most similar valid key.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -58,7 +58,7 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
                 layer = OmegaConf.load(path)
             except OSError as error:
                 raise ConfigError(f"{path}: cannot read the configuration ({error.strerror})") from None
-            require(OmegaConf.is_dict(layer), f"{path}: a configuration is a mapping of keys to values")
+            require(OmegaConf.is_dict(layer), f"{path}: a configuration must be a mapping of keys to values")
             for key in _leaves(OmegaConf.to_container(layer)):
                 if not any(known == key or known.startswith(key + ".") for known in keys()):
                     raise ConfigError(f"{path}: unknown key {key!r}{nearest(key, list(keys()))}")
@@ -88,10 +88,10 @@ def flatten(config: Config) -> dict[str, Any]:
     """Return the configuration as {dotted key: plain value}."""
 
     def walk(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        flat: dict[str, Any] = {}
         for name, value in tree.items():
-            found |= walk(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        return found
+            flat |= walk(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        return flat
 
     return walk(dataclasses.asdict(config), "")
 

@@ -29,7 +29,9 @@ from pneumo_dist.config.sections import (
 class Config:
     """One recipe."""
 
-    stages: list[str] = key(["1", "2", "swa"], "what is trained, in order: 1, 2, swa; other stages always exist")
+    stages: list[str] = key(
+        ["1", "2", "swa"], "training stages in order, of 1, 2 and swa; all other stages always exist"
+    )
     run_root: str = key("runs", "directory of the run directories")
     phantom: Phantom = field(default_factory=Phantom)
     data: Data = field(default_factory=Data)
@@ -57,7 +59,7 @@ class Config:
             self.train_stage(name).check(f"stage{name}")
         require(
             "1" in self.stages or "2" not in self.stages or bool(self.stage2.init_from),
-            "this recipe has no stage 1: give its starting weights, stage2.init_from=PATH (a checkpoint or a run)",
+            "this recipe has no stage 1: give its initial weights, stage2.init_from=PATH (a checkpoint or a run)",
         )
         require(
             "swa" not in self.stages or self.averages(self.last_stage),
@@ -68,7 +70,7 @@ class Config:
 
     @property
     def train_stages(self) -> list[str]:
-        """The training stages of this recipe in order, a subset of ["1", "2"]."""
+        """The training stages of this recipe in order, of "1" and "2"."""
         return [name for name in self.stages if name in TRAIN_STAGES]
 
     @property
@@ -86,19 +88,19 @@ class Config:
         return {"1": self.stage1, "2": self.stage2}[name]
 
     def averages(self, name: str) -> bool:
-        """Tell whether training stage `name` keeps a running SWA average: it is named, or the `swa` stage reads it."""
+        """Tell whether training stage `name` averages weights: swa.stages lists it, or the swa stage follows it."""
         return name in self.swa.stages or ("last" in self.swa.stages and self.stages[-2:] == [name, "swa"])
 
 
 class Key(NamedTuple):
-    """What the schema says of one key."""
+    """Type, default and meaning of one key."""
 
     type: Any  # a class, `class | None` or `list[class]`
     default: Any
     meaning: str
 
 
-@functools.cache  # asked for every word; it would be a third of the time of a dry run
+@functools.cache  # called for every override; uncached it takes a third of the time of a dry run
 def keys() -> dict[str, Key]:
     """Return every dotted leaf key of the schema."""
     return dict(_keys(Config(), ""))

@@ -16,7 +16,7 @@ TRAIN_STAGES = ("1", "2")
 
 
 def key(default: Any, meaning: str) -> Any:
-    """Declare a configuration key; each object gets its own copy of a list."""
+    """Declare a configuration key; each object gets its own copy of a list default."""
     metadata = {"meaning": meaning}
     if isinstance(default, list):
         return field(default_factory=partial(list, default), metadata=metadata)
@@ -33,26 +33,26 @@ class Phantom:
 
     def __post_init__(self) -> None:
         at_least(0, "phantom", self, "films", "seed")
-        require(64 <= self.size <= 4096, f"phantom.size={self.size} must lie between 64 and 4096")
+        require(64 <= self.size <= 4096, f"phantom.size={self.size} must be between 64 and 4096")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the films are, and how they become shards and folds."""
+    """The films, and how they are divided into shards and folds."""
 
     dicom_dir: str | None = key(None, "folder of the training films, searched recursively")
     rle_csv: str | None = key(None, "csv file of the run-length encoded masks, in the SIIM-ACR format")
-    patient_map: str | None = key(None, "csv file ImageId,PatientKey; null: folds are by image")
+    patient_map: str | None = key(None, "csv file ImageId,PatientKey; null: folds are drawn by image")
     shard_dir: str | None = key(None, "directory of the shards; null: <run>/shards")
-    holdout_ids: str | None = key(None, "file with one id a line: films kept for a final evaluation only")
+    holdout_ids: str | None = key(None, "file with one id per line: films that are kept for a final evaluation only")
     stage_dir: str | None = key(None, "node-local directory that shards are copied to before training; null: no copy")
-    shards: int = key(16, "number of shards; smaller data sets get one film a shard")
+    shards: int = key(16, "number of shards; a smaller data set gets one shard per film")
     folds: int = key(5, "number of cross-validation folds")
     fold_seed: int = key(0, "seed of the division into folds")
     unannotated: str = key("drop", "films that data.rle_csv does not list: drop, negative (empty mask) or error")
     max_bad: float = key(0.01, "share of the films that may be unreadable before preprocessing fails")
-    max_pixels: int = key(64_000_000, "largest image matrix that is read, pixels; larger files are refused unread")
-    workers: int = key(0, "processes of one preprocessing or inference task; 0: all cores of the task")
+    max_pixels: int = key(64_000_000, "largest image that is read, pixels; larger files are rejected")
+    workers: int = key(0, "worker processes of one preprocessing or inference task; 0: one per core of the task")
 
     def __post_init__(self) -> None:
         one_of("data.unannotated", self.unannotated, ("drop", "negative", "error"))
@@ -64,7 +64,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """The paper's four augmentations; it gives no limits or probabilities: these are this project's choice."""
+    """The paper's four augmentations; limits and probabilities are this project's choice (the paper gives none)."""
 
     hflip: float = key(0.5, "probability of a horizontal flip")
     tone: float = key(0.3, "probability of exactly one of contrast, gamma and brightness")
@@ -83,14 +83,16 @@ class Model:
 
     pretrained: str = key("imagenet", "initial weights of the encoder: imagenet or none (random)")
     weights: str | None = key(None, "file of torchvision's resnet34 weights, for nodes without internet")
-    # Without SyncBN each rank normalises with the statistics of its own share of the batch.
-    sync_bn: str = key("auto", "batch norm over all ranks: on, off or auto (on CUDA below 4 samples a rank)")
+    # Without SyncBN each rank normalises with the statistics of its own films only.
+    sync_bn: str = key(
+        "auto", "batch norm over all ranks: on, off or auto (on for CUDA with fewer than 4 films per rank)"
+    )
 
     def __post_init__(self) -> None:
         one_of("model.pretrained", self.pretrained, ("imagenet", "none"))
         one_of("model.sync_bn", self.sync_bn, ("auto", "on", "off"))
         agree = self.weights is None or self.pretrained == "imagenet"
-        require(agree, "model.weights is given but model.pretrained=none: drop one of the two")
+        require(agree, "model.weights is set but model.pretrained=none: remove one of the two")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +101,12 @@ class Loss:
 
     bce: float = key(1.0, "weight of the binary cross-entropy")
     dice: float = key(1.0, "weight of the Dice loss")
-    smooth: float = key(1.0, "added to numerator and denominator of Dice: keeps a gradient on an empty mask")
+    smooth: float = key(1.0, "added to numerator and denominator of Dice, so that an empty mask has a gradient")
 
     def __post_init__(self) -> None:
         good = self.bce >= 0 and self.dice >= 0 and 0 < self.bce + self.dice < math.inf
-        require(good, "loss.bce and loss.dice must not be negative, nor both 0")
-        require(self.smooth > 0, f"loss.smooth={self.smooth} must be positive: 0 gives an empty mask no gradient")
+        require(good, "loss.bce and loss.dice must be at least 0 and not both 0")
+        require(self.smooth > 0, f"loss.smooth={self.smooth} must be positive: with 0 an empty mask has no gradient")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +126,9 @@ class TrainStage:
     init_from: str | None = key(None, "initial weights: model, checkpoint or run; null in stage 2: best of stage 1")
 
     def check(self, prefix: str) -> None:
-        """Raise ConfigError, naming the section `prefix`, where a value cannot work."""
+        """Raise ConfigError for an invalid value; `prefix` is the section's name."""
         fits = self.size >= 32 and self.size % 32 == 0
-        require(fits, f"{prefix}.size={self.size} must be a multiple of 32: the encoder halves five times")
+        require(fits, f"{prefix}.size={self.size} must be a multiple of 32: the encoder halves the image five times")
         at_least(1, prefix, self, "epochs", "batch_size", "accumulate")
         at_least(0, prefix, self, "plateau_patience")
         require(
@@ -135,11 +137,11 @@ class TrainStage:
         )
         require(
             self.lr > 0 and 0 <= self.min_lr <= self.lr,
-            f"{prefix}.lr={self.lr} must be positive and {prefix}.min_lr={self.min_lr} between 0 and it",
+            f"{prefix}.lr={self.lr} must be positive and {prefix}.min_lr={self.min_lr} between 0 and {prefix}.lr",
         )
         one_of(f"{prefix}.schedule", self.schedule, ("cosine", "plateau", "constant"))
         inside = 0 < self.plateau_factor < 1
-        require(inside, f"{prefix}.plateau_factor={self.plateau_factor} must lie between 0 and 1")
+        require(inside, f"{prefix}.plateau_factor={self.plateau_factor} must be between 0 and 1")
         require(
             len(self.positive_share) in (0, 2),
             f"{prefix}.positive_share takes two values, first and last epoch, for example 0.8,0.2",
@@ -150,12 +152,12 @@ class TrainStage:
 
 @dataclass(frozen=True, kw_only=True)
 class Swa:
-    """Stochastic weight averaging; the paper gives neither start nor interval: these are this project's choice."""
+    """Stochastic weight averaging; start and interval are this project's choice (the paper gives none)."""
 
-    stages: list[str] = key(["last"], "training stages that average: last (of a recipe with swa), 1, 2")
+    stages: list[str] = key(["last"], "training stages that average weights: last (of a recipe with swa), 1, 2")
     start: float = key(0.75, "share of the stage's optimizer steps after which averaging begins")
     interval: int = key(0, "optimizer steps between two averaged models; 0: one epoch")
-    lr: float | None = key(None, "constant learning rate while averaging; null: the schedule goes on")
+    lr: float | None = key(None, "constant learning rate while averaging; null: that of the schedule")
     bn_batches: int = key(0, "batches of the batch-norm update; 0: the whole training fold")
 
     def __post_init__(self) -> None:
@@ -168,27 +170,29 @@ class Swa:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """What the training stages share."""
+    """Settings of all training stages."""
 
     seed: int = key(0, "seed of initial weights, order of the films and augmentation")
     amp: str = key("auto", "mixed precision: auto, fp16, bf16 or off")
     clip_norm: float = key(0.0, "largest norm of the gradient; 0: no clipping")
     workers: int = key(2, "loader processes per rank; no effect on the result")
-    # Sums depend on the number of threads: it is part of what makes a training repeatable bit by bit.
+    # Floating-point sums depend on the number of threads: bit-identical repetition needs the same number.
     threads: int = key(0, "torch threads per rank on the CPU; 0: the task's cores")
     eval_every: int = key(1, "epochs between two validations; the last epoch is always validated")
     save_every_s: float = key(300.0, "seconds between two checkpoints")
     keep: int = key(2, "checkpoints that are kept")
     log_every: int = key(10, "optimizer steps between two points of the step curves in TensorBoard")
-    max_nonfinite: int = key(5, "optimizer steps in a row without a finite gradient before the training fails")
-    first_timeout_s: float = key(1800.0, "seconds that a rank may wait for the others until the first step is done")
-    timeout_s: float = key(300.0, "seconds that a rank may wait for the others afterwards")
-    compile: bool = key(False, "torch.compile the network")
-    deterministic: bool = key(True, "deterministic kernels where PyTorch has them")
+    max_nonfinite: int = key(5, "optimizer steps in a row with a non-finite gradient before the training fails")
+    first_timeout_s: float = key(1800.0, "seconds that a rank waits for the others until the first step is done")
+    timeout_s: float = key(300.0, "seconds that a rank waits for the others afterwards")
+    compile: bool = key(False, "compile the network with torch.compile")
+    deterministic: bool = key(True, "use deterministic kernels where PyTorch has them")
 
     def __post_init__(self) -> None:
         one_of("train.amp", self.amp, ("auto", "fp16", "bf16", "off"))
-        require(self.keep >= 2, f"train.keep={self.keep} must be at least 2: the newest checkpoint may be damaged")
+        require(
+            self.keep >= 2, f"train.keep={self.keep} must be at least 2, because the newest checkpoint may be damaged"
+        )
         at_least(1, "train", self, "eval_every", "log_every", "max_nonfinite")
         at_least(0, "train", self, "seed", "workers", "threads", "clip_norm", "save_every_s")
         for name in ("first_timeout_s", "timeout_s"):
@@ -197,7 +201,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Validation: the fixed threshold is the recipe's; the grids are searched for the tuned thresholds."""
+    """Evaluation: the fixed threshold of the recipe, and the grids that are searched for the tuned thresholds."""
 
     batch_size: int = key(16, "films of one forward pass on one rank")
     threshold: float = key(0.55, "fixed mask threshold; also decides the best epoch")
@@ -214,7 +218,7 @@ class Evaluate:
         [0, 250, 500, 750, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 5000],
         "grid: smallest mask of a positive film, pixels of 1024x1024",
     )
-    bootstrap: int = key(1000, "resamples of the 95 % intervals; 0: none")
+    bootstrap: int = key(1000, "bootstrap resamples of the 95 % confidence intervals; 0: no intervals")
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"evaluate.batch_size={self.batch_size} must be at least 1")
@@ -233,13 +237,15 @@ class Infer:
     """Batch inference over a folder of films."""
 
     dir: str | None = key(None, "folder of the films; null: the training films")
-    models: list[str] = key([], "models to average: files or runs; empty: every fold<k>/model.pt of the run")
+    models: list[str] = key(
+        [], "models whose probabilities are averaged: files or runs; empty: every fold<k>/model.pt of the run"
+    )
     label: str | None = key(None, "name of the result, <run>/infer/<label>; null: the folder's name")
     tta: str | None = key(None, "test-time augmentation: hflip or none; null: the one stored in the model")
     triplet: list[float] = key([], "top score, min. area (pixels of 1024x1024), mask threshold; empty: the model's")
-    outputs: list[str] = key(["csv"], "what is written: csv, masks, overlays, dicomseg, probs")
+    outputs: list[str] = key(["csv"], "outputs: csv, masks, overlays, dicomseg, probs")
     batch_size: int = key(8, "films of one forward pass")
-    part_size: int = key(256, "films of one part, the unit that is restarted")
+    part_size: int = key(256, "films of one part, the unit of a restart")
 
     def __post_init__(self) -> None:
         for name in self.outputs:

@@ -23,10 +23,10 @@ from pneumo_dist.config import ConfigError
 from pneumo_dist.data.augment import Augmenter
 from pneumo_dist.data.cases import HOLDOUT, Case
 from pneumo_dist.data.folds import check_folds
-from pneumo_dist.data.preprocess.decoding import die_with_parent, keep_memory
 from pneumo_dist.data.shards import ShardReader
 from pneumo_dist.data.staging import stage_shards
 from pneumo_dist.runtime import stopping
+from pneumo_dist.runtime.processes import die_with_parent, keep_memory
 
 __all__ = [
     "FilmDataset", "TrainBatches", "deal", "epoch_order", "fixed_batches", "fold_cases", "make_loader", "share_at",
@@ -223,7 +223,7 @@ class _StartWorker:
     def __call__(self, worker: int) -> None:
         stopping.ignore()
         if os.getppid() == self.parent:  # under forkserver the parent is another process
-            die_with_parent()
+            die_with_parent(self.parent)
         keep_memory()
         import cv2
 

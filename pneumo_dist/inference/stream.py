@@ -18,12 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pneumo_dist.data.preprocess.decoding import cores
 from pneumo_dist.inference.dicomseg import SegJob, try_write_seg
 from pneumo_dist.inference.film_plan import FilmPlan, PlannedFilm, signature
 from pneumo_dist.inference.outputs import FilmWriter, Row, Segment, unreadable_row
 from pneumo_dist.inference.parts import begin_part, finish_part, part_folder, read_part
-from pneumo_dist.inference.reading import PICTURE_PX, THUMB_PX, Answer, Helpers, ReadFilm, ReadJob
+from pneumo_dist.inference.reading import PICTURE_PX, THUMB_PX, ReadFilm, ReadJob, read_ahead, start_readers
 from pneumo_dist.prediction.ensemble import Ensemble, load_ensemble
 from pneumo_dist.prediction.filmsize import mean_film_probability
 from pneumo_dist.prediction.overlap import film_threads, overlap
@@ -31,7 +30,8 @@ from pneumo_dist.prediction.predictor import Predictor
 from pneumo_dist.run import pooled_thresholds
 from pneumo_dist.runtime import ranks
 from pneumo_dist.runtime.files import sha256_text
-from pneumo_dist.runtime.runlog import progress
+from pneumo_dist.runtime.processes import Answer, Pool, cores
+from pneumo_dist.runtime.runlog import progress_bar
 from pneumo_dist.runtime.task import Task
 from pneumo_dist.scoring.records import Triplet
 
@@ -62,7 +62,7 @@ def run_parts(task: Task, made: FilmPlan, indices: Sequence[int]) -> None:
     """Do the parts of `indices` that are missing or outdated."""
     config, device = task.config, ranks.discover().device
     _preload("dicomseg" in config.infer.outputs)
-    helpers = Helpers(_helpers(config.data.workers, device))  # before CUDA and threads
+    helpers = start_readers(_helpers(config.data.workers, device))  # before CUDA and threads
     predictor: Predictor | None = None
     try:
         if device.type == "cpu":
@@ -97,7 +97,7 @@ def _helpers(asked: int, device: torch.device) -> int:
 
 
 def _stream(
-    task: Task, made: FilmPlan, todo: Sequence[int], helpers: Helpers, ensemble: Ensemble, settings: dict[str, Any]
+    task: Task, made: FilmPlan, todo: Sequence[int], helpers: Pool, ensemble: Ensemble, settings: dict[str, Any]
 ) -> None:
     config, predictor = task.config, ensemble.predictor
     source = task.run.infer_source
@@ -114,9 +114,11 @@ def _stream(
             for start in range(0, len(films), config.infer.batch_size):
                 yield FilmBatch(part, films[start : start + config.infer.batch_size])
 
-    def read(batch: FilmBatch) -> list[Answer[ReadFilm]]:
+    def read(batch: FilmBatch) -> list[Answer[ReadJob, ReadFilm]]:
         return [
-            helpers.read(ReadJob(str(source / film.path), tuple(predictor.sizes), picture_px, config.data.max_pixels))
+            read_ahead(
+                helpers, ReadJob(str(source / film.path), tuple(predictor.sizes), picture_px, config.data.max_pixels)
+            )
             for film in batch.films
         ]
 
@@ -137,11 +139,13 @@ def _stream(
             ]
 
         done = overlap(batches(), read, compute, write, ahead=max(2, -(-2 * helpers.count // config.infer.batch_size)))
-        for _ in progress(_finished(task, done, settings), sum(len(made.part(j)) for j in todo), f"infer {made.label}"):
+        for _ in progress_bar(
+            _finished(task, done, settings), sum(len(made.part(j)) for j in todo), f"infer {made.label}"
+        ):
             pass
 
 
-def _segmenter(helpers: Helpers, source: Path, made: FilmPlan, settings: dict[str, Any]) -> Segment:
+def _segmenter(helpers: Pool, source: Path, made: FilmPlan, settings: dict[str, Any]) -> Segment:
     """Return what writes a DICOM SEG in a helper process: highdicom is slow and holds the interpreter."""
     models = tuple(settings["models"])
     answer = sha256_text(
@@ -153,8 +157,7 @@ def _segmenter(helpers: Helpers, source: Path, made: FilmPlan, settings: dict[st
             film.id, str(source / film.path), str(target), mask.shape[0], mask.shape[1], np.packbits(mask).tobytes(),
             made.label, answer, models, made.created,
         )  # fmt: skip
-        written: tuple[int, str] | str = helpers.call(try_write_seg, (job,), str).result()
-        return written
+        return helpers.submit(try_write_seg, [job], lambda _, reason: reason).result()
 
     return segment
 

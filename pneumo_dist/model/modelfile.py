@@ -1,7 +1,7 @@
-"""The model file: weights with plain keys plus everything inference needs to know about them.
+"""The model file: weights with plain keys, and the metadata that inference needs.
 
-Written atomically and byte-identical for equal content; read with `weights_only=True`, so that a file from
-elsewhere cannot run code.
+Written atomically and byte-identical for equal content; read with `weights_only=True`, so that a foreign file cannot
+run code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FORMAT = "pneumo_dist.model/1"
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and AveragedModel; torch.compile
 
 
-# Where a machine keeps things and how many processes it uses: not part of what a model is.
+# Paths and process counts belong to a machine, not to the model.
 _OF_THE_MACHINE = (
     "run_root", "data.dicom_dir", "data.rle_csv", "data.patient_map", "data.shard_dir", "data.holdout_ids",
     "data.stage_dir", "data.workers", "model.weights", "stage1.init_from", "stage2.init_from", "infer.",
@@ -33,31 +33,31 @@ _OF_THE_MACHINE = (
 
 
 def portable(config: Config) -> dict[str, Any]:
-    """Return the settings that a model file carries: the same bytes wherever it was trained, and no path of a site."""
+    """Return the settings for a model file: the same bytes wherever it was trained, and no paths of a site."""
     return {key: value for key, value in flatten(config).items() if not key.startswith(_OF_THE_MACHINE)}
 
 
 def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the network's own state as float32 copies on the CPU, wrapper prefixes and averaging count dropped.
+    """Return the state of the network as float32 copies on the CPU, without wrapper prefixes and averaging count.
 
     Raises:
-        ValueError: the keys are not the network's.
+        ValueError: the keys are not those of the network.
     """
     with torch.device("meta"):
         wanted = ResNet34UNet().state_dict()
-    found: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = {}
     for key, value in state.items():
         while key.startswith(_WRAPPERS):
             key = key.partition(".")[2]
         if key != "n_averaged":
-            found[key] = value
-    if found.keys() != wanted.keys():
-        missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+            plain[key] = value
+    if plain.keys() != wanted.keys():
+        missing, extra = sorted(wanted.keys() - plain.keys()), sorted(plain.keys() - wanted.keys())
         raise ValueError(
             f"not a ResNet34UNet state: {len(missing)} keys missing {missing[:3]}, {len(extra)} unknown {extra[:3]}"
         )
     return {
-        key: found[key].detach().to("cpu", like.dtype, copy=True, memory_format=torch.contiguous_format)
+        key: plain[key].detach().to("cpu", like.dtype, copy=True, memory_format=torch.contiguous_format)
         for key, like in wanted.items()
     }
 
@@ -69,11 +69,11 @@ def save_model(path: str | Path, state_dict: Mapping[str, Tensor], meta: Mapping
     meta: strings, numbers, booleans, None, and lists and dicts of them (tuples become lists).
 
     Raises:
-        ValueError: the keys are not the network's. TypeError: meta holds something else.
+        ValueError: the keys are not those of the network. TypeError: meta holds other types.
     """
     payload = {"format": FORMAT, "model": plain_state(state_dict), "meta": _plain(meta, "meta")}
-    with atomic_path(Path(path)) as temporary, open(temporary, "wb") as file:
-        torch.save(payload, file)  # a file object: given a path, torch stores the temporary name inside
+    with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
+        torch.save(payload, file)  # not the path: torch would store the temporary name in the file
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[ResNet34UNet, dict[str, Any]]:
@@ -91,20 +91,23 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Re
         raise ConfigError(f"{path}: cannot read the model file ({error.strerror or error})") from None
     except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
         raise ConfigError(f"{path} is damaged or not a model file: give a model.pt that training wrote") from None
-    found = payload.get("format") if isinstance(payload, dict) else None
-    if found != FORMAT:
+    file_format = payload.get("format") if isinstance(payload, dict) else None
+    if file_format != FORMAT:
         raise ConfigError(
-            f"{path} is not a model file (format {found!r}, wanted {FORMAT!r}): give a model.pt that training wrote"
+            f"{path} is not a model file (format {file_format!r}, expected {FORMAT!r}): "
+            "give a model.pt that training wrote"
         )
-    with torch.device("meta"):  # no memory, no random numbers: every value comes from the file
+    with torch.device("meta"):  # no memory, no random numbers: all values come from the file
         model = ResNet34UNet()
     try:
         model.load_state_dict(payload["model"], assign=True)
     except (RuntimeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} does not fit this network: {' '.join(str(error).split())[:300]}") from None
-    # NumPy: 0.02 s, where torch's threads take half a second to meet at every small tensor of a busy machine.
+    # NumPy takes 0.02 s; torch on a busy machine half a second, because its threads synchronise at every small tensor.
     if not all(np.isfinite(value.numpy(force=True)).all() for value in model.state_dict().values()):
-        raise ConfigError(f"{path} has weights that are not finite: every film would come out negative; train again")
+        raise ConfigError(
+            f"{path} has weights that are not finite: every film would be predicted negative; train again"
+        )
     model.lay_out()
     return model.eval(), payload.get("meta", {})
 
@@ -116,4 +119,4 @@ def _plain(value: Any, where: str) -> Any:
         return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    raise TypeError(f"{where} is a {type(value).__name__}: a model file holds plain values only")
+    raise TypeError(f"{where} is a {type(value).__name__}: a model file takes plain values only")

@@ -1,4 +1,4 @@
-"""Which arithmetic a device computes in: one rule for training, the batch-norm update and every forward pass."""
+"""The floating-point type to compute in: one rule for training, the batch-norm update and every forward pass."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """Return the autocast type that `amp` ("auto", "fp16", "bf16", "off") means on `device`; None for float32.
 
-    auto: bfloat16 on GPUs that have it, float16 on older ones, float32 on the CPU. A CPU with matrix units (AMX) is
-    nearly twice as fast in bfloat16, which has to be asked for.
+    auto: bfloat16 on GPUs that have it, float16 on older ones, float32 on the CPU. On a CPU with matrix units (AMX)
+    "bf16" is nearly twice as fast.
     """
     if amp == "auto":
         if device.type != "cuda":

@@ -1,6 +1,6 @@
-"""ImageNet weights of the encoder, and the one place that imports torchvision.
+"""ImageNet weights of the encoder; the only module that imports torchvision.
 
-Never falls back to a random start by itself: without the weights it raises, saying how to get them.
+Without the weights it raises an error that says how to get them; it never falls back to a random start.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from pneumo_dist.config import ConfigError, Model
 from pneumo_dist.model.unet import ResNet34UNet
 from pneumo_dist.runtime.files import sha256_file
 
-_CONNECT_TIMEOUT_S = 20.0  # compute nodes often drop packets silently; without this the job would hang for minutes
+_CONNECT_TIMEOUT_S = 20.0  # without it a job hangs for minutes where compute nodes drop packets silently
 _HOW = (
     "on a machine with internet run `.venv/bin/python -m pneumo_dist.model.pretrained` (a shared home directory is "
     "enough), or copy {url} and set model.weights=PATH, or start from random weights with model.pretrained=none"
 )
-_declared: torch.library.Library | None = None  # kept alive: its operators vanish with it
+_declared: torch.library.Library | None = None  # a reference to it keeps its operators declared
 
 
 def import_torchvision() -> ModuleType:
-    """Import torchvision's models, also beside a torch build that its compiled part does not fit.
+    """Import torchvision's models, even if its compiled part does not match the torch build.
 
-    Registries serve a CUDA build of torchvision; beside a CPU torch its operators are missing and the import
-    fails with "operator torchvision::nms does not exist" (pytorch/vision #9077, #9085). Only their schemas
-    are needed for models and weights, so they are declared and the import is repeated.
+    Package indexes serve a CUDA build of torchvision. With a CPU torch its operators are missing, and the import fails
+    with "operator torchvision::nms does not exist" (pytorch/vision #9077, #9085). Models and weights need only the
+    schemas of the operators, so these are declared and the import is repeated.
     """
     global _declared
     try:
@@ -45,20 +45,21 @@ def import_torchvision() -> ModuleType:
         for operator in ("nms", "qnms"):
             _declared.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision.models
-    return torchvision.models
+    models: ModuleType = torchvision.models
+    return models
 
 
 def _entry() -> tuple[str, str]:
-    """Return torchvision's URL of the weights and the sha256 prefix that its file name carries."""
+    """Return torchvision's URL of the weights and the sha256 prefix in its file name."""
     url = import_torchvision().ResNet34_Weights.IMAGENET1K_V1.url
     return url, Path(urlparse(url).path).stem.rpartition("-")[2]
 
 
 def _check_hash(path: Path, prefix: str, url: str, cure: str) -> None:
-    found = sha256_file(path)
-    if not found.startswith(prefix):
+    sha256 = sha256_file(path)
+    if not sha256.startswith(prefix):
         raise ConfigError(
-            f"{path} is not torchvision's {Path(urlparse(url).path).name}: its sha256 begins {found[: len(prefix)]}, "
+            f"{path} is not torchvision's {Path(urlparse(url).path).name}: its sha256 begins {sha256[: len(prefix)]}, "
             f"not {prefix}; {cure}"
         )
 
@@ -66,11 +67,11 @@ def _check_hash(path: Path, prefix: str, url: str, cure: str) -> None:
 def imagenet_file(weights: str | Path | None = None) -> Path:
     """Return a verified local file of torchvision's resnet34 ImageNet weights.
 
-    weights: a file to use (its name does not matter, its hash does); without it torch.hub's cache
-    (TORCH_HOME), downloaded into on first use.
+    weights: a file to use (any name; the hash is checked). Default: the cache of torch.hub (TORCH_HOME), where the
+    file is downloaded at the first call.
 
     Raises:
-        ConfigError: the file is missing or not the official one, or the download failed; says what to do.
+        ConfigError: the file is missing or not the official one, or the download failed.
     """
     url, prefix = _entry()
     how = _HOW.format(url=url)
@@ -87,9 +88,9 @@ def imagenet_file(weights: str | Path | None = None) -> Path:
         socket.setdefaulttimeout(_CONNECT_TIMEOUT_S)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Writes beside the target and moves it there: ranks that race end with the same whole file.
+            # It writes a temporary file and moves it: ranks that download at the same time end with one whole file.
             torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=False)
-        except (URLError, OSError, RuntimeError) as error:  # RuntimeError: torch's word for a wrong hash
+        except (URLError, OSError, RuntimeError) as error:  # RuntimeError: a wrong hash
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(
                 f"no ImageNet weights: {path} is missing and the download failed ({reason}); {how}"
@@ -101,7 +102,7 @@ def imagenet_file(weights: str | Path | None = None) -> Path:
 
 
 def load_imagenet(model: ResNet34UNet, weights: str | Path | None = None) -> None:
-    """Load ImageNet weights into the encoder; the decoder keeps its start.
+    """Load ImageNet weights into the encoder; the decoder keeps its values.
 
     Raises:
         ConfigError: see `imagenet_file`.
@@ -111,10 +112,10 @@ def load_imagenet(model: ResNet34UNet, weights: str | Path | None = None) -> Non
 
 
 def build_model(config: Model, seed: int) -> ResNet34UNet:
-    """Build the network on the CPU: its random part is a pure function of `seed`, the global generator stays as it was.
+    """Build the network on the CPU; random weights are a pure function of `seed`, the global generator is not used.
 
     Raises:
-        ConfigError: ImageNet weights are asked for and not there.
+        ConfigError: see `imagenet_file`.
     """
     model = ResNet34UNet(seed)
     if config.pretrained == "imagenet":
@@ -123,7 +124,7 @@ def build_model(config: Model, seed: int) -> ResNet34UNet:
 
 
 def main() -> int:
-    """Fetch and verify the ImageNet weights (for a login node)."""
+    """Download and verify the ImageNet weights, for a login node."""
     try:
         print(imagenet_file())
     except ConfigError as error:

@@ -1,6 +1,6 @@
 """The ResNet-34 encoder (He et al., arXiv 1512.03385) without its pooling and classifier.
 
-State-dict keys are torchvision's, so that its weights load as they are: never rename a layer in here.
+State-dict keys are those of torchvision, so that its weights load unchanged: never rename a layer in here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pneumo_dist.model.layout import follow
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut; `stride` 2 halves the map, a 1x1 convolution then fits the shortcut."""
+    """Two 3x3 convolutions with a shortcut; with `stride` 2 or another width the shortcut is a 1x1 convolution."""
 
     def __init__(self, channels_in: int, channels: int, stride: int = 1) -> None:
         super().__init__()
@@ -30,7 +30,8 @@ class BasicBlock(nn.Module):
         x = follow(x, self.conv1.weight)
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(x)) + shortcut)
+        out: Tensor = self.relu(self.bn2(self.conv2(x)) + shortcut)
+        return out
 
 
 def _layer(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
@@ -39,7 +40,7 @@ def _layer(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequ
 
 
 class ResNet34Encoder(nn.Module):
-    """Return the five feature maps that a U-Net needs.
+    """The encoder; it returns the five feature maps that a U-Net needs.
 
     forward: float (N, 3, S, S), normalised, S a multiple of 32 -> stem (64, S/2), layer1 (64, S/4),
     layer2 (128, S/8), layer3 (256, S/16), layer4 (512, S/32).
@@ -69,7 +70,7 @@ class ResNet34Encoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw every convolution as torchvision does for a random start; batch norms are built as identities."""
+        """Draw every convolution as torchvision does for a random start; batch norms keep weight 1 and bias 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)

@@ -1,6 +1,6 @@
 """ResNet34-UNet: the encoder, a five-block decoder and a one-channel head (arXiv 2009.02805, PeerJ CS 7:e607).
 
-Nothing in here reads a file or draws from torch's global random generator.
+Nothing in here reads a file or changes the state of torch's global random generator.
 """
 
 from __future__ import annotations
@@ -35,21 +35,22 @@ class DecoderBlock(nn.Module):
         if skip is None:
             x = self.conv1(x)
         else:
-            # The convolution of both maps joined, without writing the joined map (and its gradient) out.
-            grown, kept = weight.split([x.shape[1], skip.shape[1]], dim=1)
-            x = conv2d(x, grown, padding=1) + conv2d(follow(skip, weight), kept, padding=1)
+            # Equals the convolution of the concatenated maps; saves writing these and their gradient to memory.
+            of_x, of_skip = weight.split([x.shape[1], skip.shape[1]], dim=1)
+            x = conv2d(x, of_x, padding=1) + conv2d(follow(skip, weight), of_skip, padding=1)
         x = self.relu(self.bn1(x))
-        return self.relu(self.bn2(self.conv2(x)))
+        out: Tensor = self.relu(self.bn2(self.conv2(x)))
+        return out
 
 
 class ResNet34UNet(nn.Module):
-    """Segment films: normalised float (N, 3, S, S), S a multiple of 32 -> logits float (N, 1, S, S)."""
+    """The segmentation network: normalised float (N, 3, S, S), S a multiple of 32 -> logits float (N, 1, S, S)."""
 
-    # Decoder widths are not in the papers; these are the ones in common use for this encoder.
+    # The papers do not give decoder widths; these are in common use with this encoder.
     widths = (256, 128, 64, 32, 16)
 
     def __init__(self, seed: int = 0) -> None:
-        """Build the network with a random start that is a pure function of `seed`."""
+        """Build the network with random weights that are a pure function of `seed`."""
         super().__init__()
         with torch.random.fork_rng(devices=[]):  # torch's layers draw their defaults from the global generator
             self.encoder = ResNet34Encoder()
@@ -64,15 +65,16 @@ class ResNet34UNet(nn.Module):
         *skips, x = self.encoder(x)
         for block in self.decoder:
             x = block(x, skips.pop() if skips else None)
-        return self.head(x)
+        logits: Tensor = self.head(x)
+        return logits
 
     def lay_out(self, size: int | None = None) -> None:
-        """Lay all weights out channels_last, or as a CPU trains them fastest on films of `size` pixels."""
+        """Store all weights channels_last; with `size` (px) in the fastest layout for CPU training on such films."""
         encoder = self.encoder
         down = (encoder.conv1, encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4)
         up = (*self.decoder, self.head)
         for part, scale in zip((*down, *up), (2, 4, 8, 16, 32, 16, 8, 4, 2, 1, 1), strict=True):
-            part.to(memory_format=layout_at(size // scale) if size else torch.channels_last)  # type: ignore[call-overload]
+            part.to(memory_format=layout_at(size // scale) if size else torch.channels_last)
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
@@ -92,9 +94,9 @@ def _scale_and_shift(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Return uint8 (N, 1, S, S) films as float32 (N, 3, S, S): three equal channels, ImageNet mean and deviation.
+    """Return uint8 (N, 1, S, S) films as float32 (N, 3, S, S): three equal channels, ImageNet mean and std.
 
-    Works on the tensor's own device, so that one byte a pixel travels there.
+    Computes on the device of `images`, so that only one byte per pixel is copied there.
     """
     scale, shift = _scale_and_shift(images.device)
     return torch.addcmul(shift, images.float(), scale)

@@ -1,1 +1,1 @@
-"""What every stage stands on: files, tasks, signals, ranks, logs. No torch at import time but in ranks' functions."""
+"""The base of every stage: files, tasks, signals, ranks, logs. No module imports torch at its top level."""

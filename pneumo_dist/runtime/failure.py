@@ -1,24 +1,31 @@
-"""What ends a job without being a mistake in the program: a full disk, a diverged training, another rank's end.
+"""Errors that are not programming errors: a full disk, a diverged training, a lost rank.
 
-Such an error is told in one line with the rank and the node; everything else keeps its traceback.
+Such an error is printed as one line with the rank and the node; any other error keeps its traceback.
 """
 
 from __future__ import annotations
 
 import errno
 
-# What a file system answers when it cannot take or give what is asked for. A missing file is no such thing.
+# Errors of a disk that is full, read-only or failing. A missing file is not among them: that is a programming error.
 _DISK = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
-)  # fmt: skip
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+)
 
 
 class Failure(RuntimeError):
-    """Something outside the program went wrong; the text says what, where, and what to do."""
+    """Something outside the program failed; the text says what, where, and what to do."""
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
-    """Return what the disk answered, where an error is that or was raised in its wake; None for any other."""
+    """Return the disk error that `error` is or was raised while handling; None where there is none."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _DISK:
             return error
@@ -26,7 +33,7 @@ def disk_error(error: BaseException | None) -> OSError | None:
     return None
 
 
-def told(error: BaseException) -> str | None:
-    """Return the one line that says it all, or None for an error that needs its traceback."""
+def error_line(error: BaseException) -> str | None:
+    """Return the error as one line, or None for a programming error, which needs its traceback."""
     known = disk_error(error) is error or isinstance(error, (Failure, FloatingPointError))
     return " ".join(str(error).split()) if known else None

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: temporary name, fsync, atomic move. Standard library only."""
+"""Atomic file writes (temporary name, fsync, rename), JSON and hashes. Standard library only."""
 
 from __future__ import annotations
 
@@ -15,37 +15,36 @@ from pneumo_dist.runtime.failure import disk_error
 
 
 def _fsync_folder(folder: Path) -> None:
-    """Make a rename durable; file systems that cannot sync a directory are left as they are."""
+    """Make a rename durable, where the file system can sync a directory."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
         return
     try:
-        os.fsync(handle)
-    except OSError:
-        pass
+        with suppress(OSError):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; move it there on a clean exit, remove it on an error.
+    """Yield a temporary path beside `path`; rename it to `path` on a clean exit, remove it on an error.
 
-    The temporary name starts with a dot, carries the final suffix (writers such as np.save look at it),
-    and is unique, so two writers of the same file cannot mix their bytes.
+    The temporary name starts with a dot, carries the final suffix (writers such as np.save check it)
+    and is unique, so that two writers of the same file cannot mix their bytes.
 
     Raises:
-        OSError: the disk's own error, naming `path`, also where the writer has wrapped it (torch.save does).
+        OSError: the disk error, naming `path`, also where the writer has replaced it by its own (torch.save does).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
         yield temporary
-        with open(temporary, "rb") as handle:
+        with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
         _fsync_folder(path.parent)
     except Exception as error:
         disk = disk_error(error)
@@ -53,7 +52,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise
         raise OSError(disk.errno, disk.strerror, str(path)) from error
     finally:
-        with suppress(OSError):  # a read-only disk: the error above says it
+        with suppress(OSError):  # on a read-only disk the error above is the one to report
             temporary.unlink(missing_ok=True)
 
 
@@ -69,7 +68,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON atomically; NaN is refused, since JSON has none."""
+    """Write `value` as indented JSON atomically. Raise ValueError for NaN: JSON has none."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -80,7 +79,7 @@ def read_json(path: Path) -> Any:
 
 def sha256_file(path: Path) -> str:
     """Return the hexadecimal sha256 of a file's bytes."""
-    with open(path, "rb") as handle:
+    with Path(path).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 

@@ -1,7 +1,7 @@
-"""Who this process is among its peers, and the few collectives that stages use.
+"""The ranks of a job: this process's position, the process group, and the few collectives that stages use.
 
-One description for torchrun, submitit, plain srun and this machine's own executor. torch is imported only when
-a process group is set up, so that single-process stages start quickly.
+One class for torchrun, submitit, plain srun and the local executor. torch is imported only when a process group
+is set up, so that single-process stages start quickly.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-LOCAL_STORE = "PNEUMO_STORE"  # set by this machine's own executor alone: the file through which its ranks meet
+LOCAL_STORE = "PNEUMO_STORE"  # set by the local executor only: the file through which its ranks meet
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Position in the job. With `world_size` 1 no process group exists and every collective is the identity."""
+    """Position in the job. With `world_size` 1 there is no process group and every collective returns its input."""
 
     rank: int = 0
     world_size: int = 1
@@ -35,11 +35,11 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this rank writes what all share."""
+        """Whether this is rank 0, which writes the shared files."""
         return self.rank == 0
 
     @property
-    def place(self) -> str:
+    def label(self) -> str:
         """Rank and node for messages: "rank 1 of 4 on node2"."""
         return f"rank {self.rank} of {self.world_size} on {host()}"
 
@@ -88,7 +88,7 @@ class Ranks:
         return bool(self.maximum([int(flag)])[0])
 
     def on_first(self, work: Callable[[], T]) -> T | None:
-        """Do rank 0's file work there; its error reaches every rank, so that none waits for it.
+        """Run `work` on rank 0 and return its result there, None elsewhere. An error reaches every rank, so none waits.
 
         Raises:
             Failure: on the other ranks, when rank 0 failed; rank 0 raises its own error.
@@ -107,12 +107,12 @@ class Ranks:
         return result
 
     def agree(self, problem: str) -> str:
-        """Return on every rank the problems that ranks have, each with its node's name; empty where none has one."""
-        found = self.gather(f"{host()}: {problem}" if problem else "")
-        return str(self.broadcast("; ".join(dict.fromkeys(filter(None, found))) if found is not None else ""))
+        """Return on every rank the problems of all ranks, each with its node's name; "" where there is none."""
+        problems = self.gather(f"{host()}: {problem}" if problem else "")
+        return str(self.broadcast("; ".join(dict.fromkeys(filter(None, problems or [])))))
 
     def barrier(self) -> None:
-        """Wait for all ranks (over the CPU backend: no GPU is needed)."""
+        """Wait for all ranks (over the CPU backend, so no GPU is needed)."""
         self.maximum([0])
 
 
@@ -123,7 +123,7 @@ def _cpu() -> Any:
 
 
 def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
-    """Read the position from torchrun's (or the local executor's) variables, else from SLURM's."""
+    """Return the position from the variables of torchrun or the local executor, else from those of SLURM."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return Ranks(
             rank=int(environ["RANK"]),
@@ -144,12 +144,12 @@ def discover(environ: Mapping[str, str] = os.environ) -> Ranks:
 
 
 def is_local_worker(environ: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether this process is a worker of this machine's own executor, which may itself run inside a SLURM job."""
+    """Tell whether the local executor started this process; the executor may itself run inside a SLURM job."""
     return LOCAL_STORE in environ
 
 
 def rendezvous() -> str:
-    """Return host:port where the ranks meet: MASTER_ADDR and MASTER_PORT, else those of the SLURM job.
+    """Return the rendezvous as host:port: MASTER_ADDR and MASTER_PORT, else values derived from the SLURM job.
 
     Printed by `python -m pneumo_dist.runtime.ranks`, for torchrun.
     """
@@ -159,16 +159,16 @@ def rendezvous() -> str:
 
         address = SlurmJobEnvironment().hostnames[0]
     if not port:
-        # The same at each requeue, another for each job, and below the range from which connections take theirs.
+        # Stable over requeues, different for each job, and below the range of ephemeral ports.
         port = str(10000 + int(os.environ["SLURM_JOB_ID"]) % 20000)
     return f"{address}:{port}"
 
 
 def init(timeout_s: float) -> Ranks:
-    """Set up the process group (gloo on the CPU, NCCL beside it with a GPU for each rank) and return the position.
+    """Set up the process group (gloo; with one GPU per rank also NCCL) and return the position.
 
     Args:
-        timeout_s: seconds a collective may wait for the slowest rank before the first step is done.
+        timeout_s: seconds that a collective may wait for the slowest rank until the first step is done.
     """
     ranks = discover()
     if ranks.world_size == 1:
@@ -180,7 +180,10 @@ def init(timeout_s: float) -> Ranks:
     backend = "cpu:gloo,cuda:nccl" if gpus >= ranks.local_world_size else "gloo"
     if 0 < gpus < ranks.local_world_size:
         log.warning(
-            "%d ranks share %d GPU(s) of %s over gloo: slow, for trying out only", ranks.local_world_size, gpus, host()
+            "%d ranks share %d GPU(s) on %s and communicate over gloo: slow, for tests only",
+            ranks.local_world_size,
+            gpus,
+            host(),
         )
     if gpus:
         torch.cuda.set_device(ranks.device)
@@ -195,17 +198,17 @@ def init(timeout_s: float) -> Ranks:
 
 
 def shorten_timeout(ranks: Ranks, timeout_s: float) -> None:
-    """From now on let a collective wait `timeout_s` seconds only: start-up, the slow part, is over."""
+    """Reduce the collectives' timeout to `timeout_s` seconds after the first step: only the start is slow."""
     if ranks.world_size == 1:
         return
-    # No public call exists; torchtitan uses the same one.
+    # PyTorch has no public function for this; torchtitan calls the same one.
     from torch.distributed.distributed_c10d import _set_pg_timeout
 
     _set_pg_timeout(timedelta(seconds=timeout_s))
 
 
 def close(ranks: Ranks) -> None:
-    """Leave the process group in good order."""
+    """Destroy the process group, if there is one."""
     if ranks.world_size > 1:
         import torch.distributed as dist
 
@@ -213,7 +216,7 @@ def close(ranks: Ranks) -> None:
 
 
 def host() -> str:
-    """The node's name, for messages."""
+    """Return the node's name, for messages."""
     return socket.gethostname()
 
 

@@ -1,7 +1,7 @@
-"""Signals become flags: nothing is ever done inside a handler. Standard library only, quick to import.
+"""Signal handlers that only set flags. Standard library only, quick to import.
 
-SIGUSR2 (time limit) asks to save and leave. SIGTERM and SIGINT ask for the same on this machine; under SLURM a
-SIGTERM asks for a save only, because SLURM has decided already: leaving inside a preemption's grace time would
+SIGUSR2 (time limit) requests a save and an exit. SIGTERM and SIGINT request the same outside SLURM. Under SLURM,
+SIGTERM requests a save only, because SLURM ends the job itself: an exit during the grace time of a preemption would
 end the job for good, and a requeue would undo a scancel.
 """
 
@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """The state is saved and the process should leave; `signum` is the signal that asked for it."""
+    """The state is saved and the process should exit; `signum` is the signal that requested it."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -37,15 +37,15 @@ def under_slurm(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 class StopSignal:
-    """What the signals received so far ask for. Reading is free; nothing here talks to other ranks."""
+    """The requests of the signals received so far, in this process only: no communication with other ranks."""
 
     def __init__(self) -> None:
-        self.leave: int = 0  # number of the signal that asks to save and leave, 0 for none
-        self.save: bool = False  # SIGTERM under SLURM: save once, go on
-        self.saved: bool = False  # that has been done
+        self.leave: int = 0  # number of the signal that requests a save and an exit, 0 for none
+        self.save: bool = False  # a save is requested (SIGTERM under SLURM)
+        self.saved: bool = False  # the save that was requested is done
 
     def note(self, signum: int, _frame: Any = None) -> None:
-        """Signal handler: remember what is asked."""
+        """Remember the request (the signal handler)."""
         if signum == signal.SIGTERM and under_slurm():
             self.save = True
         elif not self.leave:
@@ -53,24 +53,24 @@ class StopSignal:
 
     @property
     def requested(self) -> bool:
-        """Whether this process was asked to save and leave."""
+        """Whether a save and an exit are requested."""
         return bool(self.leave)
 
     @property
     def save_due(self) -> bool:
-        """Whether a save is asked for that has not been made."""
+        """Whether a requested save is not done yet."""
         return self.save and not self.saved
 
     def check(self) -> None:
-        """Raise Stopped when asked to leave. For work without collectives, between units of work."""
+        """Raise Stopped when an exit is requested. For work without collectives, between two units of work."""
         if self.leave:
             raise Stopped(self.leave)
 
 
 def install() -> StopSignal:
-    """Install the handlers, then let in what was blocked while Python started.
+    """Install the handlers, then unblock the signals.
 
-    Launchers start Python with the signals blocked: one that came early is pending, not lost.
+    Launchers start Python with the signals blocked, so that one that arrives during the start stays pending.
     """
     stop = StopSignal()
     for signum in SIGNALS:
@@ -80,13 +80,13 @@ def install() -> StopSignal:
 
 
 def ignore() -> None:
-    """Make a helper process (loader worker, decoder) deaf to all of them: its owner decides when it ends."""
+    """Ignore the signals in a child process (loader worker, decoder): its parent decides when it ends."""
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
 def requeue() -> None:
-    """Ask SLURM to requeue this job, for plain scripts; under submitit its own handler does the same.
+    """Ask SLURM to requeue this job (for plain scripts; in a submitit job its handler does this).
 
     Raises:
         subprocess.CalledProcessError: SLURM refused, or killed scontrol together with the job.

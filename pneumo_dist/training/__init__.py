@@ -1,1 +1,1 @@
-"""Training: loss, schedule, checkpoints, the distributed loop, weight averaging."""
+"""Training: loss, schedule, checkpoints, the distributed loop and weight averaging."""

@@ -1,7 +1,7 @@
-"""Checkpoints that survive crashes: whole or absent, hashed, at least two, written while training goes on.
+"""Checkpoints that survive crashes: written whole or not at all, hashed, in a thread beside the training.
 
-A checkpoint is a dict of tensors, numbers and strings that `torch.load(weights_only=True)` reads. Nothing here
-knows what is in it, and there are no collectives here: rank 0 writes, everyone may read.
+A checkpoint is a dict of tensors, numbers and strings that `torch.load(weights_only=True)` reads; this module does
+not know its keys. No collectives in here: rank 0 writes, every rank may read.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointError(Failure):
-    """A checkpoint could not be written, and those before it are untouched; or none of them can be read."""
+    """A checkpoint could not be written (earlier ones are untouched), or none of them can be read."""
 
 
 def snapshot(value: Any) -> Any:
-    """Copy a state tree to the CPU, so that training may go on while the copy is written."""
+    """Copy a state tree to the CPU, so that training can continue while the copy is written."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -37,7 +38,7 @@ def snapshot(value: Any) -> Any:
 
 
 def _whole(path: Path, sha256: str) -> bool:
-    """Tell whether a file is as it was written: by its hash, or where that is lost by the zip's own checksums."""
+    """Return whether a file is as it was written: by its hash, or without one by the checksums of the zip archive."""
     if sha256:
         return sha256_file(path) == sha256
     with zipfile.ZipFile(path) as archive:
@@ -45,7 +46,7 @@ def _whole(path: Path, sha256: str) -> bool:
 
 
 class CheckpointStore:
-    """The checkpoints of one stage; `LAST` lists the kept ones, oldest first, with their hashes."""
+    """The checkpoints of one stage; the file `LAST` lists those kept, oldest first, with their hashes."""
 
     def __init__(self, folder: Path, keep: int = 2, attempt: Attempt | None = None) -> None:
         """Use `folder`; keep the newest `keep` files; refuse to write once `attempt` is stale."""
@@ -57,10 +58,10 @@ class CheckpointStore:
         self._damaged: set[str] = set()
 
     def save(self, name: str, state: dict[str, Any]) -> None:
-        """Copy `state` now and write it as `<name>.pt` in a thread, after the write before this one has ended.
+        """Copy `state` now and write it as `<name>.pt` in a thread, once the previous write has ended.
 
-        Raises nothing, since rank 0 alone comes here: once a write has `failed`, nothing more is written, and
-        all ranks give up together.
+        Raises nothing: only rank 0 saves, and the other ranks would wait for it. Once a write has `failed`, nothing
+        more is written, and the ranks agree to stop.
         """
         self._join()
         if self.failed:
@@ -70,7 +71,7 @@ class CheckpointStore:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until nothing is being written.
+        """Wait for the write in progress.
 
         Raises:
             CheckpointError: a write failed.
@@ -98,54 +99,57 @@ class CheckpointStore:
             before = self._listed()
             self._damaged.discard(path.name)
             with atomic_path(path) as temporary:
-                with open(temporary, "wb") as file:  # torch, given a path, would not say that the disk is full
+                with temporary.open("wb") as file:  # given a path, torch hides the error of a full disk
                     torch.save(state, file)
                 digest = sha256_file(temporary)
                 if self.attempt:
-                    self.attempt.check()
-            gone = self._damaged | {path.name}
-            kept = [e for e in before if e["file"] not in gone and (self.folder / e["file"]).exists()]
-            kept.append({"file": path.name, "sha256": digest})
-            write_json(self.folder / "LAST", {"checkpoints": kept[-self.keep :]})
-            listed = {entry["file"] for entry in kept[-self.keep :]}
-            for stray in [*self.folder.glob("*.pt"), *self.folder.glob(".*.tmp.pt")]:  # old, damaged, half-written
-                if stray.name not in listed:
-                    stray.unlink(missing_ok=True)
+                    self.attempt.check()  # again: another attempt may have begun during the write
+            dropped = self._damaged | {path.name}
+            kept = [e for e in before if e["file"] not in dropped and (self.folder / e["file"]).exists()]
+            kept = [*kept, {"file": path.name, "sha256": digest}][-self.keep :]
+            write_json(self.folder / "LAST", {"checkpoints": kept})
+            self._remove_all_but({entry["file"] for entry in kept})
         except Stale as error:
             self._error = error
-        except Exception as error:  # reaches every rank at the next step boundary
+        except Exception as error:  # the ranks learn of it at the next step boundary
             reason = error.strerror if isinstance(error, OSError) else error
             self._error = CheckpointError(
                 f"cannot write {self.folder / name}.pt: {reason}; the checkpoints before it are whole: "
-                "once the cause is mended, the same command continues"
+                "remove the cause and repeat the command to continue"
             )
+
+    def _remove_all_but(self, names: Iterable[str]) -> None:
+        """Remove old and damaged checkpoints, and half-written ones of killed attempts."""
+        for path in [*self.folder.glob("*.pt"), *self.folder.glob(".*.tmp.pt")]:
+            if path.name not in names:
+                path.unlink(missing_ok=True)
 
     def _listed(self) -> list[dict[str, str]]:
         try:
             rows = read_json(self.folder / "LAST")["checkpoints"]
             return [{"file": str(row["file"]), "sha256": str(row["sha256"])} for row in rows]
         except (OSError, ValueError, KeyError, TypeError):
-            # Damaged, or the process was killed between its first checkpoint and LAST: look at the files themselves.
-            found = sorted(self.folder.glob("*.pt"))
-            if found:
-                log.warning("%s cannot be read; looking at the files beside it", self.folder / "LAST")
-            return [{"file": path.name, "sha256": ""} for path in found]
+            # Damaged, or missing because the process was killed between its first checkpoint and LAST.
+            files = sorted(self.folder.glob("*.pt"))
+            if files:
+                log.warning("%s cannot be read; using the checkpoints beside it", self.folder / "LAST")
+            return [{"file": path.name, "sha256": ""} for path in files]
 
     def newest(self) -> dict[str, Any] | None:
-        """Read the newest whole checkpoint; a damaged one is skipped with a warning for the one before.
+        """Read the newest whole checkpoint; damaged ones are skipped with a warning.
 
         Returns:
-            the state, or None where there is no checkpoint at all.
+            the state, or None if there are no checkpoints.
 
         Raises:
-            CheckpointError: there are checkpoints and none of them is whole.
+            CheckpointError: there are checkpoints, and none of them is whole.
         """
         listed = self._listed()
         for entry in reversed(listed):
             path = self.folder / entry["file"]
             try:
                 if not _whole(path, entry["sha256"]):
-                    raise ValueError("its bytes are not those that were written")
+                    raise ValueError("its sha256 differs from that in LAST")
                 return dict(torch.load(path, map_location="cpu", weights_only=True))
             except Exception as error:
                 self._damaged.add(path.name)

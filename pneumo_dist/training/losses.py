@@ -1,6 +1,6 @@
-"""Binary cross-entropy plus soft Dice, one value per image.
+"""The training loss: binary cross-entropy plus soft Dice, one value per image.
 
-Always float32, outside autocast: the sum of a 512x512 map of ones is already infinite in float16.
+Always float32, outside autocast: in float16 the sum over a 512x512 map of ones is infinite.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class BCEDice:
     config: Loss
 
     def parts(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the two terms of each image before they are weighted, both float32 (N,)."""
+        """Return the two terms of each image before weighting, both float32 (N,)."""
         return bce_and_dice(logits, masks, self.config.smooth)
 
     def weighted(self, bce: Tensor, dice: Tensor) -> Tensor:
-        """Return the loss of each image, float32 (N,); a batch's loss is the sum over its images / global batch."""
+        """Return the loss of each image, float32 (N,); the loss of a batch is their sum / global batch."""
         return self.config.bce * bce + self.config.dice * dice

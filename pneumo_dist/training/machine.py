@@ -1,4 +1,7 @@
-"""What the bits of a result depend on besides the settings: processor and threads. Recorded, compared, warned about."""
+"""Processor, threads and library: the bits of a result depend on them besides the settings.
+
+They are recorded in checkpoints; a resume compares them and warns.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 import torch
 
 from pneumo_dist.config import Train
-from pneumo_dist.data.preprocess.decoding import keep_memory
+from pneumo_dist.runtime.processes import keep_memory
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +29,7 @@ def _processor() -> str:
 
 
 def describe_machine() -> dict[str, str | int]:
-    """Return what is compared at a resume."""
+    """Return the facts that a resume compares."""
     return {
         "processor": _processor(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
@@ -37,14 +40,14 @@ def describe_machine() -> dict[str, str | int]:
 
 
 def set_threads(train: Train) -> dict[str, str | int]:
-    """Set torch's threads and determinism for this rank and return what `describe_machine` says then."""
+    """Set torch's threads and determinism for this rank; return `describe_machine()`."""
     share = train.threads or int(os.environ.get("OMP_NUM_THREADS") or os.environ.get("SLURM_CPUS_PER_TASK") or 0)
     torch.set_num_threads(share or len(os.sched_getaffinity(0)))
     if not torch.cuda.is_available():
-        keep_memory(512 << 20)  # feature maps of tens of megabytes come and go in every step: 3 to 5 % of its time
+        keep_memory(512 << 20)  # every step allocates feature maps of tens of MB: page faults took 3 to 5 % of its time
     # warn_only: the backward of nearest-neighbour up-sampling has no deterministic form on CUDA.
     torch.use_deterministic_algorithms(train.deterministic, warn_only=True)
-    # A debugging aid that costs 6 % of a step and changes no bit of it.
+    # On by default with deterministic algorithms: a debugging aid that takes 6 % of a step and changes no result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not train.deterministic
     return describe_machine()
@@ -53,7 +56,7 @@ def set_threads(train: Train) -> dict[str, str | int]:
 def warn_if_bits_may_differ(
     before: dict[str, str | int], now: dict[str, str | int], world_before: int, world_now: int
 ) -> None:
-    """Say what has changed since the checkpoint, where it can change the last bits of the result."""
+    """Warn of changes since the checkpoint that can change the last bits of the result."""
     for name in now:
         if before.get(name) != now[name]:
             log.warning(
@@ -61,8 +64,8 @@ def warn_if_bits_may_differ(
             )
     if world_before != world_now:
         log.warning(
-            "%d ranks before, %d now: samples continue in the same order; batch-norm statistics are of each rank's "
-            "share of a batch, so training goes on slightly differently from here",
+            "%d ranks before, %d now: samples continue in the same order; batch-norm statistics are those of each "
+            "rank's share of a batch, so the weights will differ slightly",
             world_before,
             world_now,
         )

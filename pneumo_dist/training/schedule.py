@@ -1,6 +1,6 @@
-"""Learning rate and weight-averaging points as functions of the step; the plateau rule with its own small state.
+"""Learning rate and weight-averaging points as functions of the step; the plateau rule with a small state.
 
-No optimizer, no clock, no ranks in here: what comes out depends on the arguments alone, so a resume cannot differ.
+No optimizer, no clock, no ranks in here: results depend on the arguments alone, so a resume cannot change them.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import math
 
 from pneumo_dist.config import Swa, TrainStage
 
-_PLATEAU_THRESHOLD = 1e-4  # relative improvement that counts, and the smallest change of the rate: torch's defaults
-_PLATEAU_EPS = 1e-8
+_PLATEAU_THRESHOLD = 1e-4  # smallest relative improvement that counts; this and the next are torch's defaults
+_PLATEAU_EPS = 1e-8  # smallest change of the rate that is made
 
 
 def swa_start(total_steps: int, swa: Swa) -> int:
@@ -19,10 +19,10 @@ def swa_start(total_steps: int, swa: Swa) -> int:
 
 
 def swa_due(step: int, total_steps: int, steps_per_epoch: int, swa: Swa) -> bool:
-    """Tell whether the weights after `step` steps (1, 2, ..., skipped ones included) enter the average.
+    """Return whether the weights after `step` steps (1, 2, ..., skipped ones included) enter the average.
 
-    Counted back from the last step, so that the last weights enter and an interval of one epoch means epoch ends.
-    Where the step before such a point was skipped (fp16), the caller leaves the point out.
+    Points are counted back from the last step: the last weights always enter, and an interval of one epoch gives the
+    ends of epochs. The caller leaves out a point whose step was skipped (fp16).
     """
     interval = swa.interval or steps_per_epoch
     return step > 0 and step >= swa_start(total_steps, swa) and (total_steps - step) % interval == 0
@@ -33,7 +33,7 @@ def learning_rate(
 ) -> float:
     """Return the learning rate of optimizer step `step` (0, 1, ..., counting successful steps only).
 
-    swa: given only where this stage keeps an average; from its start on `swa.lr`, if set, replaces the schedule.
+    swa: only if this stage keeps an average; from its start on `swa.lr`, if set, replaces the schedule.
     plateau_lr: `Plateau.lr`, for schedule "plateau".
     """
     if swa is not None and swa.lr is not None and step >= swa_start(total_steps, swa):
@@ -47,9 +47,9 @@ def learning_rate(
 
 
 class Plateau:
-    """Lower the rate when the validation loss stands still: torch's ReduceLROnPlateau(mode="min"), without optimizer.
+    """Lower the rate when the validation loss no longer falls: torch's ReduceLROnPlateau(mode="min") without optimizer.
 
-    All ranks must feed the same loss (sums and counts reduced, never a mean of means).
+    Every rank must pass the same loss (reduced sums and counts, never a mean of means).
     """
 
     def __init__(self, stage: TrainStage) -> None:
@@ -59,7 +59,7 @@ class Plateau:
         self._factor, self._patience, self._min_lr = stage.plateau_factor, stage.plateau_patience, stage.min_lr
 
     def step(self, loss: float) -> float:
-        """Take one validation loss and return the rate from here on. NaN counts as no improvement."""
+        """Take one validation loss and return the new rate. NaN counts as no improvement."""
         if loss < self.best * (1 - _PLATEAU_THRESHOLD):
             self.best, self.bad_epochs = float(loss), 0
         else:

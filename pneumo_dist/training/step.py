@@ -1,10 +1,10 @@
-"""One optimizer step: forward, loss, backward, unscale, clip, update. Knows nothing of epochs, files or schedules.
+"""One optimizer step: forward, loss, backward, unscale, clip, update. No epochs, files or schedules in here.
 
-The gradient is that of the global batch whatever the number of ranks or micro-batches: every rank sums its
-images' losses, divides by the global batch, and multiplies by the ranks that DDP averages over.
+The gradient is that of the global batch for any number of ranks and micro-batches: every rank sums the losses of its
+images, divides by the global batch, and multiplies by the number of ranks, because DDP averages over the ranks.
 
-Nothing in a step waits for the device: whether the gradient was finite, how many steps counted and which learning
-rate that gives are decided there. The host may be a step ahead; it reads a value when it needs one.
+A step never waits for the device: the device decides whether the gradient is finite, counts the steps, and picks the
+learning rate by that count. The host runs ahead and reads a value only when it needs one.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from pneumo_dist.model.unet import ResNet34UNet, normalise
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.training.losses import BCEDice
 
-# Rank 0's batch-norm buffers are the ones that count (see `Trainer`): sending them at every step would be for nothing.
-# torch 2.13 has renamed the option.
+# Training never reads batch-norm buffers, and only those of rank 0 are saved (see `Trainer`): sending them at every
+# step would be wasted. torch 2.13 renamed the option.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
 _LEAVE_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gave; tensors stay on the device until somebody looks."""
+    """The results of one step; tensors stay on the device until they are read."""
 
     loss: Tensor  # this rank's share of the global batch's loss, float32 scalar
-    bce: Tensor  # its cross-entropy and 1 - soft Dice, before they are weighted
+    bce: Tensor  # its cross-entropy and 1 - soft Dice, before weighting
     dice: Tensor
     grad_norm: Tensor  # of the whole gradient, the same on every rank
     finite: Tensor  # bool scalar: whether the weights were updated; the same on every rank
@@ -46,7 +46,11 @@ class StepResult:
 
 
 def wants_sync_bn(config: Config, stage: TrainStage, ranks: Ranks) -> bool:
-    """SyncBN needs GPUs; `auto` takes it where a rank sees fewer than 4 images of a (micro-)batch."""
+    """Return whether to use SyncBN: it needs GPUs; `auto` uses it below 4 images of a (micro-)batch a rank.
+
+    Raises:
+        ConfigError: it is on, and there are several ranks without GPUs.
+    """
     if config.model.sync_bn == "on":
         if ranks.device.type != "cuda" and ranks.world_size > 1:
             raise ConfigError("model.sync_bn=on works on GPUs only: set model.sync_bn=auto")
@@ -55,21 +59,11 @@ def wants_sync_bn(config: Config, stage: TrainStage, ranks: Ranks) -> bool:
     return config.model.sync_bn == "auto" and ranks.device.type == "cuda" and ranks.world_size > 1 and share < 4
 
 
-def check_statistics(stage: TrainStage, name: str, ranks: Ranks) -> None:
-    """Refuse what batch norm cannot work on: one image of which a single value is left at the encoder's end."""
-    share = stage.batch_size // ranks.world_size
-    if stage.size == 32 and share // min(stage.accumulate, max(share, 1)) < 2:
-        raise ConfigError(
-            f"stage{name}: one film of 32 px a rank leaves batch norm a single value a channel: "
-            f"raise stage{name}.size or stage{name}.batch_size, or use fewer ranks"
-        )
-
-
 class Stepper:
     """The network with its optimizer on this rank's device."""
 
     def __init__(self, model: ResNet34UNet, config: Config, stage: TrainStage, ranks: Ranks) -> None:
-        """Move `model` to the device, wrap it for `ranks`, and rehearse one step that leaves no trace."""
+        """Move `model` to the device, wrap it for `ranks`, and run a warm-up step that changes no state."""
         self.ranks, self.stage = ranks, stage
         self.device = ranks.device
         self.clip_norm = config.train.clip_norm
@@ -78,10 +72,10 @@ class Stepper:
         if wants_sync_bn(config, stage, ranks):
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(self.device)
-        # Before DDP, which keeps the layout it finds. A compiled network is channels_last within, whatever it is given.
+        # Before DDP, whose buckets keep this layout. A compiled network works in channels_last in any case.
         self.model.lay_out(stage.size if self.device.type == "cpu" and not config.train.compile else None)
         if config.train.compile:
-            self.model.compile()  # in place: state-dict keys stay clean
+            self.model.compile()  # in place: torch.compile(model) would change the state-dict keys
         self.ddp: nn.Module = self.model
         if ranks.world_size > 1:
             self.ddp = DistributedDataParallel(
@@ -92,15 +86,16 @@ class Stepper:
             )
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=stage.lr, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
-        # Where float16 overflows in the forward pass, batch norm's running statistics would keep the infinity for ever.
-        self._fragile = [b for b in self.model.buffers() if b.is_floating_point()] if self.scaler.is_enabled() else []
+        # An overflow of float16 in the forward pass would leave infinities in the running statistics for ever.
+        guarded = self.model.buffers() if self.scaler.is_enabled() else ()
+        self._statistics = [buffer for buffer in guarded if buffer.is_floating_point()]
         self._done = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.set_rates([stage.lr])
-        self._rehearse()
+        self._warm_up()
 
     @property
     def steps(self) -> int:
-        """Steps that changed the weights so far; reading it waits for the device."""
+        """The number of steps that changed the weights; reading it waits for the device."""
         return int(self._done)
 
     @property
@@ -109,14 +104,14 @@ class Stepper:
         return self._rates.index_select(0, self._done.clamp(max=len(self._rates) - 1))
 
     def set_rates(self, rates: Sequence[float]) -> None:
-        """Give the learning rate of every step by the number of steps that counted before it; the last one stays."""
+        """Set the rate of each step by the number of steps that changed the weights before it; the last one stays."""
         self._rates = torch.tensor(rates, dtype=torch.float32, device=self.device)
 
-    def _rehearse(self) -> None:
-        """Run one backward on blank films and forget it.
+    def _warm_up(self) -> None:
+        """Run one backward on blank films, then restore the state.
 
-        DDP lays its gradient buckets out anew after its first backward, and with three or more ranks the layout
-        decides the order of a sum. Done before every start and every resume, it is the same for all real steps.
+        DDP rebuilds its gradient buckets after its first backward, and with three or more ranks the buckets decide the
+        order of sums. After a warm-up at every start and resume, all training steps use the same buckets.
         """
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
         blank = torch.zeros((2, 1, self.stage.size, self.stage.size), dtype=torch.uint8)
@@ -125,7 +120,7 @@ class Stepper:
         self.model.load_state_dict(before)
 
     def micro_batches(self, images: Tensor, masks: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        """Cut this rank's images into micro-batches; the flag marks the last, where gradients are exchanged."""
+        """Cut this rank's images into micro-batches; the flag marks the last one, which exchanges the gradients."""
         count = min(self.stage.accumulate, len(images))
         indices = list(range(len(images)))
         for i in range(count):
@@ -134,12 +129,12 @@ class Stepper:
             yield images[part], masks[part], i == count - 1
 
     def _backward(self, images: Tensor, masks: Tensor, global_batch: int) -> Tensor:
-        """Add up the gradient; return this rank's share of the loss and of its two terms, float32 (3,)."""
+        """Accumulate the gradient; return this rank's share of the loss and of its two terms, float32 (3,)."""
         total = torch.zeros(3, device=self.device)
         for image, mask, last in self.micro_batches(images, masks):
             image = image.to(self.device, non_blocking=True)
             mask = mask.to(self.device, non_blocking=True)
-            with self._quiet(not last):
+            with nullcontext() if last else self._no_sync():  # around the forward pass too: DDP requires it
                 with autocast(self.dtype, self.device):
                     logits = self.ddp(normalise(image))
                 bce, dice = self.loss.parts(logits, mask)
@@ -148,20 +143,20 @@ class Stepper:
             total += torch.stack([loss, bce.sum() / global_batch, dice.sum() / global_batch]).detach()
         return total
 
-    def _quiet(self, yes: bool) -> AbstractContextManager[Any]:
-        """Keep DDP from exchanging gradients; it must surround the forward pass too."""
-        return self.ddp.no_sync() if yes and isinstance(self.ddp, DistributedDataParallel) else nullcontext()
+    def _no_sync(self) -> AbstractContextManager[Any]:
+        """Return a context in which DDP does not exchange gradients."""
+        return self.ddp.no_sync() if isinstance(self.ddp, DistributedDataParallel) else nullcontext()
 
     def step(self, images: Tensor, masks: Tensor) -> StepResult:
         """Train on this rank's uint8 (n, 1, S, S) images and masks of one global batch.
 
-        A gradient that is not finite is so on every rank, because gradients are averaged: all skip alike, and a
+        If the gradient is not finite, the step is skipped: on all ranks, because gradients are averaged over them. A
         skipped step does not count for the schedule.
         """
         rate = self.rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        statistics = [buffer.clone() for buffer in self._fragile]
+        statistics = [buffer.clone() for buffer in self._statistics]
         loss, bce, dice = self._backward(images, masks, self.stage.batch_size)
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -169,18 +164,18 @@ class Stepper:
         if self.clip_norm:
             clip_grads_with_norm_(self.model.parameters(), self.clip_norm, norm)
         finite = torch.isfinite(norm)
-        # Fused Adam looks at this flag on the device; an enabled scaler puts its own in its place.
+        # Fused Adam reads this flag on the device and skips the update; an enabled scaler overwrites it with its own.
         self.optimizer.found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self._done += finite
-        for buffer, before in zip(self._fragile, statistics, strict=True):
+        for buffer, before in zip(self._statistics, statistics, strict=True):
             buffer.copy_(torch.where(finite, buffer, before))
         return StepResult(loss, bce, dice, norm, finite, rate)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return weights, optimizer, scaler and the count of steps; the batch-norm buffers are this rank's."""
+        """Return weights, optimizer, scaler and step count; the batch-norm buffers are those of this rank."""
         return {
             "steps": self.steps,
             "model": self.model.state_dict(),
@@ -189,14 +184,14 @@ class Stepper:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`; a scaler state is taken where both runs have one (fp16 may come or go)."""
+        """Continue from `state_dict`; a scaler state is used only if both runs have one (train.amp may change)."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        # Saved on another device, it may be laid out otherwise, and fused Adam walks through memory, blind to strides.
-        for weight, kept in self.optimizer.state.items():
-            for name, value in kept.items():
+        # Fused Adam ignores strides: moments that another device saved must get the memory layout of the weights here.
+        for weight, moments in self.optimizer.state.items():
+            for name, value in moments.items():
                 if value.shape == weight.shape:
-                    kept[name] = torch.empty_like(weight).copy_(value)
+                    moments[name] = torch.empty_like(weight).copy_(value)
         self._done.fill_(state["steps"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])

@@ -1,8 +1,8 @@
-"""The batch-norm update: averaged weights have no statistics of their own, so they are measured on the training films.
+"""The batch-norm update after weight averaging: batch-norm statistics are measured on the training films.
 
-Fixed whole batches in a seeded order, without augmentation, dealt to the ranks. The statistics are the plain mean
-over batches of each batch's mean and unbiased variance, as `torch.optim.swa_utils.update_bn` has it, summed in
-float64; all ranks end with the same bits.
+Fixed whole batches in a seeded order, without augmentation, dealt to the ranks. As in
+`torch.optim.swa_utils.update_bn`, the statistics are the plain mean over batches of the batch mean and the unbiased
+batch variance; they are summed in float64, and all ranks end with the same bits.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def _one_batch_statistics(model: nn.Module) -> Iterator[list[nn.BatchNorm2d]]:
-    """Train mode with momentum 1: after a forward pass the running statistics are those of that batch alone."""
+    """Set train mode with momentum 1: after a forward pass the running statistics are those of that batch alone."""
     layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [layer.momentum for layer in layers]
     training = model.training
@@ -50,7 +50,7 @@ def _one_batch_statistics(model: nn.Module) -> Iterator[list[nn.BatchNorm2d]]:
 
 
 def _statistics(layer: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    assert layer.running_mean is not None and layer.running_var is not None  # this network's layers all track them
+    assert layer.running_mean is not None and layer.running_var is not None  # for mypy: every layer tracks them
     return layer.running_mean, layer.running_var
 
 
@@ -63,13 +63,14 @@ def update_batch_norm(
     ranks: Ranks,
     stop: StopSignal,
 ) -> int:
-    """Set every batch-norm layer's statistics from this rank's uint8 (n, 1, S, S) batches and the other ranks'.
+    """Set the statistics of every batch-norm layer from the uint8 (n, 1, S, S) batches of all ranks; collective.
 
     Returns:
         the number of batches over all ranks.
 
     Raises:
-        Stopped: a rank was asked to leave; nothing is kept, the measurement starts anew.
+        Stopped: a rank was asked to leave; the next attempt starts over.
+        ConfigError: no rank has a batch.
     """
     with _one_batch_statistics(model) as layers:
         sums = [torch.zeros(2, layer.num_features, dtype=torch.float64, device=device) for layer in layers]
@@ -86,27 +87,31 @@ def update_batch_norm(
         leave = ranks.maximum([stop.leave])[0]
         if leave:
             raise Stopped(leave)
-        flat = torch.cat(
-            [s.flatten() for s in sums] + [torch.tensor([count], dtype=torch.float64, device=device)]
-        ).cpu()
+        counted = [torch.tensor([count], dtype=torch.float64, device=device)]
+        flat = torch.cat([total.flatten() for total in sums] + counted).cpu()
         if ranks.world_size > 1:
             dist.all_reduce(flat)
         count = int(flat[-1])
         if not count:
             raise ConfigError("the batch-norm update has no batch: the training fold is empty")
-        offset = 0
-        for layer in layers:
-            means = (flat[offset : offset + 2 * layer.num_features] / count).view(2, -1)
-            for buffer, mean in zip(_statistics(layer), means, strict=True):
-                buffer.copy_(mean)
-            if layer.num_batches_tracked is not None:
-                layer.num_batches_tracked.fill_(count)
-            offset += 2 * layer.num_features
+        _set_statistics(layers, flat[:-1] / count, count)
     return count
 
 
+def _set_statistics(layers: Iterable[nn.BatchNorm2d], flat: Tensor, count: int) -> None:
+    """Set mean and variance of each layer from float64 `flat`, which holds them in the order of the layers."""
+    offset = 0
+    for layer in layers:
+        means = flat[offset : offset + 2 * layer.num_features].view(2, -1)
+        for buffer, mean in zip(_statistics(layer), means, strict=True):
+            buffer.copy_(mean)
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.fill_(count)
+        offset += 2 * layer.num_features
+
+
 def _batches(task: Task, size: int, batch_size: int) -> tuple[list[list[tuple[int, int]]], FilmDataset]:
-    """This rank's batches of (epoch 0, index) keys: whole batches of the stage's size in a seeded order."""
+    """Return this rank's batches of (epoch 0, index) keys in a seeded order, and the films that the keys refer to."""
     cases, _ = fold_cases(read_cases(task.run.shard_dir), task.fold or 0)
     order = epoch_order(len(cases), task.config.train.seed, 0).tolist()
     whole = [b for b in fixed_batches(len(order), batch_size) if len(b) == batch_size] or [list(range(len(order)))]
@@ -115,39 +120,40 @@ def _batches(task: Task, size: int, batch_size: int) -> tuple[list[list[tuple[in
     return [[(0, order[i]) for i in batch] for batch in dealt], FilmDataset(task.run.shard_dir, size, cases, None)
 
 
-def run(task: Task) -> dict[str, Path]:
-    """Turn the last stage's running average into `swa/model.pt`; every rank calls it."""
-    config, ranks = task.config, task.ranks
-    name = config.last_stage
-    stage = config.train_stage(name)
-    set_threads(config.train)
-    source = task.dir_of(name) / "swa.pt"
-    model, meta = load_model(source, device=ranks.device)
+def _measure(task: Task, model: nn.Module) -> int:
+    """Set the batch-norm statistics of `model` from the training films; return the number of batches over all ranks."""
+    train, device = task.config.train, task.ranks.device
+    stage = task.config.train_stage(task.config.last_stage)
     keys, dataset = _batches(task, stage.size, stage.batch_size)
-    cuda = ranks.device.type == "cuda"
-    loader = make_loader(dataset, keys, config.train.workers, config.train.seed, cuda, config.train.first_timeout_s)
+    loader = make_loader(dataset, keys, train.workers, train.seed, device.type == "cuda", train.first_timeout_s)
 
     def watched() -> Iterator[Tensor]:
         for images, _, _ in loader:
-            faulthandler.dump_traceback_later(config.train.timeout_s / 2)  # the watchdog: a batch is progress
+            faulthandler.dump_traceback_later(train.timeout_s / 2)  # the next batch gets as long again
             yield images
 
-    faulthandler.dump_traceback_later(config.train.first_timeout_s / 2)
+    faulthandler.dump_traceback_later(train.first_timeout_s / 2)
     try:
-        count = update_batch_norm(
-            model, watched(), ranks.device, amp_dtype(config.train.amp, ranks.device), ranks, task.stop
-        )
+        count = update_batch_norm(model, watched(), device, amp_dtype(train.amp, device), task.ranks, task.stop)
     finally:
         faulthandler.cancel_dump_traceback_later()
-    log.info("batch-norm statistics of %d batches of %d films", count, stage.batch_size)
-    path = task.out / "model.pt"
-    meta = meta | {
-        "size": stage.size,
+    log.info("batch-norm statistics measured on %d batches of %d films", count, stage.batch_size)
+    return count
+
+
+def run(task: Task) -> dict[str, Path]:
+    """Write `swa/model.pt` from the weight average of the last stage; every rank calls it."""
+    config, name, path = task.config, task.config.last_stage, task.out / "model.pt"
+    set_threads(config.train)
+    model, averaged = load_model(task.dir_of(name) / "swa.pt", device=task.ranks.device)
+    count = _measure(task, model)
+    meta = averaged | {
+        "size": config.train_stage(name).size,
         "threshold": config.evaluate.threshold,
         "tta": config.evaluate.tta,
         "normalisation": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
         "config": portable(config),
-        "provenance": meta["provenance"]
+        "provenance": averaged["provenance"]
         | {"averaged_from": name, "bn_batches": count, "inputs": task.inputs, "result_hash": task.result_hash},
     }
 
@@ -155,5 +161,5 @@ def run(task: Task) -> dict[str, Path]:
         task.check_attempt()
         save_model(path, model.state_dict(), meta)
 
-    ranks.on_first(write)
+    task.ranks.on_first(write)
     return {"model": path}

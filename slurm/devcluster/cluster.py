@@ -1,11 +1,12 @@
-"""A whole private cluster: munge, optional accounting, the controller, the nodes, and their orderly end.
+"""Start and stop of a private cluster: munge, optional accounting, the controller and the nodes.
 
-It must leave nothing behind: every process, network interface and file goes when the cluster is stopped,
+It leaves nothing behind: every process, network interface and file is removed when the cluster is stopped,
 when its start fails, and when its owner dies.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,11 +26,11 @@ from services import Services
 HERE = Path(__file__).resolve().parent
 PROGRAMS = ("slurmctld", "slurmd", "scontrol", "sinfo", "munged", "unshare", "nsenter", "ip")
 ACCOUNTING_PROGRAMS = ("slurmdbd", "sacct", "mariadbd", "mariadb-install-db", "mariadb")
-LONGEST = 80  # characters of the directory's path: a unix socket's whole path must stay under 108
+LONGEST = 80  # characters of the directory's path: the path of a unix socket in it must be shorter than 108
 
 
 def check_machine(accounting: bool) -> None:
-    """Tell a person what this machine lacks.
+    """Check that this machine can run a private cluster.
 
     Raises:
         ClusterError: not Linux, not root, or programs missing.
@@ -38,18 +39,18 @@ def check_machine(accounting: bool) -> None:
         raise ClusterError("the private cluster needs Linux: its nodes are Linux namespaces")
     if os.geteuid() != 0:
         raise ClusterError(
-            "only root may start the private cluster: it makes namespaces and a network bridge (try sudo)"
+            "only root may start the private cluster: it creates namespaces and a network bridge (try sudo)"
         )
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
     programs = PROGRAMS + (ACCOUNTING_PROGRAMS if accounting else ())
     missing = ", ".join(name for name in programs if not shutil.which(name, path=path))
     if missing:
         raise ClusterError(f"not installed: {missing}; on Debian or Ubuntu: sudo bash {HERE}/install-packages.sh")
-    os.environ["PATH"] = path  # daemons live in sbin, which a plain user's PATH may lack
+    os.environ["PATH"] = path  # daemons are in sbin, which is often missing in a user's PATH
 
 
 class Cluster:
-    """The private cluster whose every file lies in `folder`."""
+    """The private cluster in `folder`, which holds all its files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
@@ -58,39 +59,39 @@ class Cluster:
 
     @property
     def slurm_conf(self) -> Path:
-        """Return what clients need in SLURM_CONF."""
+        """Return the path that clients need in SLURM_CONF."""
         return self.folder / "slurm.conf"
 
     def load(self) -> tuple[Network, Size]:
         """Return the running cluster's network and size.
 
         Raises:
-            ClusterError: when no cluster runs in this directory.
+            ClusterError: no cluster runs in this directory.
         """
         try:
             saved = json.loads((self.folder / "cluster.json").read_text())
         except OSError:
-            message = f"no cluster runs in {self.folder}: `devcluster start --dir {self.folder}` makes one"
+            message = f"no cluster runs in {self.folder}: `devcluster start --dir {self.folder}` starts one"
             raise ClusterError(message) from None
         return Network(saved["number"]), Size(**saved["size"])
 
     # ---- start
 
     def start(self, size: Size, owner: int | None = None) -> None:
-        """Start everything and return when every node is idle; stop by itself when process `owner` is gone.
+        """Start everything and return when every node is idle; the cluster stops when process `owner` ends.
 
         Raises:
-            ClusterError: with the reason; nothing is left running then.
+            ClusterError: the start failed, with the reason; nothing is left running.
         """
         check_machine(size.accounting)
         self._check_folder()
         for name in ("munge", "controller", "spool", "log", "run", "dev"):
             (self.folder / name).mkdir(parents=True)
-        os.chmod(self.folder, 0o755)
-        os.chmod(self.folder / "controller", 0o700)
-        me = Process.of(os.getpid())
-        assert me is not None
-        (self.folder / "run" / "start").write_text(f"{me.pid} {me.started}\n")
+        self.folder.chmod(0o755)
+        (self.folder / "controller").chmod(0o700)
+        starter = Process.of(os.getpid())
+        assert starter is not None
+        (self.folder / "run" / "start").write_text(f"{starter.pid} {starter.started}\n")
         try:
             if owner is not None:
                 self.daemons.spawn("watch", sys.executable, HERE / "devcluster", "_watch", self.folder, str(owner))
@@ -116,15 +117,15 @@ class Cluster:
         if (self.folder / "cluster.json").exists():
             raise ClusterError(f"a cluster runs in {text} already: `devcluster stop --dir {text}`, or another --dir")
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ClusterError(f"{text} is not an empty directory: a cluster wants one of its own")
+            raise ClusterError(f"{text} is not an empty directory: a cluster needs its own")
         if len(text) > LONGEST or not re.fullmatch(r"[A-Za-z0-9_./-]+", text):
             raise ClusterError(
-                f"{text}: at most {LONGEST} plain characters, for the sockets below it (try --dir /tmp/NAME)"
+                f"{text}: at most {LONGEST} plain characters, because of the sockets in it (try --dir /tmp/NAME)"
             )
         for parent in self.folder.parents:
             if parent.exists() and not parent.stat().st_mode & 0o001:
                 raise ClusterError(
-                    f"{parent} is not open to all, and munge refuses a socket below it (try --dir /tmp/NAME)"
+                    f"{parent} is not accessible to all users: munge refuses a socket below it (try --dir /tmp/NAME)"
                 )
 
     def _reserve_network(self) -> Network:
@@ -132,21 +133,21 @@ class Cluster:
         for number in SUBNETS:
             network = Network(number)
             try:
-                run("ip", "link", "add", network.bridge, "type", "bridge")  # fails where it exists: an atomic lock
+                run("ip", "link", "add", network.bridge, "type", "bridge")  # fails if it exists: an atomic lock
             except ClusterError as error:
                 failure = str(error)
                 if "File exists" in failure:
                     continue
-                message = f"no network bridge can be made here ({failure}); a container needs CAP_NET_ADMIN"
+                message = f"cannot create a network bridge ({failure}); a container needs CAP_NET_ADMIN"
                 raise ClusterError(message) from None
             run("ip", "link", "set", network.bridge, "alias", self.folder)  # how `--stale` finds the directory
             run("ip", "address", "add", f"{network.head}/24", "dev", network.bridge)
             run("ip", "link", "set", network.bridge, "up")
             return network
-        raise ClusterError("all subnets are taken: `devcluster stop --stale` removes what crashed clusters left")
+        raise ClusterError("all subnets are in use: `devcluster stop --stale` removes crashed clusters")
 
     def _write_files(self, size: Size, network: Network) -> None:
-        for gpu in range(size.gpus):  # SLURM wants a device file: a twin of /dev/null
+        for gpu in range(size.gpus):  # SLURM needs a device file: a copy of /dev/null
             os.mknod(self.folder / "dev" / f"gpu{gpu}", 0o20666, os.makedev(1, 3))
         machine = Path("/etc/nsswitch.conf")
         record = {"number": network.number, "size": dataclasses.asdict(size), "started": time.time()}
@@ -160,28 +161,28 @@ class Cluster:
         }
         for name, text in files.items():
             (self.folder / name).write_text(text)
-        os.chmod(self.folder / "slurmdbd.conf", 0o600)  # slurmdbd refuses one that others can read
+        (self.folder / "slurmdbd.conf").chmod(0o600)  # slurmdbd refuses a file that others can read
 
-    # ---- look
+    # ---- status
 
     def _idle(self) -> int:
         try:
-            said = run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", within_s=5, env=self.daemons.environment())
+            names = run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", within_s=5, env=self.daemons.environment())
         except ClusterError:
             return 0
-        return len(set(said.split()))
+        return len(set(names.split()))
 
     def running(self) -> bool:
-        """Tell whether the cluster lives or is being started.
+        """Tell whether the cluster runs or is starting.
 
-        munged tells: slurmctld may have been killed on purpose.
+        munged decides: a test may have killed slurmctld on purpose.
         """
         if (self.folder / "run" / "start").exists():
             return self.daemons.find("start") is not None
         return self.daemons.find("munged") is not None
 
     def status(self) -> tuple[str, bool]:
-        """Return a few lines for a person, and whether the controller answers."""
+        """Return a few lines to print, and whether the controller answers."""
         network, size = self.load()
         names = ["munged", "slurmctld", *(["mariadbd", "slurmdbd"] if size.accounting else [])]
         daemons = [name if self.daemons.find(name) else f"{name} (dead)" for name in names]
@@ -189,8 +190,7 @@ class Cluster:
         states, queue = "unknown: the controller does not answer", "unknown"
         if up:
             env = self.daemons.environment()
-            said = run("sinfo", "-h", "-N", "-p", "batch", "-o", "%N %T", env=env)
-            rows = [row.split() for row in said.splitlines()]
+            rows = [row.split() for row in run("sinfo", "-h", "-N", "-p", "batch", "-o", "%N %T", env=env).splitlines()]
             off = {name for name in size.node_names if not Node(name, self.folder, network).process}
             states = ", ".join(f"{name} {state}{' (powered off)' if name in off else ''}" for name, state in rows)
             jobs = run("squeue", "-h", "-o", "%T", env=env).split()
@@ -205,33 +205,31 @@ class Cluster:
         ]
         return "\n".join(lines), up
 
-    # ---- end
+    # ---- stop
 
     def stop(self) -> bool:
-        """End every process, remove the network and the directory. Return False where no cluster was."""
+        """End every process, remove the network and the directory. Return False if there was no cluster."""
         try:
             network: Network | None = self.load()[0]
         except ClusterError:
             network = next((Network(number) for number, folder in bridges() if folder == str(self.folder)), None)
         if network is None and not (self.folder / "run" / "start").exists():
             return False
-        for _ in range(20):  # again, for a process that was being started meanwhile
+        for _ in range(20):  # repeated, for a process that starts at the same time
             self.daemons.kill_all()
             if not self.daemons.marked():
                 break
         if network is not None:
-            for name in os.listdir("/sys/class/net"):
-                if name.startswith(f"{network.bridge}n") or name == network.bridge:
-                    try:
-                        run("ip", "link", "delete", name)
-                    except ClusterError:
-                        pass  # gone with its node
+            for link in Path("/sys/class/net").iterdir():
+                if link.name.startswith(f"{network.bridge}n") or link.name == network.bridge:
+                    with contextlib.suppress(ClusterError):  # the kernel has removed it with its node
+                        run("ip", "link", "delete", link.name)
         for _ in range(3):
             shutil.rmtree(self.folder, ignore_errors=True)
         return True
 
     def watch(self, owner: int) -> None:
-        """Wait until process `owner` is gone, then stop the cluster; leave when it has been stopped already."""
+        """Wait until process `owner` ends, then stop the cluster; return if the cluster is stopped before."""
         try:
             handle = os.pidfd_open(owner)
         except OSError:
@@ -244,22 +242,20 @@ class Cluster:
 
 def bridges() -> list[tuple[int, str]]:
     """Return (number, directory) of every cluster's bridge on this machine; the directory may be empty text."""
-    found = []
+    clusters = []
     for path in Path("/sys/class/net").glob("pdc*"):
         if path.name.removeprefix("pdc").isdigit():
-            try:
-                found.append((int(path.name.removeprefix("pdc")), (path / "ifalias").read_text().strip()))
-            except OSError:
-                pass  # stopped meanwhile
-    return sorted(found)
+            with contextlib.suppress(OSError):  # stopped in the meantime
+                clusters.append((int(path.name.removeprefix("pdc")), (path / "ifalias").read_text().strip()))
+    return sorted(clusters)
 
 
 def stop_stale() -> list[str]:
-    """Remove what crashed clusters left; living ones stay. Return the directories that were removed."""
+    """Remove crashed clusters, not running ones. Return the directories that were removed."""
     removed = []
     for number, folder in bridges():
         if not folder:
-            time.sleep(1)  # perhaps one that is starting at this moment
+            time.sleep(1)  # it may be starting
             if (number, "") in bridges():
                 run("ip", "link", "delete", Network(number).bridge)
             continue

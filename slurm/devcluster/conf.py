@@ -1,6 +1,6 @@
 """The text of every configuration file of a private cluster, as pure functions of its size and directory.
 
-No file is written and no process started in here. Values that differ from a production site say why.
+This module writes no file and starts no process. Comments explain values that differ from a production cluster.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HEAD = "slurmhead"  # the controller's host name inside its own namespace; the same for every cluster
-SUBNETS = range(1, 251)  # 10.213.<number>.0/24, one per cluster of this machine
+HEAD = "slurmhead"  # the controller's host name in its own namespace, the same for every cluster
+SUBNETS = range(1, 251)  # 10.213.<number>.0/24, one per cluster on this machine
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a cluster pretends to have; SLURM schedules by these numbers, the kernel enforces none of them."""
+    """The resources that a cluster claims to have: SLURM schedules by them, the kernel enforces none of them."""
 
     nodes: int = 3
     cpus: int = 4
@@ -30,7 +30,7 @@ class Size:
 
     @property
     def node_list(self) -> str:
-        """Return the nodes in SLURM's own notation, node[1-3]."""
+        """Return the nodes in SLURM's notation, node[1-3]."""
         return f"node[1-{self.nodes}]"
 
 
@@ -42,12 +42,12 @@ class Network:
 
     @property
     def bridge(self) -> str:
-        """Return the bridge's name; creating it is what reserves `number`."""
+        """Return the bridge's name; creating the bridge reserves `number`."""
         return f"pdc{self.number}"
 
     @property
     def head(self) -> str:
-        """Return the controller's address, the bridge itself."""
+        """Return the controller's address, which is that of the bridge."""
         return f"10.213.{self.number}.1"
 
     @property
@@ -71,16 +71,16 @@ def hosts(size: Size, network: Network) -> str:
 
 
 def nsswitch(machine: str) -> str:
-    """Return nsswitch.conf for the nodes: `machine`'s text, with host names from files alone.
+    """Return nsswitch.conf for the nodes: `machine`'s text, with host names from files only.
 
-    A node reaches no name server; each reverse look-up of torch's TCPStore would wait many seconds for one.
+    A node reaches no name server: each reverse look-up of torch's TCPStore would wait many seconds for an answer.
     """
     kept = [line for line in machine.splitlines() if not line.startswith("hosts:")]
     return "\n".join([*kept, "hosts: files"]) + "\n"
 
 
 def gres_conf(folder: Path, size: Size) -> str:
-    """Return gres.conf: pretended GPUs that are counted and show up in CUDA_VISIBLE_DEVICES."""
+    """Return gres.conf: simulated GPUs, which SLURM counts and lists in CUDA_VISIBLE_DEVICES."""
     if not size.gpus:
         return ""
     return f"NodeName={size.node_list} AutoDetect=off Name=gpu File={folder}/dev/gpu[0-{size.gpus - 1}]\n"
@@ -88,10 +88,45 @@ def gres_conf(folder: Path, size: Size) -> str:
 
 def slurm_conf(folder: Path, size: Size, network: Network) -> str:
     """Return slurm.conf."""
-    settings = {
+    settings = _settings(folder, network)
+    if size.accounting:
+        settings |= {
+            "AccountingStorageType": "accounting_storage/slurmdbd",
+            "AccountingStorageHost": network.head,
+            "AccountingStoragePort": str(network.accounting_port),
+            "AccountingStoragePass": f"{folder}/munge/socket",
+        }
+    if size.gpus:
+        settings["GresTypes"] = "gpu"
+        if size.accounting:
+            settings["AccountingStorageTRES"] = "gres/gpu"
+    lines = [f"{key}={value}" for key, value in (settings | size.settings).items() if value]
+    return "\n".join([*lines, *_nodes(size, network), *_partitions(size)]) + "\n"
+
+
+def _nodes(size: Size, network: Network) -> list[str]:
+    gres = f" Gres=gpu:{size.gpus}" if size.gpus else ""
+    default = f"NodeName=DEFAULT CPUs={size.cpus} RealMemory={size.memory_mb}{gres} State=UNKNOWN"
+    return [default, *(f"NodeName={name} NodeAddr={network.address(name)}" for name in size.node_names)]
+
+
+def _partitions(size: Size) -> list[str]:
+    # Without DefMemPerCPU a job gets a whole node's memory. A job in `high` preempts the others: in `low` after a
+    # grace time of 10 s, in `low0` at once.
+    return [
+        f"PartitionName=DEFAULT Nodes={size.node_list} State=UP DefaultTime=60 MaxTime=UNLIMITED DefMemPerCPU=100",
+        "PartitionName=batch Default=YES PriorityTier=10",
+        "PartitionName=low PriorityTier=1 GraceTime=10",
+        "PartitionName=low0 PriorityTier=1 GraceTime=0",
+        "PartitionName=high PriorityTier=100 PreemptMode=OFF",
+    ]
+
+
+def _settings(folder: Path, network: Network) -> dict[str, str]:
+    return {
         "ClusterName": "devcluster",
         "SlurmctldHost": f"{HEAD}({network.head})",
-        # The controller listens on its bridge alone, so that several clusters share the port number.
+        # The controller listens on its bridge only, so that several clusters can use the same port.
         "CommunicationParameters": "NoCtldInAddrAny",
         "SlurmctldPort": "6817",
         "SlurmdPort": "6818",
@@ -99,9 +134,9 @@ def slurm_conf(folder: Path, size: Size, network: Network) -> str:
         "SlurmdUser": "root",
         "AuthType": "auth/munge",
         "CredType": "cred/munge",
-        # A requeued job waits until its old credential has run out: 5 s is the least SLURM takes, 120 s its default.
+        # A requeued job waits until its old credential has expired: 5 s is SLURM's minimum, 120 s its default.
         "AuthInfo": f"socket={folder}/munge/socket,cred_expire=5",
-        # Between SIGTERM and SIGKILL. Well below cred_expire: else a requeued job meets its own old step on the node.
+        # Time from SIGTERM to SIGKILL. Well below cred_expire, so that a requeued job does not meet its own old step.
         "KillWait": "2",
         "StateSaveLocation": f"{folder}/controller",
         "SlurmdSpoolDir": f"{folder}/spool/%n",
@@ -120,9 +155,9 @@ def slurm_conf(folder: Path, size: Size, network: Network) -> str:
         "PropagateResourceLimits": "NONE",
         # Nodes may claim more cores and memory than the machine has.
         "SlurmdParameters": "config_overrides",
-        # A crashed node comes back by itself; one that an administrator set down stays down.
+        # A crashed node returns by itself; a node that an administrator set down stays down.
         "ReturnToService": "1",
-        # A dead node is noticed after 9 to 16 s (a site's default: minutes).
+        # A dead node is detected after 9 to 16 s (on production clusters: minutes).
         "SlurmdTimeout": "5",
         "SlurmctldTimeout": "10",
         "TCPTimeout": "1",
@@ -138,36 +173,10 @@ def slurm_conf(folder: Path, size: Size, network: Network) -> str:
         "PreemptMode": "REQUEUE",
         "AccountingStorageType": "accounting_storage/none",
     }
-    if size.accounting:
-        settings |= {
-            "AccountingStorageType": "accounting_storage/slurmdbd",
-            "AccountingStorageHost": network.head,
-            "AccountingStoragePort": str(network.accounting_port),
-            "AccountingStoragePass": f"{folder}/munge/socket",
-        }
-    gres = ""
-    if size.gpus:
-        settings["GresTypes"] = "gpu"
-        gres = f" Gres=gpu:{size.gpus}"
-        if size.accounting:
-            settings["AccountingStorageTRES"] = "gres/gpu"
-    lines = [f"{key}={value}" for key, value in (settings | size.settings).items() if value]
-    lines.append(f"NodeName=DEFAULT CPUs={size.cpus} RealMemory={size.memory_mb}{gres} State=UNKNOWN")
-    lines += [f"NodeName={name} NodeAddr={network.address(name)}" for name in size.node_names]
-    # Without DefMemPerCPU a job takes a whole node's memory. A job in `high` pushes out those of the others:
-    # from `low` after 10 s of grace, from `low0` at once.
-    lines += [
-        f"PartitionName=DEFAULT Nodes={size.node_list} State=UP DefaultTime=60 MaxTime=UNLIMITED DefMemPerCPU=100",
-        "PartitionName=batch Default=YES PriorityTier=10",
-        "PartitionName=low PriorityTier=1 GraceTime=10",
-        "PartitionName=low0 PriorityTier=1 GraceTime=0",
-        "PartitionName=high PriorityTier=100 PreemptMode=OFF",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def slurmdbd_conf(folder: Path, network: Network) -> str:
-    """Return slurmdbd.conf. The database's socket is not in it: libmariadb takes that from MYSQL_UNIX_PORT."""
+    """Return slurmdbd.conf, without the database's socket: libmariadb reads that from MYSQL_UNIX_PORT."""
     settings = {
         "AuthType": "auth/munge",
         "AuthInfo": f"socket={folder}/munge/socket",

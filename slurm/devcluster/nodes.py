@@ -1,12 +1,12 @@
-"""The nodes of a private cluster: Linux namespaces of this machine, joined by a bridge, each with its own slurmd.
+"""The nodes of a private cluster: Linux namespaces of this machine, connected by a bridge, each with its own slurmd.
 
-Whatever happens to a node happens to its namespaces alone: no named network namespace, no mount and no file outside
-the cluster's directory is left when its processes are gone.
+Every action affects the node's namespaces only: when its processes have ended, no named network namespace, no mount
+and no file outside the cluster's directory is left.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 from pathlib import Path
 
 from conf import Network
@@ -14,7 +14,7 @@ from processes import ClusterError, Daemons, Process, run, wait
 
 
 class Node:
-    """One node: power, network cable and slurmd can each be taken away."""
+    """One node, whose power, network and slurmd can be cut separately."""
 
     def __init__(self, name: str, folder: Path, network: Network) -> None:
         self.name = name
@@ -28,7 +28,7 @@ class Node:
         return self.daemons.find(self.name)
 
     def on(self) -> None:
-        """Power on: make the namespaces, plug in the network, start slurmd (inside, by node-init.sh)."""
+        """Power on: create the namespaces, connect the network, start slurmd (in the node, by node-init.sh)."""
         if self.process:
             raise ClusterError(f"{self.name} is already on")
         (self.folder / "spool" / self.name).mkdir(parents=True, exist_ok=True)
@@ -38,14 +38,14 @@ class Node:
             *("unshare", "--net", "--uts", "--mount", "--pid", "--ipc", "--fork", "--kill-child=KILL", "--mount-proc"),
             *(script, self.folder, self.name, self.network.address(self.name)),
         )
-        ours = os.readlink("/proc/self/ns/net")
+        machine = Path("/proc/self/ns/net").readlink()
 
         def has_namespaces() -> bool:
             try:
-                return os.readlink(f"/proc/{process.pid}/ns/net") != ours
+                return Path(f"/proc/{process.pid}/ns/net").readlink() != machine
             except OSError:
                 raise ClusterError(
-                    f"{self.name}: unshare failed; the private cluster needs the right to make namespaces and mounts"
+                    f"{self.name}: unshare failed; the private cluster needs permission to create namespaces and mounts"
                     " (in a container: CAP_SYS_ADMIN and CAP_NET_ADMIN)",
                     self.folder / "log" / f"{self.name}.out",
                 ) from None
@@ -56,24 +56,22 @@ class Node:
         run("ip", "link", "set", link, "master", self.network.bridge, "up")
 
     def off(self) -> None:
-        """Cut the power: slurmd, all its jobs' processes and the network card vanish at once."""
+        """Cut the power: slurmd, the processes of all jobs and the network card disappear at once."""
         process = self._running()
-        process.kill()  # --kill-child takes the node's process 1 along, and the kernel all others
-        try:
+        process.kill()  # --kill-child kills the node's process 1, and the kernel then kills all others
+        with contextlib.suppress(ClusterError):  # the kernel may have removed it already
             run("ip", "link", "delete", self.network.link(self.name))
-        except ClusterError:
-            pass  # the kernel was quicker
 
     def cut(self) -> None:
-        """Unplug the network; processes go on."""
+        """Disconnect the network; processes continue."""
         run("ip", "link", "set", self.network.link(self._running_name()), "down")
 
     def heal(self) -> None:
-        """Plug the network in again."""
+        """Connect the network again."""
         run("ip", "link", "set", self.network.link(self._running_name()), "up")
 
     def slurmd_kill(self) -> None:
-        """SIGKILL slurmd; the steps of running jobs survive it."""
+        """SIGKILL slurmd; the steps of running jobs continue."""
         find = "cat /proc/[0-9]*/stat 2>/dev/null | awk '$2 == \"(slurmd)\" {print $1}'"
         run(*self.inside("bash", "-c", f"kill -9 $({find})"))
 
@@ -83,7 +81,7 @@ class Node:
         run(*self.inside("bash", "-c", command), env=self.daemons.environment())
 
     def inside(self, *command: str) -> list[str]:
-        """Return the command line that runs `command` inside the node."""
+        """Return the command line that runs `command` in the node."""
         process = self._running()
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         if not children:

@@ -1,7 +1,7 @@
-"""Start, remember and end the processes of one private cluster.
+"""Start, record and end the processes of one private cluster.
 
-It must never signal a process that it did not start: a pid counts only together with its start time,
-and processes without a pid file are found by a mark in their environment.
+It must never signal a process that it did not start: a pid is valid only together with its start time, and
+processes without a pid file are identified by a variable in their environment.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MARK = "PNEUMO_DEVCLUSTER"  # environment variable of every daemon: the cluster'
 
 
 class ClusterError(Exception):
-    """Something a person can act on, in one line; `log` is a file whose last lines explain it."""
+    """An error for users, in one line; the last lines of the file `log` explain it."""
 
     def __init__(self, message: str, log: Path | None = None) -> None:
         super().__init__(message)
@@ -27,14 +27,14 @@ class ClusterError(Exception):
 
 @dataclass(frozen=True)
 class Process:
-    """A process by pid and start time (in clock ticks since boot), which a recycled pid does not share."""
+    """A process by pid and start time (clock ticks since boot), which differs when a pid is reused."""
 
     pid: int
     started: int
 
     @classmethod
     def of(cls, pid: int) -> Process | None:
-        """Return the living process `pid`; None when there is none. A zombie is dead: not every pid 1 reaps at once."""
+        """Return the running process `pid`, or None. A zombie counts as ended: not every process 1 reaps at once."""
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
@@ -42,7 +42,7 @@ class Process:
         return None if fields[0] in "ZX" else cls(pid, int(fields[19]))
 
     def alive(self) -> bool:
-        """Tell whether this very process still runs."""
+        """Tell whether this process still runs."""
         return Process.of(self.pid) == self
 
     def kill(self, within_s: float = 5.0) -> None:
@@ -59,7 +59,7 @@ def wait(ready: Callable[[], bool], within_s: float, message: str, log: Path | N
     """Poll `ready` until it holds.
 
     Raises:
-        ClusterError: `message`, when it does not hold within `within_s` seconds.
+        ClusterError: `message`, when `ready` does not hold within `within_s` seconds.
     """
     end = time.monotonic() + within_s
     while not ready():
@@ -72,37 +72,37 @@ def run(*command: str | Path, within_s: float = 60.0, env: dict[str, str] | None
     """Run a short command and return its output.
 
     Raises:
-        ClusterError: with the command's own words, when it fails or takes too long.
+        ClusterError: the command failed (with its last line of output) or took too long.
     """
-    words = [str(word) for word in command]
+    arguments = [str(argument) for argument in command]
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=within_s, env=env, stdin=subprocess.DEVNULL, check=False
+            arguments, capture_output=True, text=True, timeout=within_s, env=env, stdin=subprocess.DEVNULL, check=False
         )
     except subprocess.TimeoutExpired:
-        raise ClusterError(f"`{' '.join(words)}` did not end within {within_s:.0f} s") from None
+        raise ClusterError(f"`{' '.join(arguments)}` did not end within {within_s:.0f} s") from None
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise ClusterError(f"`{' '.join(words)}` failed: {said[-1] if said else f'exit status {done.returncode}'}")
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise ClusterError(f"`{' '.join(arguments)}` failed: {[f'exit status {done.returncode}', *lines][-1]}")
     return done.stdout
 
 
 class Daemons:
-    """The processes of the cluster in `folder`, one pid file each under `folder`/run."""
+    """The processes of the cluster in `folder`, each with a pid file in `folder`/run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def environment(self) -> dict[str, str]:
-        """Return what daemons inherit: the caller's environment without another cluster's variables."""
+        """Return the daemons' environment: the caller's, without the variables of another cluster."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "MYSQL_"))}
         return kept | {"SLURM_CONF": str(self.folder / "slurm.conf"), MARK: str(self.folder)}
 
     def spawn(self, name: str, *command: str | Path, **extra: str) -> Process:
-        """Start a daemon in its own session, output in log/`name`.out; `extra` goes into its environment."""
-        with open(self.folder / "log" / f"{name}.out", "ab") as log:
+        """Start a daemon in its own session, with its output in log/`name`.out and `extra` in its environment."""
+        with (self.folder / "log" / f"{name}.out").open("ab") as log:
             child = subprocess.Popen(
-                [str(word) for word in command],
+                [str(argument) for argument in command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -115,7 +115,7 @@ class Daemons:
         return process
 
     def find(self, name: str) -> Process | None:
-        """Return the living daemon `name`."""
+        """Return the daemon `name`, or None when it does not run."""
         try:
             pid, started = (self.folder / "run" / name).read_text().split()
         except (OSError, ValueError):
@@ -124,9 +124,9 @@ class Daemons:
         return process if process.alive() else None
 
     def marked(self) -> list[Process]:
-        """Return every living process that carries this cluster's mark, also those whose pid file was never written."""
+        """Return every process with this cluster's mark, also without a pid file (the start was killed)."""
         mark = f"{MARK}={self.folder}".encode()
-        found = []
+        processes = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
                 try:
@@ -135,11 +135,11 @@ class Daemons:
                     continue
                 if mark in environment.split(b"\0"):
                     process = Process.of(int(entry.name))
-                    found += [process] if process else []
-        return found
+                    processes += [process] if process else []
+        return processes
 
     def kill_all(self) -> None:
-        """End everything that belongs to the cluster, the nodes' whole process trees included."""
+        """End all processes of the cluster, including the process trees of the nodes."""
         names = [path.name for path in (self.folder / "run").glob("*")]
         known = [process for process in map(self.find, names) if process and process.pid != os.getpid()]
         for process in known + self.marked():

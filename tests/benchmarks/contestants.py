@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from pneumo_dist import config as configuration
-from pneumo_dist.data.preprocess.decoding import keep_memory
 from pneumo_dist.model.pretrained import import_torchvision
 from pneumo_dist.model.unet import ResNet34UNet, normalise
+from pneumo_dist.runtime.processes import keep_memory
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.training.machine import set_threads
 from pneumo_dist.training.step import Stepper

@@ -32,6 +32,7 @@ from pneumo_dist.data.phantom import make_phantom
 from pneumo_dist.data.preprocess import decoding, preprocess
 from pneumo_dist.data.preprocess.source import FilmJob, read_source
 from pneumo_dist.run import Run
+from pneumo_dist.runtime.processes import keep_memory
 from pneumo_dist.runtime.task import Task
 from tests.benchmarks import frame
 
@@ -114,7 +115,7 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, help="their annotations")
     asked = parser.parse_args()
     cv2.setNumThreads(0)
-    decoding.keep_memory()
+    keep_memory()
     clock: list[float] = []
     with tempfile.TemporaryDirectory() as work:
         films, csv = asked.films, asked.csv

@@ -48,7 +48,7 @@ PARTS = (
     "command: arguments, plan, copy of the code",
     "worker: its start, until it imports torch",
     "worker: imports",
-    "worker: cases, network, a rehearsed step",
+    "worker: cases, network, a warm-up step",
     "worker: loader's start, first step",
 )
 

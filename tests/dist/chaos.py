@@ -1,12 +1,12 @@
-"""Disturb a short training at random, again and again; it must end with the bits of an undisturbed one.
+"""Interrupt a short training at random many times; it must end with the bits of an uninterrupted one.
 
     python -m tests.dist.chaos [--rounds 300] [--ranks 2] [--seed 0]
 
 Each rank has a loader worker. A round starts them, waits for a random amount of progress, sends SIGUSR2,
 SIGTERM, SIGINT or SIGKILL to a random process of the job (loader workers included), ends the job as a launcher
-would, and now and then cuts the newest checkpoint off. How far a training comes in a round is up to the machine: one
-that ends before the last round is compared and begun anew. The network is thinned, so that most of the time goes into
-what is tested; ranks are forked from this process, so that none of it goes into importing torch.
+would, and sometimes truncates the newest checkpoint. The progress in a round depends on the machine: a training that
+ends before the last round is compared, and another one begins. The network is thin, and ranks are forked from this
+process after the import of torch, so that the time goes into saving, stopping and resuming.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pneumo_dist.training import trainer  # noqa: F401  imported before the rank
 from tests.dist import small_run
 from tests.dist.spawn import fork_rank
 
-DAMAGE = "newest checkpoint cut off, beside these"
-TRAININGS = "trainings, each with the bits of the quiet one"
+DAMAGE = "newest checkpoint truncated, in addition"
+TRAININGS = "trainings, each with the bits of the uninterrupted one"
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGKILL)
 
 
@@ -41,7 +41,7 @@ def _fork(run_dir: Path, log: Path, ranks: int) -> list[int]:
 
 
 def _collect(pids: list[int], patience_s: float = 60) -> list[int]:
-    """Wait for the ranks; once one has failed the rest is killed, as every launcher does."""
+    """Wait for the ranks; once one has failed, kill the others, as every launcher does."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + patience_s
     while len(codes) < len(pids):
@@ -67,7 +67,7 @@ def _progress(run_dir: Path) -> str:
 
 
 def _disturb(run_dir: Path, pids: list[int], rng: random.Random) -> str:
-    """Wait until a save or two have been written (or a moment of start-up has passed), then send a signal."""
+    """Wait for one or two saves (or for a part of the start-up), then send a signal."""
     before, saves = _progress(run_dir), rng.choice((0, 1, 1, 2))
     deadline = time.monotonic() + (rng.uniform(0, 1.5) if saves == 0 else 20)
     while time.monotonic() < deadline:
@@ -81,16 +81,16 @@ def _disturb(run_dir: Path, pids: list[int], rng: random.Random) -> str:
         time.sleep(0.005)
     time.sleep(rng.uniform(0, 0.1))
     workers = [child for pid in pids for child in small_run.children(pid)]
-    said = []
+    sent = []
     while True:
         victim, number = rng.choice(pids + workers), rng.choice(SIGNALS)
         try:
             os.kill(victim, number)
         except ProcessLookupError:
             return "ended before"
-        said.append(f"{signal.Signals(number).name} to {'a rank' if victim in pids else 'a loader worker'}")
-        if victim in pids or number == signal.SIGKILL:  # loader workers are deaf to the others: go on until one is felt
-            return ", ".join(said)
+        sent.append(f"{signal.Signals(number).name} to {'a rank' if victim in pids else 'a loader worker'}")
+        if victim in pids or number == signal.SIGKILL:  # loader workers ignore the others: repeat until one acts
+            return ", ".join(sent)
 
 
 def _damage(run_dir: Path, rng: random.Random) -> bool:
@@ -103,10 +103,10 @@ def _damage(run_dir: Path, rng: random.Random) -> bool:
 
 
 def chaos(folder: Path, rounds: int, ranks: int = 2, seed: int = 0) -> Counter[str]:
-    """Run the series and compare; returns what was done how often.
+    """Run the rounds and compare; return the number of each interruption.
 
     Raises:
-        AssertionError: the weights differ, or a training that nobody disturbs any more fails.
+        AssertionError: the weights differ, or a training fails without interruption.
     """
     small_run.thin()
     rng = random.Random(seed)
@@ -118,10 +118,10 @@ def chaos(folder: Path, rounds: int, ranks: int = 2, seed: int = 0) -> Counter[s
     log = folder / "log"
     assert _collect(_fork(calm, log, ranks), 600) == [0] * ranks, log.read_text()[-4000:]
     wanted = small_run.fingerprint(calm)
-    done, beside = Counter[str](), Counter[str]()
+    done, extra = Counter[str](), Counter[str]()
     while sum(done.values()) < rounds:
-        beside[TRAININGS] += 1
-        run_dir = small_run.copy_of(prepared, folder / f"disturbed{beside[TRAININGS]}")
+        extra[TRAININGS] += 1
+        run_dir = small_run.copy_of(prepared, folder / f"disturbed{extra[TRAININGS]}")
         ended = run_dir / "fold0" / "stage1" / "DONE.json"
         while sum(done.values()) < rounds and not ended.exists():
             pids = _fork(run_dir, log, ranks)
@@ -131,11 +131,11 @@ def chaos(folder: Path, rounds: int, ranks: int = 2, seed: int = 0) -> Counter[s
                 continue
             done[what] += 1
             if not ended.exists() and rng.random() < 0.15 and _damage(run_dir, rng):
-                beside[DAMAGE] += 1
+                extra[DAMAGE] += 1
         assert _collect(_fork(run_dir, log, ranks), 600) == [0] * ranks, log.read_text()[-4000:]
         assert small_run.fingerprint(run_dir) == wanted
         shutil.rmtree(run_dir)
-    return done + beside
+    return done + extra
 
 
 def _main() -> None:

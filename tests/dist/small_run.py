@@ -1,9 +1,8 @@
-"""A run small enough to be trained many times, and the means to run, disturb and compare it."""
+"""A run small enough to train many times, with functions to prepare, copy and compare it."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from pathlib import Path
 
@@ -24,13 +23,13 @@ OVERRIDES = [
 
 
 def thin() -> None:
-    """Make the network of this process narrow; everything around it stays as it is."""
+    """Make the network of this process narrow; nothing else changes."""
     ResNet34Encoder.channels = (8, 8, 8, 16, 16)  # type: ignore[assignment]
     ResNet34UNet.widths = (16, 8, 8, 8, 8)
 
 
 def prepare(folder: Path, *overrides: str) -> Path:
-    """Make a run directory with phantom films in shards, ready for stage 1."""
+    """Prepare a run directory with phantom films in shards, ready for stage 1."""
     run_dir = folder / "run"
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(configuration.to_yaml(configuration.load(None, [*OVERRIDES, *overrides])))
@@ -40,7 +39,7 @@ def prepare(folder: Path, *overrides: str) -> Path:
 
 
 def copy_of(run_dir: Path, folder: Path) -> Path:
-    """Copy a prepared run, so that it can be trained anew."""
+    """Copy a prepared run, so that it can be trained again."""
     return Path(shutil.copytree(run_dir, folder / "run"))
 
 
@@ -55,7 +54,7 @@ def weights(path: Path) -> str:
 
 
 def fingerprint(run_dir: Path, stage: str = "1") -> dict[str, object]:
-    """What must not depend on interruptions: the bits of all weight files, and the numbers of every epoch."""
+    """Return what must not depend on interruptions: the bits of all weight files, and the numbers of every epoch."""
     out = run_dir / "fold0" / f"stage{stage}"
     rows = history.read(out / "metrics.jsonl")
     kept = ("epoch", "step", "lr", "train_loss", "best_dice", "dice", "loss", "dice_positive")
@@ -65,7 +64,7 @@ def fingerprint(run_dir: Path, stage: str = "1") -> dict[str, object]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
+    """Return whether a process runs (a zombie does not)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
@@ -73,14 +72,13 @@ def alive(pid: int) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    """The direct children of a process."""
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                parent = int(Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()[1])
-            except OSError:
-                continue
-            if parent == pid:
-                found.append(int(entry))
-    return found
+    """Return the direct children of a process."""
+    pids = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+        if parent == pid:
+            pids.append(int(stat.parent.name))
+    return pids

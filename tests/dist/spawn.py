@@ -1,7 +1,7 @@
-"""Run a function on N gloo ranks of this machine and return what each one gave.
+"""Run a function on N gloo ranks of this machine and return the result of each.
 
-The ranks are forked from one helper process that has imported torch and has never computed, so that a rank costs
-milliseconds instead of an import, and no half-copied thread pool.
+The ranks are forked from a helper process that has imported torch: a rank then starts in milliseconds. The helper
+never computes, because a fork would copy torch's thread pool without its threads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _helper: subprocess.Popen[str] | None = None
 
 
 def environment(rank: int, world_size: int, store: Path) -> dict[str, str]:
-    """The variables that make a process rank `rank` of `world_size`."""
+    """Return the environment of rank `rank` of `world_size`."""
     return os.environ | {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -50,11 +50,11 @@ def on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> 
 
 
 def exits(function: Callable[..., int], world_size: int, *arguments: Any) -> tuple[list[int], list[str]]:
-    """Call the module-level `function(*arguments)` in the processes of `world_size` ranks that have not met yet.
+    """Call the module-level `function(*arguments)` in `world_size` processes without a process group.
 
     Returns:
-        their exit statuses (what the function returned, or minus a signal), and what they printed. Once one has
-        failed, the others get a few seconds to say why they cannot go on, as launchers give them.
+        their exit statuses (the function's result, or minus a signal) and their output. Once one has failed, the
+        others get a few seconds to report their error, as under a launcher.
     """
     with tempfile.TemporaryDirectory() as folder:
         return _ask("alone", function, world_size, Path(folder), arguments)
@@ -83,7 +83,7 @@ def _ask(
 
 
 def fork_rank(rank: int, world_size: int, store: Path, log: Path, work: Callable[[], int]) -> int:
-    """Fork a process that is rank `rank`, runs `work` with its output in `log`, and exits with what it returns."""
+    """Fork rank `rank`: it runs `work` with its output in `log` and exits with the status that `work` returns."""
     pid = os.fork()
     if pid == 0:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -122,13 +122,13 @@ def _rank(kind: str, name: str, folder: Path) -> int:
 
 
 def _serve() -> None:
-    """Fork ranks as asked for on standard input: kind, function, count, folder; answer their exit statuses."""
+    """Fork ranks for each line of standard input (kind, function, count, folder); print their exit statuses."""
     importlib.import_module("pneumo_dist.training.swa")
     importlib.import_module("pneumo_dist.training.trainer")
     for line in sys.stdin:
-        kind, name, count, place = line.split()
-        importlib.import_module(name.partition(":")[0])  # once, and not in every rank
-        folder, world_size = Path(place), int(count)
+        kind, name, count, path = line.split()
+        importlib.import_module(name.partition(":")[0])  # once, instead of in every rank
+        folder, world_size = Path(path), int(count)
         pids = [
             fork_rank(r, world_size, folder / "store", folder / f"printed{r}", lambda: _rank(kind, name, folder))  # noqa: B023
             for r in range(world_size)

@@ -1,4 +1,4 @@
-"""Interruptions of every kind at random moments, and the weights are those of a quiet run."""
+"""After interruptions of every kind at random moments, the weights are those of an uninterrupted run."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 from tests.dist.spawn import ROOT
 
 
-# Three ranks: there the order of a sum depends on how DDP has laid out its buckets.
+# Three ranks: the order of sums depends on the buckets of DDP.
 @pytest.mark.parametrize(("ranks", "rounds"), [(2, 30), (3, 3)])
 def test_random_interruptions_change_no_bit(ranks, rounds):
     command = [sys.executable, "-m", "tests.dist.chaos", "--ranks", str(ranks), "--rounds", str(rounds)]

@@ -1,6 +1,6 @@
-"""A disk that is full or read-only: one clear line on every rank, nothing lost, and the same command goes on.
+"""A disk that is full or read-only: one error line on every rank, no data lost, and the same command continues.
 
-The run lies on a small disk of its own (a tmpfs, so root is needed), which is spoilt from inside the training.
+The run is on a small disk of its own (a tmpfs, which needs root); the training itself makes the disk fail.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pneumo_dist.training.checkpoint import CheckpointStore
 from tests.dist import small_run
 from tests.dist.spawn import exits
 
-# Where in the training the disk is spoilt: (owner, function, at which call of it).
+# The moment when the disk fails: (owner, function, at which call of it).
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "a checkpoint": (CheckpointStore, "save", 2),
     "best.pt": (trainer.Trainer, "_note_epoch", 1),
@@ -31,76 +31,76 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
 FILES = {"a checkpoint": "checkpoints/00000000"}
 
 
-def _mount(*words: str) -> None:
-    done = subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
+def _mount(*arguments: str) -> None:
+    done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(done.stderr.strip())
 
 
 def _fill(disk: Path) -> None:
-    """Leave not one page of it free."""
+    """Fill the disk to the last page."""
     for size in (1 << 20, 1 << 12):
         try:
-            with open(disk / f"filler{size}", "wb", buffering=0) as filler:
+            with (disk / f"filler{size}").open("wb", buffering=0) as filler:
                 while filler.write(b"\0" * size) == size:
                     pass
         except OSError:
             continue
 
 
-def _spoil(disk: Path, how: str) -> None:
+def _break(disk: Path, how: str) -> None:
     if how == "full":
         _fill(disk)
     else:
         _mount("-o", "remount,ro", str(disk))
 
 
-def _mend(disk: Path) -> None:
+def _repair(disk: Path) -> None:
     _mount("-o", "remount,rw", str(disk))
     for filler in disk.glob("filler*"):
         filler.unlink()
 
 
 def train(disk: str, moment: str | None = None, how: str = "") -> int:
-    """In the process of a rank: train stage 1; rank 0 spoils the disk at the moment. Returns the exit status."""
+    """In the process of a rank: train stage 1; rank 0 makes the disk fail at the moment. Returns the exit status."""
     small_run.thin()
     if moment and os.environ["RANK"] == "0":
         owner, name, at = MOMENTS[moment]
         original, calls = getattr(owner, name), []
 
-        def spoiling(*arguments: Any) -> Any:
+        def breaking(*arguments: Any) -> Any:
             calls.append(1)
             if len(calls) == at:
                 store = getattr(arguments[0], "store", None)
                 if store is not None:
-                    store._join()  # its thread has a file open: read-only would be refused, or a piece stay behind
-                _spoil(Path(disk), how)
+                    store._join()  # an open file: a remount read-only would be refused, or leave a part of it
+                _break(Path(disk), how)
             result = original(*arguments)
             if moment == "a checkpoint":
-                arguments[0]._join()  # else the end of the epoch may meet the full disk before the ranks agree on it
+                arguments[0]._join()  # else the end of the epoch may fail first, before the ranks agree
             return result
 
-        setattr(owner, name, spoiling)
+        setattr(owner, name, breaking)
     return stages.main(["--stage", "1", "--run-dir", f"{disk}/run", "--fold", "0"])
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # At least six steps an epoch, a save at each: two steps go by until the ranks agree on a failed one.
-    words = ("phantom.films=28", "train.save_every_s=0", "stage1.epochs=2", "stage1.batch_size=2")
-    return small_run.prepare(tmp_path_factory.mktemp("prepared"), *words)
+    # At least six steps an epoch, a save at each: the ranks agree on a failed one two steps later.
+    settings = ("phantom.films=28", "train.save_every_s=0", "stage1.epochs=2", "stage1.batch_size=2")
+    return small_run.prepare(tmp_path_factory.mktemp("prepared"), *settings)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, object]]:
-    found = {}
+    fingerprints = {}
     for ranks in (1, 2):
         folder = tmp_path_factory.mktemp("undisturbed")
         run_dir = small_run.copy_of(prepared, folder)
         codes, printed = exits(train, ranks, str(folder))
         assert codes == [0] * ranks, printed
-        found[ranks] = small_run.fingerprint(run_dir)
-    return found
+        fingerprints[ranks] = small_run.fingerprint(run_dir)
+    return fingerprints
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def disk(prepared: Path, tmp_path: Path) -> Iterator[Path]:
     try:
         _mount("-t", "tmpfs", "-o", "size=48m", "none", str(folder))
     except OSError as error:
-        pytest.skip(f"no disk of its own can be mounted here ({error})")
+        pytest.skip(f"cannot mount a tmpfs ({error})")
     try:
         small_run.copy_of(prepared, folder)
         yield folder
@@ -118,14 +118,14 @@ def disk(prepared: Path, tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def _told(codes: list[int], printed: list[str], *words: str) -> None:
-    """Every rank failed with one line that names itself and says what and where; there is no traceback."""
+def _assert_one_line(codes: list[int], printed: list[str], *parts: str) -> None:
+    """Every rank failed with one line that names the rank, the error and the path; there is no traceback."""
     assert codes == [1] * len(codes), printed
     for rank, text in enumerate(printed):
         lines = [line for line in text.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1 and "Traceback" not in text, text
-        for word in (f"rank {rank} of {len(codes)} on ", *words):
-            assert word in lines[0], text
+        for part in (f"rank {rank} of {len(codes)} on ", *parts):
+            assert part in lines[0], text
 
 
 @pytest.mark.parametrize(
@@ -133,13 +133,13 @@ def _told(codes: list[int], printed: list[str], *words: str) -> None:
 )
 def test_a_disk_full_under(moment: str, ranks: int, disk: Path, undisturbed: dict[int, dict[str, object]]) -> None:
     codes, printed = exits(train, ranks, str(disk), moment, "full")
-    _told(codes, printed, "No space left on device", f"{disk}/run/fold0/stage1/{FILES.get(moment, moment)}")
+    _assert_one_line(codes, printed, "No space left on device", f"{disk}/run/fold0/stage1/{FILES.get(moment, moment)}")
     if moment == "a checkpoint":
         assert "the checkpoints before it are whole" in printed[0]
     state = CheckpointStore(disk / "run/fold0/stage1/checkpoints").newest()
     assert state is not None and not (disk / "run/fold0/stage1/DONE.json").exists()
-    assert not [path for path in disk.rglob(".*.tmp*")], "nothing half-written is left"
-    _mend(disk)
+    assert not list(disk.rglob(".*.tmp*")), "no half-written file is left"
+    _repair(disk)
     codes, printed = exits(train, ranks, str(disk))
     assert codes == [0] * ranks and "resuming at" in printed[0], printed
     assert small_run.fingerprint(disk / "run") == undisturbed[ranks]
@@ -148,24 +148,24 @@ def test_a_disk_full_under(moment: str, ranks: int, disk: Path, undisturbed: dic
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_disk_that_turns_read_only(ranks: int, disk: Path, undisturbed: dict[int, dict[str, object]]) -> None:
     codes, printed = exits(train, ranks, str(disk), "best.pt", "read-only")
-    _told(codes, printed, "Read-only file system", f"{disk}/run/fold0/stage1/")
+    _assert_one_line(codes, printed, "Read-only file system", f"{disk}/run/fold0/stage1/")
     codes, printed = exits(train, ranks, str(disk))  # and at the start of the next attempt
-    _told(codes, printed, "Read-only file system", f"{disk}/run/jobs/")
-    _mend(disk)
+    _assert_one_line(codes, printed, "Read-only file system", f"{disk}/run/jobs/")
+    _repair(disk)
     codes, printed = exits(train, ranks, str(disk))
     assert codes == [0] * ranks and "resuming at" in printed[0], printed
     assert small_run.fingerprint(disk / "run") == undisturbed[ranks]
 
 
 def watch(disk: str) -> int:
-    """In a process: write events on a disk that fills up. Returns the exit status."""
+    """In a process: write events to a disk that becomes full. Returns the exit status."""
     from pneumo_dist.runtime import runlog
 
     runlog.setup()
     events = runlog.RunLog(Path(disk) / "events")
     events.scalars(1, {"a": 1.0})
     _fill(Path(disk))
-    for step in range(2, 2000):  # more than one page, and than the queue before the writer's thread
+    for step in range(2, 2000):  # more than one page, and more than the writer's queue
         events.scalars(step, {"a": 1.0})
         if step % 500 == 0:
             events.flush()
@@ -173,7 +173,7 @@ def watch(disk: str) -> int:
     return 0
 
 
-def test_events_that_cannot_be_written_are_one_warning_and_no_end(disk: Path) -> None:
+def test_events_that_cannot_be_written_give_one_warning_and_no_error(disk: Path) -> None:
     codes, printed = exits(watch, 1, str(disk))
     assert codes == [0], printed
-    assert printed[0].count("no TensorBoard events from here on") == 1 and "Traceback" not in printed[0], printed
+    assert printed[0].count("no more TensorBoard events") == 1 and "Traceback" not in printed[0], printed

@@ -1,4 +1,4 @@
-"""What happens to one rank of a training, and what the others make of it."""
+"""Faults of one rank of a training, and how the other ranks end."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def _before_step(number: int, what: Callable[[], None]) -> None:
 
 
 def note_films(run_dir: Path) -> None:
-    """Note what every step sees: a hash of each augmented film, for all ranks in one folder."""
+    """Record the input of every step: a hash of each augmented film, for all ranks in one file."""
     original = Stepper.step
 
     def step(stepper: Stepper, images: torch.Tensor, masks: torch.Tensor, *rest: Any) -> Any:
         for image in images:
             name = hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16]
-            with open(run_dir / "seen", "a") as seen:
+            with (run_dir / "seen").open("a") as seen:
                 seen.write(f"{name}\n")
         return original(stepper, images, masks, *rest)
 
@@ -106,7 +106,7 @@ def signalled_while_saving(_run_dir: Path) -> None:
 
 
 def train(run_dir: str, prepare: Callable[[Path], None]) -> int:
-    """In the process of a rank: prepare what is to happen, then train stage 1. Returns the exit status."""
+    """In the process of a rank: prepare the fault, then train stage 1. Returns the exit status."""
     small_run.thin()
     prepare(Path(run_dir))
     return stages.main(["--stage", "1", "--run-dir", run_dir, "--fold", "0"])
@@ -131,7 +131,7 @@ def run_dir(prepared: Path, tmp_path: Path) -> Path:
 
 
 def _seen(run_dir: Path) -> list[list[str]]:
-    """The films of each step, whichever rank had them."""
+    """Return the films of each step over all ranks."""
     names = (run_dir / "seen").read_text().split()
     return [sorted(names[at : at + 4]) for at in range(0, len(names), 4)]
 
@@ -152,7 +152,7 @@ def test_a_hanging_rank_is_seen_before_the_time_out_and_ends_the_job(run_dir: Pa
     (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
     codes, printed = exits(train, 2, str(run_dir), hang_at_5)
     assert codes[0] == 1 and codes[1] != 0, printed
-    for text in printed:  # both ranks show where they stand
+    for text in printed:  # both ranks print their stacks
         assert "Timeout (0:00:04)" in text and "stages.py" in text, text
     assert "rank 0 of 2 on " in printed[0] and re.search("timed out|time out|timeout", printed[0], re.I), printed[0]
 
@@ -170,7 +170,7 @@ def test_a_dead_rank_or_worker_ends_the_job_which_then_continues(run_dir: Path, 
 
 
 def _points(run_dir: Path) -> list[int]:
-    """The steps of which TensorBoard shows a learning rate."""
+    """Return the steps for which TensorBoard shows a learning rate."""
     events = EventAccumulator(str(run_dir / "fold0/stage1/tensorboard")).Reload()
     return [event.step for event in events.Scalars("train/lr")]
 

@@ -1,4 +1,4 @@
-"""Interrupted equals uninterrupted: the same bits, wherever and however often the training was stopped."""
+"""Interrupted equals uninterrupted: the same bits for any number of stops at any step."""
 
 import signal
 
@@ -78,7 +78,7 @@ def test_weights_and_scores_do_not_depend_on_stops(prepared, undisturbed, tmp_pa
     assert small_run.fingerprint(run_dir) == small_run.fingerprint(undisturbed)
 
 
-def test_slurms_sigterm_during_a_validation_saves_before_the_last_film_and_goes_on(
+def test_slurms_sigterm_during_a_validation_saves_before_the_last_film_and_continues(
     prepared, undisturbed, tmp_path, monkeypatch
 ):
     run_dir = small_run.copy_of(prepared, tmp_path)
@@ -103,12 +103,12 @@ def test_slurms_sigterm_during_a_validation_saves_before_the_last_film_and_goes_
     assert small_run.fingerprint(run_dir) == small_run.fingerprint(undisturbed)
 
 
-def test_the_plateau_rule_goes_on_where_it_stood(prepared, tmp_path, monkeypatch):
+def test_the_plateau_rule_continues_from_its_state(prepared, tmp_path, monkeypatch):
     found = []
     for name, points in (("calm", []), ("stopped", [3, "e2", 5])):
         run_dir = small_run.copy_of(prepared, tmp_path / name)
-        words = ["stage1.schedule=plateau", "stage1.plateau_patience=1", "stage1.lr=0.5"]  # too high: it gets worse
-        config = configuration.load(run_dir / "config.yaml", words)
+        settings = ["stage1.schedule=plateau", "stage1.plateau_patience=1", "stage1.lr=0.5"]  # too high: the loss rises
+        config = configuration.load(run_dir / "config.yaml", settings)
         (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
         StopAt(monkeypatch, run_dir, points).run()
         monkeypatch.undo()
@@ -117,7 +117,7 @@ def test_the_plateau_rule_goes_on_where_it_stood(prepared, tmp_path, monkeypatch
     assert found[0] == found[1] and rates[-1] < rates[0]
 
 
-def test_stage_2_and_the_batch_norm_job_go_on_with_the_same_bits(undisturbed, tmp_path, monkeypatch):
+def test_stage_2_and_the_batch_norm_job_continue_with_the_same_bits(undisturbed, tmp_path, monkeypatch):
     found = []
     for name, points in (("calm", []), ("stopped", [2, 5])):
         run_dir = small_run.copy_of(undisturbed, tmp_path / name)
@@ -125,7 +125,7 @@ def test_stage_2_and_the_batch_norm_job_go_on_with_the_same_bits(undisturbed, tm
         monkeypatch.undo()
         if points:
             stop = StopSignal()
-            stop.note(signal.SIGUSR2)  # in the middle of the batches: what was measured is measured again
+            stop.note(signal.SIGUSR2)  # between two batches: the next attempt measures again from the start
             with pytest.raises(Stopped):
                 stages.run_stage("swa", run_dir, fold=0, stop=stop)
             assert not (run_dir / "fold0" / "swa" / "model.pt").exists()
@@ -142,7 +142,7 @@ def test_a_crash_repeats_from_the_last_save_and_ends_the_same(prepared, undistur
 
     def crashing(stepper, *arguments):
         if len(done) == 5:
-            raise MemoryError("as if the machine had gone")
+            raise MemoryError("simulated crash")
         done.append(1)
         return step(stepper, *arguments)
 

@@ -1,6 +1,6 @@
-"""One private cluster for all SLURM tests of a session; where none can run they are skipped with the reason.
+"""One private cluster for all SLURM tests of a session; without one they are skipped with the reason.
 
-With PNEUMO_REQUIRE_SLURM=1 such a skip is a failure: a machine that is to prove the SLURM side must not pass silently.
+With PNEUMO_REQUIRE_SLURM=1 such a skip is a failure, so that a test machine cannot pass without SLURM.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[PrivateCluster]:
     """Return the session's private cluster of three nodes with accounting."""
-    folder = Path(tempfile.mkdtemp(prefix="pneumo-", dir="/tmp"))  # short: unix sockets lie below it
+    folder = Path(tempfile.mkdtemp(prefix="pneumo-", dir="/tmp"))  # a short path: it holds unix sockets
     folder.chmod(0o755)
     try:
         started = devcluster("start", "--dir", folder, "--owner", os.getpid(), check=False)
@@ -48,7 +48,7 @@ def cluster() -> Iterator[PrivateCluster]:
 
 @pytest.fixture
 def free_cluster(cluster: PrivateCluster) -> PrivateCluster:
-    """Return the cluster with nothing queued and every node up, whatever the test before left."""
+    """Return the cluster with an empty queue and every node up, whatever the previous test did."""
     cluster.command("scancel", "--user", "root")
     if cluster.command("scontrol", "ping", check=False, timeout_s=20).stdout.find("is UP") < 0:
         cluster.control("controller", "start")
@@ -62,7 +62,7 @@ def free_cluster(cluster: PrivateCluster) -> PrivateCluster:
 
 @dataclass(frozen=True)
 class Chain:
-    """The tiny recipe's whole chain, run once on the cluster."""
+    """The whole chain of the tiny recipe, run once on the cluster."""
 
     cluster: PrivateCluster
     run: Path
@@ -75,7 +75,7 @@ class Chain:
 
 @pytest.fixture(scope="session")
 def shards(cluster: PrivateCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the shards of the tiny recipe's films, for runs that need nothing else of a chain."""
+    """Return the shards of the tiny recipe, for runs that need nothing else of a chain."""
     root = tmp_path_factory.mktemp("runs")
     words = ("--config", TINY, "--run", "films", "--wait", f"run_root={root}")
     cluster.submit("--stage", "preprocess", *words, timeout_s=120)

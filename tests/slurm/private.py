@@ -1,4 +1,4 @@
-"""A test's view of the private cluster: submit, look, wait, break things. Starts nothing by itself."""
+"""The tests' interface to a running private cluster: submit, query, wait, cause faults. It starts no cluster."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 DEVCLUSTER = ROOT / "slurm" / "devcluster" / "devcluster"
 PROFILE = ROOT / "configs" / "cluster" / "devcluster.yaml"
-TINY = Path(__file__).parent / "tiny.yaml"  # the recipe that is trained here
+TINY = Path(__file__).parent / "tiny.yaml"  # the recipe of the SLURM tests
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "DEADLINE", "OUT_OF_MEMORY")
 
 
-def until(ready: Callable[[], Any], within_s: float, what: str, every_s: float = 0.2) -> Any:
-    """Poll `ready` until it returns something true, and return that; fail saying `what` was awaited."""
+def until(ready: Callable[[], Any], within_s: float, awaited: str, every_s: float = 0.2) -> Any:
+    """Poll `ready` until it returns something true, and return that; fail with `awaited` in the message."""
     end = time.monotonic() + within_s
-    while not (found := ready()):
-        assert time.monotonic() < end, f"not within {within_s:.0f} s: {what}"
+    while not (result := ready()):
+        assert time.monotonic() < end, f"not within {within_s:.0f} s: {awaited}"
         time.sleep(every_s)
-    return found
+    return result
 
 
 def devcluster(*words: object, check: bool = True, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
@@ -68,7 +68,7 @@ class PrivateCluster:
         devcluster(words[0], "--dir", self.folder, *words[1:])
 
     def job(self, job_id: str) -> dict[str, str]:
-        """Return what the controller knows of a job: JobState, RunTime, BatchHost, Restarts, ..."""
+        """Return the controller's record of a job: JobState, RunTime, BatchHost, Restarts, ..."""
         text = self.command("scontrol", "-o", "show", "job", job_id).stdout
         return dict(re.findall(r"(\S+?)=(.*?)(?=\s+\S+?=|\s*$)", text.splitlines()[0]))
 
@@ -90,18 +90,18 @@ class PrivateCluster:
             raise AssertionError(f"{error}: it is {self.job(job_id)}") from None
 
     def saved(self, since: float) -> bool:
-        """Tell whether the controller has put its jobs on disk since then: it forgets younger ones when killed."""
+        """Tell whether the controller has saved its jobs since then: when killed, it loses later ones."""
         return (self.folder / "controller" / "job_state").stat().st_mtime > since
 
     def idle(self) -> bool:
-        """Tell whether no job waits or runs and every node is free."""
+        """Tell whether the queue is empty and every node is idle."""
         queue = self.command("squeue", "-h", "-o", "%i").stdout.split()
         nodes = self.command("sinfo", "-h", "-N", "-t", "idle", "-p", "batch", "-o", "%N").stdout.split()
         return not queue and len(set(nodes)) == 3
 
 
 def same_weights(one: Path, other: Path) -> None:
-    """Assert that two model files hold the same weights, bit for bit."""
+    """Assert that two model files have bit-identical weights."""
     import torch
 
     ours, theirs = (torch.load(path, map_location="cpu", weights_only=True)["model"] for path in (one, other))

@@ -1,4 +1,4 @@
-"""The whole chain on a real SLURM of two and more nodes, by way of launch/submit.py."""
+"""The whole chain on a real SLURM cluster of several nodes, with launch/submit.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ STAGES = ("phantom", "shards", "fold0/stage1", "fold0/stage2", "fold0/swa", "fol
 
 
 def ledger(run: Path) -> list[dict[str, Any]]:
-    """Return what was submitted for a run, oldest first."""
+    """Return the submissions of a run, oldest first."""
     lines = (run / "jobs" / "submitted.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["event"] == "submitted"]
 
@@ -29,7 +30,7 @@ def test_whole_chain_on_two_nodes_ends_with_a_submission_for_every_film(chain: C
         assert (chain.run / name / "DONE.json").is_file(), name
     done = json.loads((chain.run / "fold0/stage1/DONE.json").read_text())
     assert done["world_size"] == 2
-    with open(chain.run / "infer/films/submission.csv") as file:
+    with (chain.run / "infer/films/submission.csv").open() as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["ImageId", "EncodedPixels"]
     assert len({name for name, _ in rows[1:]}) == 24
@@ -44,7 +45,7 @@ def test_preprocess_and_infer_were_arrays_and_every_job_waited_for_the_one_befor
     rows = {str(row["key"]): row for row in ledger(chain.run)}
     assert rows["preprocess"]["elements"] == rows["infer"]["elements"] == 2
     order = [str(row["key"]) for row in ledger(chain.run)]
-    for before, key in zip(order, order[1:], strict=False):
+    for before, key in pairwise(order):
         assert f"afterok:{rows[before]['job_id']}" in " ".join(rows[key]["after"]), (before, rows[key])
 
 
@@ -83,7 +84,7 @@ def test_second_writer_is_refused_and_a_parent_that_fails_cancels_its_dependants
     assert second.returncode == 2
     assert str(first["job_id"]) in second.stderr and second.stderr.count("\n") <= 2
 
-    # A pending parent is parent enough: stage 2 waits for it without being told its id.
+    # Stage 2 depends on the pending job without --after.
     free_cluster.submit("--stage", "2", "--nodes", "2", *words)
     child = next(row for row in ledger(tmp_path / "busy") if row["key"] == "stage2-fold0")
     assert child["after"] == [f"afterok:{first['job_id']}"]
@@ -97,7 +98,7 @@ def test_failed_stage_ends_the_waiting_command_with_1_and_names_itself(
     shards: Path, free_cluster: PrivateCluster, tmp_path: Path
 ) -> None:
     words = ("--config", TINY, "--run", "bad", f"run_root={tmp_path}", f"data.shard_dir={shards}")
-    # More than the films of a training fold: only the job itself can know.
+    # More than the films of a training fold, which only the job can check.
     done = free_cluster.submit("--stage", "all", "--nodes", "2", "--wait", *words, "stage1.batch_size=23", check=False)
     assert done.returncode == 1
     assert "stage1-fold0" in done.stderr and "stage1.batch_size=23 is more than the 16" in done.stderr
@@ -108,13 +109,13 @@ def test_failed_stage_ends_the_waiting_command_with_1_and_names_itself(
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """Return a checkout as a fresh clone has it, beside this one's virtual environment."""
-    place = tmp_path / "clone"
+    """Return a checkout as a fresh clone has it, with this checkout's virtual environment."""
+    folder = tmp_path / "clone"
     for name in ("launch", "pneumo_dist", "configs"):
-        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     if (ROOT / ".venv").exists():
-        (place / ".venv").symlink_to(ROOT / ".venv")
-    return place
+        (folder / ".venv").symlink_to(ROOT / ".venv")
+    return folder
 
 
 def test_literal_command_on_a_configured_cluster_submits_the_missing_upstream_too(

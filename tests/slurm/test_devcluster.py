@@ -1,4 +1,4 @@
-"""The private cluster itself: what it refuses, what it can break, and that it leaves nothing behind."""
+"""The private cluster: what it refuses, the faults it can cause, and that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.slurm.private import DEVCLUSTER, PrivateCluster, devcluster, until
 
 def traces(folder: Path) -> list[str]:
     """Return the processes and network interfaces that still belong to the cluster of `folder`."""
-    found = []
+    left = []
     for entry in Path("/proc").iterdir():
         try:
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
@@ -28,20 +28,18 @@ def traces(folder: Path) -> list[str]:
         except OSError:
             continue
         if state not in "ZX" and (str(folder) in words or f"DEVCLUSTER={folder}" in environment):
-            found.append(words)
-    for path in Path("/sys/class/net").glob("pdc*/ifalias"):
-        if path.read_text().strip() == str(folder):
-            found.append(path.parent.name)
-    return found
+            left.append(words)
+    links = Path("/sys/class/net").glob("pdc*/ifalias")
+    return left + [path.parent.name for path in links if path.read_text().strip() == str(folder)]
 
 
 @pytest.fixture
 def folder(cluster: PrivateCluster) -> Iterator[Path]:
     """Return a free directory for a second cluster, on a machine where clusters can run."""
-    place = Path(f"/tmp/pneumo-second-{os.getpid()}")
-    yield place
-    devcluster("stop", "--dir", place)
-    shutil.rmtree(place, ignore_errors=True)
+    second = Path(f"/tmp/pneumo-second-{os.getpid()}")
+    yield second
+    devcluster("stop", "--dir", second)
+    shutil.rmtree(second, ignore_errors=True)
 
 
 def test_every_node_has_its_own_name_and_answers(cluster: PrivateCluster) -> None:
@@ -68,17 +66,17 @@ def test_cluster_goes_with_its_owner_even_after_kill_9(cluster: PrivateCluster, 
     owner.kill()
     owner.wait()
     os.kill(int(pid), signal.SIGKILL)
-    place = Path(conf).parent
-    until(lambda: not traces(place) and not place.exists(), 15, f"nothing left of {place}")
+    started = Path(conf).parent
+    until(lambda: not traces(started) and not started.exists(), 15, f"nothing left of {started}")
 
 
 def test_with_passes_the_exit_status_on_and_cleans_up(cluster: PrivateCluster) -> None:
     done = devcluster(
         "with", "--no-accounting", "--nodes", 1, "--", "bash", "-c", "echo $SLURM_CONF; exit 7", check=False
     )
-    place = Path(done.stdout.strip()).parent
+    started = Path(done.stdout.strip()).parent
     assert done.returncode == 7
-    assert not traces(place) and not place.exists()
+    assert not traces(started) and not started.exists()
 
 
 def test_start_killed_half_way_is_cleared_up_as_stale_and_living_clusters_stay(
@@ -148,7 +146,7 @@ def test_other_users_and_missing_programs_are_told_what_to_do(monkeypatch: pytes
         machine.check_machine(True)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(shutil, "which", lambda name, path=None: None if name == "munged" else f"/bin/{name}")
-    with pytest.raises(machine.ClusterError, match="not installed: munged; .*install-packages.sh"):
+    with pytest.raises(machine.ClusterError, match=r"not installed: munged; .*install-packages.sh"):
         machine.check_machine(True)
 
 

@@ -1,6 +1,6 @@
-"""Nine things that happen to jobs on a cluster, each to one short training with one dependant.
+"""Nine faults of a cluster, each during a short training with one dependent job.
 
-One undisturbed training is the reference: whatever was done to the others, their final weights are the same bits.
+An undisturbed training is the reference: after every fault the final weights are bit-identical.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import pytest
 
 from tests.slurm.private import PROFILE, TINY, PrivateCluster, same_weights, until
 
-FEW_BATCHES = 3  # from here on a training counts as under way: its checkpoint is worth losing
+FEW_BATCHES = 3  # after this many batches a fault loses work
 USR2_PENDING = 1 << (signal.SIGUSR2 - 1)
 
 
 def ranks_of(job_id: str) -> list[int]:
     """Return the process ids, as this machine sees them, of the Python ranks of a job in rank order."""
-    found = {}
+    ranks = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -38,13 +38,13 @@ def ranks_of(job_id: str) -> list[int]:
             continue
         environment = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
         if environment.get("SLURM_JOB_ID") == job_id and "SLURM_PROCID" in environment and "python" in words[0]:
-            found[int(entry.name)] = (int(environment["SLURM_PROCID"]), parent)
-    # Loader workers look the same, but their parent is a rank.
-    return sorted((pid for pid in found if found[pid][1] not in found), key=lambda pid: found[pid][0])
+            ranks[int(entry.name)] = (int(environment["SLURM_PROCID"]), parent)
+    # Loader workers have the same environment, but their parent is a rank.
+    return sorted((pid for pid in ranks if ranks[pid][1] not in ranks), key=lambda pid: ranks[pid][0])
 
 
 def warned(pid: int) -> bool:
-    """Tell whether a held process has been sent SIGUSR2; SLURM wakes it for that (SIGCONT), and it may be gone."""
+    """Tell whether a held process has received SIGUSR2; SLURM sends SIGCONT with it, so the process may have ended."""
     try:
         lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     except OSError:
@@ -53,7 +53,7 @@ def warned(pid: int) -> bool:
 
 
 def hold(pids: list[int], signum: int = signal.SIGSTOP) -> None:
-    """Stop processes where they are (or let them go on, with SIGCONT): it costs no time of the machine."""
+    """Stop processes (or continue them, with SIGCONT)."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signum)
@@ -69,7 +69,7 @@ class Training:
     words: tuple[object, ...]
 
     def submit_stage(self, stage: str) -> str:
-        """Submit what is not done of stage 1 ("1") or the batch-norm job ("swa"); return its id."""
+        """Submit stage 1 ("1") or the batch-norm job ("swa"); return its id."""
         nodes = {"1": 2, "swa": 1}[stage]
         self.cluster.submit("--stage", stage, "--nodes", nodes, "--profile", self.profile, *self.words)
         rows = [json.loads(line) for line in (self.run / "jobs/submitted.jsonl").read_text().splitlines()]
@@ -88,14 +88,14 @@ class Training:
         return int(Path(last["checkpoints"][-1]["file"]).stem)
 
     def begin(self) -> tuple[str, str]:
-        """Submit, and return when the training is under way and has a checkpoint."""
+        """Submit, and return when the training has a checkpoint."""
         job, child = self.submit()
         until(lambda: self.batches() >= FEW_BATCHES, 240, f"a checkpoint in {self.run}", every_s=0.05)
         assert self.cluster.state(job) == "RUNNING"
         return job, child
 
     def requeued(self, job: str) -> None:
-        """Wait until a job has been put back into the queue once; how long it stays there is SLURM's affair."""
+        """Wait until a job has been requeued once."""
         until(lambda: self.cluster.job(job)["Restarts"] == "1", 120, f"a requeue of job {job}")
 
     def log(self, job: str) -> str:
@@ -103,16 +103,16 @@ class Training:
         return "".join(path.read_text() for path in sorted((self.run / "jobs").glob(f"{job}_0_log.*")))
 
     def check(self, child: str, reference: Path) -> None:
-        """Wait for the dependant; the averaged weights must be the reference's bits."""
+        """Wait for the dependent job; the weights must be bit-identical to the reference."""
         assert self.cluster.wait_for(child, within_s=400) == "COMPLETED"
         same_weights(reference / "fold0/swa/model.pt", self.run / "fold0/swa/model.pt")
         same_weights(reference / "fold0/stage1/last.pt", self.run / "fold0/stage1/last.pt")
 
 
 def training(shards: Path, cluster: PrivateCluster, root: Path, name: str, partition: str = "batch") -> Training:
-    """Describe a training of 48 steps on the shared shards, in a run of its own.
+    """Describe a training of 48 steps on the shared shards, in a separate run.
 
-    Long enough not to end in the seconds that SLURM leaves to what it kills.
+    It is long enough not to end within the seconds that SLURM leaves to a job that it kills.
     """
     profile = root / f"{name}.profile.yaml"
     profile.write_text(f"{PROFILE.read_text()}\npartition: {partition}\n")
@@ -123,7 +123,7 @@ def training(shards: Path, cluster: PrivateCluster, root: Path, name: str, parti
 
 @pytest.fixture(scope="module")
 def reference(shards: Path, cluster: PrivateCluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the run that nobody disturbs."""
+    """Return the undisturbed run."""
     calm = training(shards, cluster, tmp_path_factory.mktemp("reference"), "calm")
     _, child = calm.submit()
     assert cluster.wait_for(child, within_s=400) == "COMPLETED"
@@ -141,7 +141,7 @@ def disturbed(
 
 def test_a_time_limit_saves_requeues_and_ends_in_the_same_bits(disturbed: Training, reference: Path) -> None:
     job, child = disturbed.begin()
-    # SLURM looks at time limits every 30 s only: hold the ranks until its warning has come.
+    # SLURM checks time limits every 30 s only: hold the ranks until its signal arrives.
     ranks = ranks_of(job)
     assert len(ranks) == 2
     hold(ranks)
@@ -151,7 +151,7 @@ def test_a_time_limit_saves_requeues_and_ends_in_the_same_bits(disturbed: Traini
     until(lambda: all(map(warned, ranks)), 40, "SLURM's warning of the time limit")
     hold(ranks, signal.SIGCONT)
     disturbed.requeued(job)
-    assert disturbed.batches() > before, "a warning comes in time to save once more"
+    assert disturbed.batches() > before, "the signal leaves time for one more save"
     disturbed.cluster.command("scontrol", "update", f"jobid={job}", "TimeLimit=30")
     disturbed.check(child, reference)
     assert disturbed.cluster.job(job)["Restarts"] == "1"
@@ -164,7 +164,7 @@ def test_b_preemption_by_a_higher_partition_ends_in_the_same_bits(disturbed: Tra
     urgent = disturbed.cluster.command(
         "sbatch", "--parsable", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"
     ).stdout.strip()
-    # The grace begins with SIGTERM: the ranks save and go on. Held here, they cannot finish before it is over.
+    # The grace time begins with SIGTERM: the ranks save and continue. Held, they cannot finish before it ends.
     until(lambda: "SIGTERM: state saved" in disturbed.log(job), 60, "a save in the grace time", every_s=0.05)
     hold(ranks_of(job))
     assert disturbed.cluster.wait_for(urgent, within_s=120) == "COMPLETED"

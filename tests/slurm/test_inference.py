@@ -48,24 +48,24 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
-    """Return every output by name; parts are working files."""
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in found.items() if not name.startswith("parts/")}
+    """Return every output by name, without the parts, which are working files."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if not name.startswith("parts/")}
 
 
-def processes_of(array: str, element: int) -> list[int]:
-    """Return the process ids of one array element's Python task."""
-    found = []
+def processes_of(array: str, index: int) -> list[int]:
+    """Return the process ids of one task of an array."""
+    pids = []
     for entry in Path("/proc").iterdir():
         try:
             words = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
             command = (entry / "cmdline").read_bytes().split(b"\0")[0]
         except OSError:
             continue
-        wanted = {f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={element}"}
+        wanted = {f"SLURM_ARRAY_JOB_ID={array}", f"SLURM_ARRAY_TASK_ID={index}"}
         if wanted <= set(words) and b"python" in command and any(w.startswith("SLURM_PROCID=") for w in words):
-            found.append(int(entry.name))
-    return found
+            pids.append(int(entry.name))
+    return pids
 
 
 def test_killed_task_and_dead_node_leave_the_same_bytes(films, free_cluster: PrivateCluster, tmp_path, monkeypatch):
@@ -75,7 +75,9 @@ def test_killed_task_and_dead_node_leave_the_same_bytes(films, free_cluster: Pri
     some = [path for path in sorted(films.iterdir()) if not path.name.startswith("damaged")][:5]
     seen = [to_size(read_film(path).pixels, 256) for path in some]
     model = write_model(tmp_path / "model.pt", size=256, images=seen)
-    middle = sorted(answer.top_score for answer in predict(model, some))[2]  # so that both decisions occur
+    middle = sorted(answer.top_score for answer in predict(model, some))[
+        2
+    ]  # so that some films are positive and some negative
     rule = {"top_score": middle, "min_area": 200, "mask_threshold": 0.3}
     write_model(model, size=256, images=seen, triplet=rule)
     patience_s = 240 + 6 * len(list(films.iterdir()))
@@ -104,9 +106,9 @@ def test_killed_task_and_dead_node_leave_the_same_bytes(films, free_cluster: Pri
     ids = {row["key"]: str(row["job_id"]) for row in _submitted(run)}
     assert cluster.wait_for(ids["merge"], within_s=patience_s) == "COMPLETED"
     assert survived and survived.items() <= {p.name: p.stat().st_mtime_ns for p in parts.glob("part-*")}.items()
-    found, wanted = outputs(run / "infer" / "it"), outputs(calm / "infer" / "it")
-    assert found.keys() - {"DONE.json"} == wanted.keys()
-    assert [name for name in wanted if found[name] != wanted[name]] == []
+    written, wanted = outputs(run / "infer" / "it"), outputs(calm / "infer" / "it")
+    assert written.keys() - {"DONE.json"} == wanted.keys()
+    assert [name for name in wanted if written[name] != wanted[name]] == []
 
     submission = run / "infer" / "it" / "submission.csv"
     assert validate_submission(submission, films) == []

@@ -1,4 +1,4 @@
-"""The hand-readable slurm/*.sbatch do the same work as submit.py: same shards, same weights, same submission."""
+"""The plain scripts slurm/*.sbatch give the same results as submit.py: same weights, same submission."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 
 
 def sbatch(cluster: PrivateCluster, logs: Path, after: str, *words: object) -> str:
-    """Submit a script as its heading says, and return the job's id."""
+    """Submit a script as its first lines say, and return the job's id."""
     waits = (f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes") if after else ()
     small = ("--cpus-per-task=1", "--mem=1G", f"--output={logs}/%x-%j-%a.log")
     return cluster.command("sbatch", "--parsable", *waits, *small, *words).stdout.strip()

@@ -1,6 +1,6 @@
-"""runs.py status on a real SLURM: a run whose jobs are in every state that there is, with and without accounting.
+"""runs.py status on a real SLURM: a run with a job in every state, with and without accounting.
 
-The jobs are short commands in the place of stages: the table knows them by the run's list of submissions.
+The jobs are short commands instead of stages. The table identifies them by the run's ledger.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.slurm.private import ROOT, TINY, PrivateCluster, devcluster, until
 
 @pytest.fixture(params=["accounting", "no accounting"])
 def site(request: pytest.FixtureRequest) -> Iterator[PrivateCluster]:
-    """Return an idle cluster that accounts for its jobs, and one that does not."""
+    """Return an idle cluster, with and without accounting."""
     if request.param == "accounting":
         yield request.getfixturevalue("free_cluster")
         return
@@ -38,7 +38,7 @@ def site(request: pytest.FixtureRequest) -> Iterator[PrivateCluster]:
 
 
 class Run:
-    """A run directory, and the jobs that are said to be of its chain."""
+    """A run directory and the jobs that its ledger lists."""
 
     def __init__(self, cluster: PrivateCluster, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
@@ -78,13 +78,13 @@ class Run:
         return job_id
 
     def status(self) -> str:
-        """Return what runs.py prints."""
+        """Return the output of runs.py status."""
         return self.cluster.command(sys.executable, ROOT / "launch/runs.py", "status", self.folder).stdout
 
     def shows(self, *lines: str) -> bool:
-        """Tell whether the table has a line with all words of each of `lines`."""
-        found = self.status().splitlines()
-        return all(any(set(line.split()) <= set(one.split()) for one in found) for line in lines)
+        """Tell whether for each of `lines` the table has a line with all its words."""
+        rows = [set(row.split()) for row in self.status().splitlines()]
+        return all(any(set(line.split()) <= row for row in rows) for line in lines)
 
 
 def test_status_of_every_state(site: PrivateCluster, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the command line's stages stand for, and what waits for what."""
+"""The jobs of each stage of the command line, and their dependencies."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_all_is_the_whole_chain_in_order():
     ]  # fmt: skip
 
 
-def test_each_fold_is_a_chain_of_its_own_and_one_job_pools_them():
+def test_each_fold_is_a_separate_chain_and_one_job_pools_them():
     nodes = {node.key: node.after for node in jobs_of(PAPER, "all", [1, 3])}
     assert nodes["stage2-fold3"] == (("finalize", None), ("1", 3))
     assert nodes["evaluate-fold1"] == (("finalize", None), ("swa", 1))

@@ -65,7 +65,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(tmp_path, caplog,
 @pytest.mark.parametrize("last", ["{", '{"checkpoints": [1]}', "[]", "\0", None])
 def test_a_damaged_or_lost_LAST_falls_back_to_the_files_by_number(tmp_path, last):
     _save(CheckpointStore(tmp_path), 9, 10)
-    if last is None:  # also what is left when the first write is killed just before LAST
+    if last is None:  # as after a kill between the first write and LAST
         (tmp_path / "LAST").unlink()
     else:
         (tmp_path / "LAST").write_text(last)
@@ -94,7 +94,7 @@ def test_a_write_killed_just_before_LAST_loses_one_save_and_no_file(tmp_path):
     assert _names(tmp_path) == ["0000000003.pt", "0000000004.pt"] and CheckpointStore(tmp_path).newest()["step"] == 4
 
 
-def test_nothing_whole_left_is_said_not_restarted(tmp_path):
+def test_no_whole_checkpoint_left_is_an_error_not_a_restart(tmp_path):
     _save(CheckpointStore(tmp_path), 1, 2)
     for path in tmp_path.glob("*.pt"):
         path.write_bytes(b"x")
@@ -114,7 +114,7 @@ def test_the_copy_is_taken_before_save_returns(tmp_path, monkeypatch):
     store = CheckpointStore(tmp_path)
     weights = torch.zeros(10)
     store.save("0000000001", {"weights": weights})
-    weights += 1  # training goes on while the file is written
+    weights += 1  # training continues while the file is written
     may_write.set()
     store.wait()
     assert store.newest()["weights"].sum() == 0
@@ -129,7 +129,7 @@ def test_a_failed_write_leaves_the_one_before_and_says_which_file(tmp_path, monk
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
     store.save("0000000002", _state(2))
-    store.save("0000000003", _state(3))  # rank 0 alone comes here: the error waits for all ranks
+    store.save("0000000003", _state(3))  # only rank 0 saves: the error waits until all ranks agree
     assert store.failed
     for _ in range(2):
         with pytest.raises(CheckpointError, match=r"0000000002\.pt.*No space left"):

@@ -16,13 +16,13 @@ ROOT = Path(__file__).parents[2]
 
 def rows(text: str) -> dict[str, str]:
     """The printed rows by key; a meaning on a line of its own belongs to the key above."""
-    found: dict[str, str] = {}
+    listed: dict[str, str] = {}
     for line in text.splitlines():
         if line.startswith(" " * 20):
-            found[list(found)[-1]] += f"  {line.strip()}"
+            listed[list(listed)[-1]] += f"  {line.strip()}"
         elif line.startswith("  "):
-            found[line.split()[0]] = line.strip()
-    return found
+            listed[line.split()[0]] = line.strip()
+    return listed
 
 
 def test_every_key_of_the_configuration_has_a_meaning() -> None:
@@ -32,11 +32,11 @@ def test_every_key_of_the_configuration_has_a_meaning() -> None:
 
 def test_the_listing_has_every_key_with_type_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
-    found = rows(capsys.readouterr().out)
-    assert list(found) == list(keys())
+    listed = rows(capsys.readouterr().out)
+    assert list(listed) == list(keys())
     for name, key in keys().items():
-        assert found[name].endswith(f"  {key.meaning}"), name
-    columns = {name: [part.strip() for part in row.split("  ") if part.strip()][1:3] for name, row in found.items()}
+        assert listed[name].endswith(f"  {key.meaning}"), name
+    columns = {name: [part.strip() for part in row.split("  ") if part.strip()][1:3] for name, row in listed.items()}
     assert columns["stage1.epochs"] == ["int", "100"] and columns["stage2.epochs"] == ["int", "70"]
     assert columns["data.dicom_dir"] == ["str or null", "null"]
     assert columns["train.deterministic"] == ["bool", "true"]
@@ -71,7 +71,7 @@ def test_an_unknown_word_is_one_line_and_status_2(word: str, hint: str) -> None:
 
 
 def test_an_unknown_key_of_a_recipe_names_the_listing() -> None:
-    with pytest.raises(ConfigError, match="^unknown key 'qqq'; python -m pneumo_dist.config lists every key$"):
+    with pytest.raises(ConfigError, match=r"^unknown key 'qqq'; python -m pneumo_dist.config lists every key$"):
         load(None, ["qqq=1"])
 
 

@@ -1,4 +1,4 @@
-"""A result is done when what determines it is unchanged, and only then."""
+"""A stage is done when its settings and inputs are unchanged, and only then."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_changed_films_are_noticed(run):
 
 def test_a_missing_upstream_says_what_to_run(run):
     config = configuration.load(None, WORDS)
-    with pytest.raises(ConfigError, match="swa needs stage 2, which is not done in .*stage2: run it first"):
+    with pytest.raises(ConfigError, match=r"swa needs stage 2, which is not done in .*stage2: run it first"):
         done.inputs_of(Run(run, config), "swa", 0)
 
 

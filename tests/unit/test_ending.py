@@ -1,4 +1,4 @@
-"""How a stage that did not end well ends its process: the same status and line from a SLURM job and a plain script."""
+"""How a failed or stopped stage ends its process: same exit status and error line in a SLURM job and a plain script."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         if request.param == "script":
             monkeypatch.setattr(stopping, "requeue", requeue)
             return stages.main(["--stage", "swa", "--run-dir", "/runs/x", "--fold", "0"])
-        signal.signal(signal.SIGUSR2, requeue)  # as submitit installs its handler before it calls the job
-        with pytest.raises(SystemExit) as left:  # a job that returned would be a success to submitit
+        signal.signal(signal.SIGUSR2, requeue)  # submitit installs its handler before it calls the job
+        with pytest.raises(SystemExit) as left:  # for submitit, a job that returns is a success
             Job("swa", 0, (0, 1), "/runs/x")()
         assert isinstance(left.value.code, int)
         return left.value.code
@@ -64,7 +64,7 @@ def end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 @pytest.mark.parametrize(("rank", "line"), [(0, "error: stage 2 needs stage 1\n"), (1, "")])
-def test_a_mistake_of_the_user_is_one_line_by_rank_0_and_exit_status_2(
+def test_a_user_error_is_one_line_from_rank_0_and_exit_status_2(
     end: End, capsys: pytest.CaptureFixture[str], rank: int, line: str
 ) -> None:
     assert end(ConfigError("stage 2 needs stage 1"), rank) == 2
@@ -101,21 +101,21 @@ def test_a_requeue_that_fails_is_one_line_that_says_what_to_do(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_another_signal_leaves_with_the_shells_status(
+def test_another_signal_exits_with_the_shells_status(
     end: End, capsys: pytest.CaptureFixture[str], signum: signal.Signals
 ) -> None:
     assert end(Stopped(signum), 1) == 128 + signum
-    assert capsys.readouterr().err == f"rank 1: stopped by {signum.name}; the same command continues\n"
+    assert capsys.readouterr().err == f"rank 1: stopped by {signum.name}; repeat the same command to continue\n"
 
 
 def test_outside_slurm_the_time_limits_signal_requeues_nothing(end: End, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID")
     monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)
-    assert end(TIME_LIMIT, refusal=AssertionError("there is nobody to ask")) == 128 + signal.SIGUSR2
+    assert end(TIME_LIMIT, refusal=AssertionError("requeued outside SLURM")) == 128 + signal.SIGUSR2
 
 
 @pytest.mark.parametrize("error", [Failure("the disk\nis full"), OSError(28, "the disk is full")])
-def test_what_lies_outside_the_program_is_one_line_naming_rank_and_node(
+def test_a_failure_outside_the_program_is_one_line_with_rank_and_node(
     end: End, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     assert end(error, 1) == 1
@@ -124,7 +124,7 @@ def test_what_lies_outside_the_program_is_one_line_naming_rank_and_node(
     assert said.count("\n") == 1
 
 
-def test_a_mistake_in_the_program_names_rank_and_node_and_keeps_its_traceback(
+def test_a_programming_error_names_rank_and_node_and_keeps_its_traceback(
     end: End, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError, match="one\ntwo"):
@@ -137,7 +137,7 @@ def test_a_mistake_in_the_program_names_rank_and_node_and_keeps_its_traceback(
     [("exit 0", 0), ("exit 1", 1), ("kill -TERM $$", 0)],
     ids=["requeued", "refused", "killed by the requeue itself"],
 )
-def test_a_plain_script_requeues_its_own_array_element(
+def test_a_plain_script_requeues_its_own_array_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scontrol: str, status: int
 ) -> None:
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n{scontrol}\n')

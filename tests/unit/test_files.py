@@ -1,11 +1,11 @@
-"""A file is whole or not there."""
+"""A file is written completely or not at all."""
 
 import errno
 
 import pytest
 
 from pneumo_dist.runtime import files
-from pneumo_dist.runtime.failure import Failure, told
+from pneumo_dist.runtime.failure import Failure, error_line
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_no_other(tmp_path):
@@ -18,7 +18,7 @@ def test_an_error_while_writing_leaves_the_old_file_and_no_other(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_disks_own_word_is_not_lost_in_what_a_writer_makes_of_it(tmp_path):
+def test_a_disk_error_that_a_writer_has_replaced_is_raised_with_the_path(tmp_path):
     with (
         pytest.raises(OSError, match=r"No space left on device: '.*/model\.pt'"),
         files.atomic_path(tmp_path / "model.pt"),
@@ -28,14 +28,14 @@ def test_a_disks_own_word_is_not_lost_in_what_a_writer_makes_of_it(tmp_path):
         except OSError:
             raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904  torch.save does so
     with pytest.raises(FileNotFoundError, match="other"), files.atomic_path(tmp_path / "model.pt"):
-        (tmp_path / "other").read_bytes()  # another file's trouble keeps its name
+        (tmp_path / "other").read_bytes()  # the error of another file keeps its name
 
 
-def test_only_what_lies_outside_the_program_goes_without_a_traceback():
-    assert told(Failure("two\nlines")) == "two lines"
-    assert told(OSError(errno.EROFS, "Read-only file system", "/x")) == "[Errno 30] Read-only file system: '/x'"
+def test_only_failures_outside_the_program_are_one_line():
+    assert error_line(Failure("two\nlines")) == "two lines"
+    assert error_line(OSError(errno.EROFS, "Read-only file system", "/x")) == "[Errno 30] Read-only file system: '/x'"
     for mistake in (RuntimeError("x"), FileNotFoundError(errno.ENOENT, "No such file", "/x"), KeyError("x")):
-        assert told(mistake) is None
+        assert error_line(mistake) is None
 
 
 def test_nan_is_not_written_as_json(tmp_path):

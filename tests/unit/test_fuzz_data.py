@@ -25,6 +25,7 @@ from pneumo_dist.data.films.rle import RleError, decode_union
 from pneumo_dist.data.preprocess import decoding, preprocess
 from pneumo_dist.data.shards import ShardReader, to_size
 from pneumo_dist.run import Run
+from pneumo_dist.runtime import processes
 from pneumo_dist.runtime.task import Task
 from tests.film_files import COMPRESSED, film_bytes, grey, jpeg
 
@@ -140,16 +141,16 @@ def fuzzed(tmp_path_factory):
     words += ["data.shards=8", "data.workers=2", "data.max_bad=1", f"data.max_pixels={MAX_PIXELS}"]
     words += ["stage1.size=32", "stage2.size=64"]
     task = Task(run=Run(folder, configuration.load(None, words)), stage="preprocess")
-    start = decoding._start_worker
+    prepare = decoding._prepare
 
-    def confined(parent: int) -> None:
-        start(parent)
+    def confined() -> None:
+        prepare()
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "_start_worker", confined)
-        patch.setattr(decoding, "FILM_TIMEOUT_S", 60.0)
+        patch.setattr(decoding, "_prepare", confined)
+        patch.setattr(processes, "TIMEOUT_S", 60.0)
         preprocess.run_part(task)
         preprocess.finalize(task)
     audit = json.loads((folder / "shards" / "audit.json").read_text())

@@ -11,3 +11,15 @@ def test_an_epoch_that_a_resumed_attempt_repeats_replaces_its_row_and_those_afte
         history.append(path, {"epoch": epoch, "attempt": 1})
     history.append(path, {"epoch": 2, "attempt": 2})
     assert history.read(path) == [{"epoch": 1, "attempt": 1}, {"epoch": 2, "attempt": 2}]
+
+
+def test_an_epoch_without_remaining_images_keeps_the_speed_that_was_noted(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    history.append(path, {"epoch": 1, "images_per_s": 12.5, "wait_share": 0.25})
+    throughput = history.Throughput()
+    assert throughput.row(path, 1) == {"images_per_s": 12.5, "wait_share": 0.25}
+    assert throughput.row(path, 2) == {"images_per_s": 0.0, "wait_share": 0.0}
+    assert throughput.next(iter([7])) == 7
+    throughput.add(4)
+    row = throughput.row(path, 1)
+    assert row["images_per_s"] > 12.5 and 0 <= row["wait_share"] <= 1

@@ -17,6 +17,7 @@ from pneumo_dist.inference import infer, parts, reading
 from pneumo_dist.inference.film_plan import check_films, file_name, read_film_plan, write_film_plan
 from pneumo_dist.model.modelfile import load_model
 from pneumo_dist.prediction.forward import predict
+from pneumo_dist.runtime import processes
 from pneumo_dist.runtime.files import sha256_file
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.scoring.records import Triplet, apply_triplet
@@ -205,7 +206,7 @@ def test_a_film_on_which_the_decoder_hangs_costs_one_row(films, model, tmp_path,
         return read(path, max_pixels)
 
     monkeypatch.setattr(reading, "read_film", slow)
-    monkeypatch.setattr(reading, "FILM_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(processes, "TIMEOUT_S", 2.0)
     rows = rows_of(run(tmp_path, films, model))
     assert rows["b"]["reason"] == "not decoded within 2 s"
     assert {name for name, row in rows.items() if row["status"] == "ok"} == READABLE - {"b"}

@@ -1,4 +1,4 @@
-"""The loss and its gradient against float64 written out by hand, where half precision and empty masks break others."""
+"""The loss and its gradient against float64 formulas, in half precision and on empty masks too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model file: what goes in comes out, equal content gives equal bytes, and other files are refused."""
+"""The model file: content is preserved, equal content gives equal bytes, other files are refused."""
 
 from __future__ import annotations
 

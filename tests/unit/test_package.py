@@ -1,4 +1,4 @@
-"""The package's front door: two names, found on first use, nothing heavy imported before."""
+"""The package exports two functions; they are imported on first use, and nothing heavy before."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         "import sys, pneumo_dist, pneumo_dist.config; pneumo_dist.__version__; dir(pneumo_dist);"
         "print(sorted({'torch', 'numpy', 'cv2', 'torchvision', 'albumentations'} & set(sys.modules)))"
     )
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     )
-    assert found.stdout.strip() == "[]"
+    assert done.stdout.strip() == "[]"
 
 
-def test_the_two_names_are_found_on_use() -> None:
+def test_the_two_functions_are_imported_on_use() -> None:
     from pneumo_dist.model.modelfile import load_model
     from pneumo_dist.prediction.forward import predict
 

@@ -22,6 +22,7 @@ from pneumo_dist.data.preprocess import decoding, preprocess
 from pneumo_dist.data.preprocess.source import check_source
 from pneumo_dist.data.shards import ShardReader, masks_to_sizes, to_size
 from pneumo_dist.run import Run
+from pneumo_dist.runtime import processes
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.runtime.task import Task
 from tests.film_files import film_bytes, grey, small_set, words
@@ -349,7 +350,7 @@ def test_a_crashing_and_a_hanging_decoder_cost_one_film_each(films, tmp_path, mo
         return parse(data, *rest)
 
     monkeypatch.setattr(decoding, "parse_film", treacherous)
-    monkeypatch.setattr(decoding, "FILM_TIMEOUT_S", 0.7)
+    monkeypatch.setattr(processes, "TIMEOUT_S", 0.7)
     preprocessed(tmp_path, settings, "data.max_bad=0.5")
     audit = json.loads((tmp_path / "shards" / "audit.json").read_text())
     reasons = {film["id"]: film["reason"] for film in audit["unreadable"]}

@@ -1,4 +1,4 @@
-"""ImageNet weights: verified, fetched once, never replaced by a random start in silence."""
+"""ImageNet weights: verified, downloaded once, never replaced silently by a random start."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def site(official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The stand-in as the official address, and an empty download cache; returns the file's place in the cache."""
+    """Set the stand-in as the official address, with an empty download cache; return the path in the cache."""
     monkeypatch.setattr(pretrained, "_entry", lambda: (official.as_uri(), official.stem.rpartition("-")[2]))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     return tmp_path / "hub" / "checkpoints" / official.name
@@ -64,7 +64,7 @@ def test_a_given_file_of_another_content_is_refused(site: Path, tmp_path: Path) 
         build_model(Model(weights=str(other)), seed=0)
 
 
-def test_a_missing_file_is_one_line_with_three_ways_on(site: Path, tmp_path: Path) -> None:
+def test_a_missing_file_is_one_line_with_three_remedies(site: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         imagenet_file(tmp_path / "nothing.pth")
     text = str(error.value)
@@ -84,7 +84,7 @@ def test_weights_are_downloaded_once_and_then_taken_from_the_cache(
 
 def test_no_internet_is_an_error_never_a_random_start(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "_entry", lambda: ("http://127.0.0.1:9/resnet34-b627a593.pth", "b627a593"))
-    with pytest.raises(ConfigError, match="download failed .*refused.*on a machine with internet run"):
+    with pytest.raises(ConfigError, match=r"download failed .*refused.*on a machine with internet run"):
         build_model(Model(), seed=0)
 
 
@@ -112,7 +112,7 @@ def test_the_login_node_command_says_where_the_file_is(
     assert "delete it" in capsys.readouterr().err
 
 
-def test_a_random_start_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_random_start_needs_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "_entry", lambda: pytest.fail("asked for weights"))
     model = build_model(Model(pretrained="none"), seed=4)
     wanted = ResNet34UNet(seed=4).state_dict()

@@ -1,4 +1,4 @@
-"""Where the ranks of a job meet."""
+"""The rendezvous of the ranks of a job."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_ranks_of_a_slurm_job_meet_on_its_first_node_at_a_port_of_its_own() -> N
     assert rendezvous() == "gpu03:10007"
 
 
-def test_torchruns_address_and_port_go_before_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchruns_address_and_port_have_priority_over_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "29500")
     assert rendezvous() == "localhost:29500"
@@ -35,7 +35,7 @@ def test_the_module_prints_the_endpoint_for_torchrun() -> None:
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "gpu03:10007\n"
 
 
-def test_a_worker_of_this_machines_executor_inside_a_slurm_job_is_no_slurm_task() -> None:
+def test_a_worker_of_the_local_executor_inside_a_slurm_job_is_no_slurm_task() -> None:
     job = {"SLURM_JOB_ID": "7"}
     assert under_slurm(job) and not is_local_worker(job)
     worker = job | {"PNEUMO_STORE": "/tmp/store"}

@@ -49,7 +49,7 @@ def test_exp2_is_256_for_35_epochs_of_batch_40_and_has_no_stage_2() -> None:
 
 
 def test_exp3_is_512_for_10_epochs_of_batch_14_from_given_weights() -> None:
-    with pytest.raises(ConfigError, match=r"no stage 1: give its starting weights, stage2.init_from=PATH"):
+    with pytest.raises(ConfigError, match=r"no stage 1: give its initial weights, stage2.init_from=PATH"):
         load(CONFIGS / "exp3.yaml")
     config = load(CONFIGS / "exp3.yaml", ["stage2.init_from=runs/exp2"])
     assert config.stages == ["2"] and config.sizes == [512]
@@ -85,7 +85,7 @@ def test_kaggle_goes_beyond_the_paper() -> None:
     assert {1500, 2000} <= set(config.evaluate.min_areas)
 
 
-GIVEN = {  # what the paper gives; "stages" follows from its words, the rest is in its tables
+GIVEN = {  # the keys that the paper gives: "stages" in its text, the others in its tables
     "paper": [
         "stages", "model.pretrained", "stage1.size", "stage1.epochs", "stage1.batch_size", "stage1.lr",
         "stage1.schedule", "stage2.size", "stage2.epochs", "stage2.batch_size", "stage2.lr", "stage2.schedule",
@@ -104,7 +104,7 @@ GIVEN = {  # what the paper gives; "stages" follows from its words, the rest is 
 
 
 def leaves(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Every dotted key of a YAML mapping with the line it stands on."""
+    """Yield every dotted key of a YAML mapping with its line."""
     if not isinstance(node, yaml.MappingNode):
         yield prefix[:-1], node.start_mark.line
         return

@@ -1,4 +1,4 @@
-"""One optimizer step on its own: what a gradient that is not finite leaves behind, and the rate of each step."""
+"""One optimizer step: the learning rate of each step, and a gradient that is not finite."""
 
 import copy
 
@@ -9,7 +9,7 @@ from pneumo_dist import config as configuration
 from pneumo_dist.model.resnet import ResNet34Encoder
 from pneumo_dist.model.unet import ResNet34UNet
 from pneumo_dist.runtime.ranks import Ranks
-from pneumo_dist.training.boundary import Late
+from pneumo_dist.training.agreement import DelayedRead
 from pneumo_dist.training.step import Stepper
 
 SIZE = 32
@@ -68,13 +68,13 @@ def test_a_gradient_that_is_not_finite_changes_no_weight_and_does_not_count(step
 def test_an_overflow_of_float16_leaves_the_running_statistics_finite_and_lowers_the_scale(films, monkeypatch):
     monkeypatch.setattr(ResNet34Encoder, "channels", (8, 8, 8, 16, 16))  # a CPU is slow in float16
     monkeypatch.setattr(ResNet34UNet, "widths", (16, 8, 8, 8, 8))
-    words = [f"stage1.size={SIZE}", "stage1.batch_size=4", "model.pretrained=none", "train.amp=fp16"]
-    config = configuration.load(None, words)
+    settings = [f"stage1.size={SIZE}", "stage1.batch_size=4", "model.pretrained=none", "train.amp=fp16"]
+    config = configuration.load(None, settings)
     torch.set_num_threads(1)
     stepper = Stepper(ResNet34UNet(1), config, config.stage1, Ranks())
     weight = stepper.model.encoder.layer1[0].conv1.weight
     with torch.no_grad():
-        weight *= 1e6  # the feature map behind it does not fit into float16
+        weight *= 1e6  # its feature map does not fit into float16
     scale = stepper.scaler.get_scale()
     assert not bool(stepper.step(*films).finite) and stepper.steps == 0
     assert all(bool(buffer.isfinite().all()) for buffer in stepper.model.buffers())
@@ -111,8 +111,8 @@ def test_a_state_from_another_device_is_laid_out_as_the_weights_here(stepper, fi
     assert all(torch.equal(value, wanted[name]) for name, value in stepper.model.state_dict().items())
 
 
-def test_a_late_flag_is_read_one_step_after_it_was_left_with_what_it_was_about():
-    late = Late()
-    assert late.exchange(torch.tensor(True), "first") == (False, None)
-    assert late.exchange(torch.tensor(False), "second") == (True, "first")
-    assert late.exchange(torch.tensor(True), "third") == (False, "second")
+def test_a_delayed_flag_is_read_one_step_later_with_its_context():
+    delayed = DelayedRead()
+    assert delayed.exchange(torch.tensor(True), "first") == (False, None)
+    assert delayed.exchange(torch.tensor(False), "second") == (True, "first")
+    assert delayed.exchange(torch.tensor(True), "third") == (False, "second")

@@ -1,4 +1,4 @@
-"""Signals become flags, with the meaning that the place they arrive in gives them."""
+"""Signals become flags; their meaning depends on where the process runs."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ def stop(monkeypatch):
 
 
 @pytest.mark.parametrize("number", stopping.SIGNALS)
-def test_on_this_machine_every_signal_asks_to_leave(stop, number):
+def test_outside_slurm_every_signal_requests_an_exit(stop, number):
     os.kill(os.getpid(), number)
     assert stop.requested and stop.leave == number and not stop.save
     with pytest.raises(stopping.Stopped) as raised:
@@ -29,7 +29,7 @@ def test_on_this_machine_every_signal_asks_to_leave(stop, number):
     assert raised.value.status == 128 + number
 
 
-def test_under_slurm_sigterm_asks_for_a_save_only(stop, monkeypatch):
+def test_under_slurm_sigterm_requests_a_save_only(stop, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("PNEUMO_STORE", raising=False)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -38,7 +38,7 @@ def test_under_slurm_sigterm_asks_for_a_save_only(stop, monkeypatch):
     assert stop.leave == signal.SIGUSR2
 
 
-def test_a_signal_that_came_while_blocked_is_not_lost():
+def test_a_signal_that_arrives_while_blocked_is_not_lost():
     program = textwrap.dedent("""
         import os, signal
         from pneumo_dist.runtime import stopping

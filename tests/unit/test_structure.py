@@ -91,6 +91,13 @@ def test_torchvision_is_imported_in_one_place():
     assert users == {"pneumo_dist.model.pretrained"}
 
 
+def test_torch_load_runs_no_code_of_a_file():
+    for module, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert "weights_only=True" in map(ast.unparse, node.keywords), f"{module}:{node.lineno}"
+
+
 def _top_level_packages(path: Path) -> set[str]:
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
@@ -114,3 +121,13 @@ def test_the_top_level_holds_what_was_agreed():
 def test_no_file_needs_more_than_400_lines():
     long = [f"{p.relative_to(ROOT)}: {n}" for p in FILES.values() if (n := len(p.read_text().splitlines())) > 400]
     assert not long, long
+
+
+def test_no_function_needs_more_than_50_lines():
+    long = [
+        f"{module}:{node.lineno} {node.name}: {lines} lines"
+        for module, path in FILES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and (lines := (node.end_lineno or 0) - node.lineno + 1) > 50
+    ]
+    assert not long, "\n".join(long)

@@ -15,9 +15,9 @@ from pneumo_dist.model.unet import IMAGENET_MEAN, IMAGENET_STD, ResNet34UNet, no
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[ResNet34UNet, nn.Module]:
-    """Our network and segmentation_models_pytorch's with our weights; statistics measured, so that logits are moderate."""
+    """Our network and segmentation_models_pytorch's with our weights; measured statistics keep the logits moderate."""
     torch.set_num_threads(1)
-    import_torchvision()  # the peer imports torchvision itself, which a CPU torch needs help with
+    import_torchvision()  # the peer imports torchvision, which fails with a CPU torch otherwise
     smp = pytest.importorskip("segmentation_models_pytorch")
     ours = ResNet34UNet(seed=3)
     generator = torch.Generator().manual_seed(4)
@@ -59,7 +59,7 @@ def test_logits_and_gradients_equal_the_peer(
     ours, theirs = (copy.deepcopy(net).train(training) for net in pair)
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(5))
     target = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(6))
-    if laid_out:  # other kernels, which add in another order: 64 bits keep that apart from what would be wrong
+    if laid_out:  # other kernels add in another order: in 64 bits that error is far below any mistake
         ours.lay_out(64)
         ours, theirs, x, target = ours.double(), theirs.double(), x.double(), target.double()
     limit = 1e-12 if laid_out else 1e-5

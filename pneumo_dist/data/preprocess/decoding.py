@@ -5,18 +5,12 @@ Pixels come back through shared anonymous memory, so that nothing large is pickl
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import mmap
-import multiprocessing
 import os
-import signal
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -28,13 +22,14 @@ from pneumo_dist.data.films.dicom import FilmError, load, parse_film
 from pneumo_dist.data.films.rle import EMPTY, RleError, area_px, encode_rle, paint, past_the_end, runs
 from pneumo_dist.data.preprocess.source import FilmJob
 from pneumo_dist.data.shards import masks_to_sizes, to_size, to_sizes
-from pneumo_dist.runtime import stopping
-from pneumo_dist.runtime.ranks import is_local_worker
+from pneumo_dist.runtime.processes import Answer, Pool
 
 HASH_SIZE = 256  # films with equal images of this size are looked at again for being duplicates
-FILM_TIMEOUT_S = 120.0  # a cut JPEG-LS stream can take 10 s until its decoder gives up
 CHUNK = 8  # films handed to a process at once: fewer messages
 AHEAD = 2  # chunks in flight per process
+
+_Item = tuple[int, FilmJob, int]  # key of the decoder, film, place of its pixels in the shared memory
+_Result = tuple[dict[str, Any], dict[int, bytes] | None, str]  # facts, packed masks, reason
 
 
 @dataclass(frozen=True)
@@ -45,45 +40,6 @@ class Decoded:
     images: dict[int, np.ndarray] = field(default_factory=dict)  # uint8 (size, size), valid until the next film
     masks: dict[int, bytes] | None = None  # packed bits, of a positive film
     reason: str = ""
-
-
-def cores(wanted: int) -> int:
-    """Return how many processes this task should use: `wanted`, or its share of the cores it may run on."""
-    if wanted:
-        return wanted
-    mine = len(os.sched_getaffinity(0))
-    if os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
-        mine = min(mine, int(os.environ["SLURM_CPUS_PER_TASK"]))
-    if is_local_worker():  # several of them share the cores
-        mine //= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return max(1, mine)
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies, so that kill -9 leaves no worker behind."""
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-
-
-def keep_memory(largest: int = 64 << 20) -> None:
-    """Let this process keep freed pieces of up to `largest` bytes instead of faulting new pages in every time.
-
-    Measured: a third of the time that was spent beside decoding. M_TRIM_THRESHOLD is -1, M_MMAP_THRESHOLD is -3.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
-    if mallopt:
-        mallopt(-1, 2 * largest)
-        mallopt(-3, largest)
-
-
-def _start_worker(parent: int) -> None:
-    stopping.ignore()
-    die_with_parent()
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)
-    keep_memory()
-    import cv2
-
-    cv2.setNumThreads(0)
 
 
 def decode_film(
@@ -141,101 +97,58 @@ def _mask(job: FilmJob, rows: int, columns: int, sizes: tuple[int, ...]) -> tupl
 class Decoder:
     """Decodes films in `workers` processes. Use as a context manager: leaving it ends the processes."""
 
+    _pool: Pool
+
     def __init__(self, folder: Path, sizes: Iterable[int], workers: int, max_pixels: int) -> None:
         self._folder, self._sizes, self._max_pixels = Path(folder), tuple(sorted(set(sizes))), max_pixels
         self._workers = workers
         self._film_bytes = sum(size * size for size in self._sizes)
         self._slots = workers * AHEAD
         self._pixels = mmap.mmap(-1, self._film_bytes * CHUNK * self._slots)  # shared with the forked workers
-        self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Decoder:
         _DECODERS[id(self)] = self
+        self._pool = Pool(self._workers, _prepare)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
+        self._pool.close()
         del _DECODERS[id(self)]
 
     def run(self, jobs: Iterable[FilmJob]) -> Iterator[tuple[FilmJob, Decoded]]:
         """Yield (job, what came of it) in the order of `jobs`."""
         todo = iter(jobs)
         free = deque(range(self._slots))
-        waiting: deque[tuple[list[FilmJob], int, Future[list[Any]] | None]] = deque()
+        waiting: deque[tuple[list[_Item], int, Answer[_Item, _Result]]] = deque()
         while True:
             while free and (chunk := list(islice(todo, CHUNK))):
                 slot = free.popleft()
-                waiting.append((chunk, slot, self._submit(self._workers, chunk, slot)))
+                batch = [(id(self), job, slot * CHUNK + i) for i, job in enumerate(chunk)]
+                waiting.append((batch, slot, self._pool.submit(_work, batch, self._give_up)))
             if not waiting:
                 return
-            chunk, slot, future = waiting.popleft()
-            try:
-                if future is None:
-                    raise BrokenProcessPool
-                results = future.result(FILM_TIMEOUT_S)
-            except (BrokenProcessPool, FutureTimeout):
-                # One film of those in flight did it: each is tried again by itself.
-                for films, at, _ in [(chunk, slot, None), *waiting]:
-                    for film in films:
-                        yield film, self._alone(film, at)
-                    free.append(at)
-                waiting.clear()
-                self._end()
-                continue
-            for place, (job, result) in enumerate(zip(chunk, results, strict=True)):
-                yield job, self._decoded(result, slot, place)
+            batch, slot, answer = waiting.popleft()
+            for (_, job, place), (facts, masks, reason) in zip(batch, answer.results(), strict=True):
+                yield job, Decoded(facts, {} if reason else self._views(place), masks, reason)
             free.append(slot)
 
-    def _submit(self, workers: int, chunk: list[FilmJob], slot: int) -> Future[list[Any]] | None:
-        """Hand a chunk to the pool, which is started where there is none; None where it has broken."""
-        if self._pool is None:
-            # fork: the workers share the pixels, and this process holds neither a device nor a process group.
-            context = multiprocessing.get_context("fork")
-            self._pool = ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(),))
-        try:
-            return self._pool.submit(_call, id(self), chunk, slot)
-        except BrokenProcessPool:
-            return None
+    def _give_up(self, task: _Item, reason: str) -> _Result:
+        return _bad(task[1], self._folder), None, reason
 
-    def _alone(self, job: FilmJob, slot: int) -> Decoded:
-        """Decode one film in a process of its own."""
-        self._end()
-        future = self._submit(1, [job], slot)
-        try:
-            return self._decoded(future.result(FILM_TIMEOUT_S)[0] if future else None, slot, 0)
-        except BrokenProcessPool:
-            return Decoded(_bad(job, self._folder), reason="the decoder crashed on it")
-        except FutureTimeout:
-            return Decoded(_bad(job, self._folder), reason=f"not decoded within {FILM_TIMEOUT_S:.0f} s")
-
-    def _end(self) -> None:
-        if self._pool is not None:
-            processes = list((getattr(self._pool, "_processes", None) or {}).values())
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.kill()  # a hanging decoder listens to nothing else
-            for process in processes:
-                process.join()
-            self._pool = None
-
-    def _decoded(self, result: Any, slot: int, place: int) -> Decoded:
-        facts, masks, reason = result
-        return Decoded(facts, {} if reason else self._views(slot, place), masks, reason)
-
-    def _views(self, slot: int, place: int) -> dict[int, np.ndarray]:
+    def _views(self, place: int) -> dict[int, np.ndarray]:
         """Return the shared memory of one film as {size: uint8 (size, size)}."""
-        views, at = {}, (slot * CHUNK + place) * self._film_bytes
+        views, at = {}, place * self._film_bytes
         for size in self._sizes:
             views[size] = np.frombuffer(self._pixels, np.uint8, size * size, at).reshape(size, size)
             at += size * size
         return views
 
-    def work(self, job: FilmJob, slot: int, place: int) -> tuple[dict[str, Any], dict[int, bytes] | None, str]:
+    def work(self, job: FilmJob, place: int) -> _Result:
         """In a worker: decode one film into shared memory; return (facts, packed masks, reason)."""
         reason = f"annotation at {job.broken}" if job.broken else ""
         try:
             if not reason:
-                return *decode_film(job, self._folder, self._max_pixels, self._views(slot, place)), ""
+                return *decode_film(job, self._folder, self._max_pixels, self._views(place)), ""
         except FilmError as error:
             reason = str(error)
         except MemoryError:
@@ -249,8 +162,15 @@ class Decoder:
 _DECODERS: dict[int, Decoder] = {}  # inherited by the forked workers: a decoder with its shared memory is not pickled
 
 
-def _call(key: int, chunk: list[FilmJob], slot: int) -> list[Any]:
-    return [_DECODERS[key].work(job, slot, place) for place, job in enumerate(chunk)]
+def _work(task: _Item) -> _Result:
+    key, job, place = task
+    return _DECODERS[key].work(job, place)
+
+
+def _prepare() -> None:
+    import cv2
+
+    cv2.setNumThreads(0)
 
 
 def _bad(job: FilmJob, folder: Path) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from pneumo_dist.data import shards as files
 from pneumo_dist.data.cases import HOLDOUT, Case
 from pneumo_dist.data.films.dicom import read_film
 from pneumo_dist.data.folds import assign_folds, check_folds, group_films
-from pneumo_dist.data.preprocess.decoding import cores
 from pneumo_dist.data.preprocess.manifest import changed, remove_leftovers, write_manifests, writing
 from pneumo_dist.data.preprocess.source import Source, read_source
 from pneumo_dist.runtime.files import read_json, sha256_file, write_json, write_text
+from pneumo_dist.runtime.processes import cores
 from pneumo_dist.runtime.task import Task
 
 log = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from typing import Any
 
 from pneumo_dist.config import Config, ConfigError
 from pneumo_dist.data import shards as files
-from pneumo_dist.data.preprocess.decoding import cores
 from pneumo_dist.data.preprocess.source import Source
 from pneumo_dist.runtime.files import read_json, sha256_file, write_text
+from pneumo_dist.runtime.processes import cores
 
 FORMAT = "pneumo_dist.shards/1"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pneumo_dist.config import Config
 from pneumo_dist.data import shards as files
-from pneumo_dist.data.preprocess.decoding import Decoded, Decoder, cores
+from pneumo_dist.data.preprocess.decoding import Decoded, Decoder
 from pneumo_dist.data.preprocess.finalize import check_bad, finalize
 from pneumo_dist.data.preprocess.manifest import (
     FORMAT,
@@ -27,7 +27,8 @@ from pneumo_dist.data.preprocess.manifest import (
 from pneumo_dist.data.preprocess.source import FilmJob, Source, check_source, read_source
 from pneumo_dist.data.shards import ShardWriter
 from pneumo_dist.runtime.files import read_json
-from pneumo_dist.runtime.runlog import progress
+from pneumo_dist.runtime.processes import cores
+from pneumo_dist.runtime.runlog import progress_bar
 from pneumo_dist.runtime.task import Task
 
 __all__ = ["check_source", "clear", "finalize", "run_part", "verify"]
@@ -62,7 +63,7 @@ def run_part(task: Task) -> dict[str, Path]:
         with Decoder(
             found.folder, sizes, min(cores(config.data.workers), len(jobs)), config.data.max_pixels
         ) as decoder:
-            results = progress(decoder.run(jobs), len(jobs), "preprocess")
+            results = progress_bar(decoder.run(jobs), len(jobs), "preprocess")
             for j in chosen:
                 bad += _write_shard(task, found, j, sizes, results)
                 check_bad(bad, allowed, found.films, config)

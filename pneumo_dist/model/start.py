@@ -1,7 +1,7 @@
-"""Which weights a training stage starts from: one place, in order. A resumed checkpoint beats all of this.
+"""The weights that a training stage starts from: the first rule that applies. A checkpoint of the stage comes before.
 
-1. `stageN.init_from` (a model file, a checkpoint, or a run), 2. stage 1's best weights for stage 2,
-3. ImageNet or a seeded random start. Only weights are taken: the optimizer and the learning rate start anew.
+1. `stageN.init_from` (a model file, a checkpoint or a run), 2. the best weights of stage 1 for stage 2,
+3. ImageNet weights or a seeded random start. Only weights are used: optimizer state and learning rate are new.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 def start_path(start: str, fold: int | None) -> Path:
-    """Return the weights file that `init_from` means: itself, or the same fold's last best weights of a run.
+    """Return the weights file for `init_from`: the file itself, or of a run the same fold's `best.pt`, stage 2 first.
 
     Raises:
-        ConfigError: there is no such file, or the run has none for this fold (another fold's would leak).
+        ConfigError: there is no such file, or the run has none for this fold (another fold has trained on its films).
     """
     path = Path(start).expanduser().absolute()
     if path.is_dir():
@@ -39,7 +39,7 @@ def start_path(start: str, fold: int | None) -> Path:
 
 
 def _read(path: Path) -> ResNet34UNet:
-    """Load the weights of a model file or of a training checkpoint; nothing else in it is used."""
+    """Load the network from a model file or a training checkpoint; only the weights are used."""
     import pickle
 
     import torch
@@ -53,7 +53,7 @@ def _read(path: Path) -> ResNet34UNet:
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         cause = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"{path}: no weights of this network to start from ({cause}): give a model file or a checkpoint"
+            f"{path} has no weights of this network ({cause}): give a model file or a checkpoint"
         ) from None
     return model
 

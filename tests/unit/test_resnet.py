@@ -16,7 +16,7 @@ def pair() -> tuple[ResNet34Encoder, nn.Module]:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         theirs = import_torchvision().resnet34(weights=None)
-    for module in theirs.modules():  # statistics and affine values away from 0 and 1, or their use would not show
+    for module in theirs.modules():  # away from 0 and 1, where a missing use would not show
         if isinstance(module, nn.BatchNorm2d):
             for value, low, high in (
                 (module.running_mean, -0.2, 0.2),

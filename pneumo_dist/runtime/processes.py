@@ -1,0 +1,188 @@
+"""The one pool of processes, the one guard against orphans, and what a process may use. Quick to import.
+
+Not pebble: all its workers share one lock, so that one killed while it sends a large result blocks the others for ever
+(time-outs included) and a hanging one that ignores SIGTERM blocks them for seconds. It is also LGPL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Generic, TypeVar
+
+from pneumo_dist.runtime import stopping
+from pneumo_dist.runtime.ranks import is_local_worker
+
+TIMEOUT_S = 120.0  # of a submitted batch; a cut JPEG-LS stream can take 10 s until its decoder gives up
+PR_SET_PDEATHSIG = 1  # prctl.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+T = TypeVar("T")  # a task
+R = TypeVar("R")  # its result
+_libc = ctypes.CDLL(None, use_errno=True)  # loaded before any fork: the guard runs between fork and exec as well
+
+
+def cores(wanted: int) -> int:
+    """Return how many processes this task should use: `wanted`, or its share of the cores it may run on."""
+    if wanted:
+        return wanted
+    mine = len(os.sched_getaffinity(0))
+    if os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
+        mine = min(mine, int(os.environ["SLURM_CPUS_PER_TASK"]))
+    if is_local_worker():  # several of them share the cores
+        mine //= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, mine)
+
+
+def keep_memory(largest: int = 64 << 20) -> None:
+    """Let this process keep freed pieces of up to `largest` bytes instead of faulting new pages in every time.
+
+    Measured: a third of the time that was spent beside decoding.
+    """
+    mallopt = getattr(_libc, "mallopt", None)  # glibc only
+    if mallopt:
+        mallopt(M_TRIM_THRESHOLD, 2 * largest)
+        mallopt(M_MMAP_THRESHOLD, largest)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies, even by SIGKILL; leave at once if it is dead already.
+
+    Args:
+        parent: the parent's process id. The kernel watches the thread that forked: it must live as long.
+    """
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
+
+
+class Pool:
+    """`count` processes, forked at once: make it before threads and CUDA are in use, and close it.
+
+    A task that kills its process or hangs costs itself only: every batch in flight with it is done again, task by task,
+    each in a process of its own with nothing beside it. Several threads may submit and wait.
+    """
+
+    def __init__(self, count: int, prepare: Callable[[], None]) -> None:
+        """Fork the processes; each calls `prepare` first."""
+        self.count = count
+        self._prepare = prepare
+        self._lock = threading.Lock()
+        self._answers: weakref.WeakSet[Answer[Any, Any]] = weakref.WeakSet()
+        self._executor: ProcessPoolExecutor | None = self._fork(count)
+
+    def submit(self, function: Callable[[T], R], batch: Sequence[T], given_up: Callable[[T, str], R]) -> Answer[T, R]:
+        """Have one process do a batch of tasks; `given_up` makes the result of one that crashes or hangs."""
+        answer = Answer(self, function, batch, given_up)
+        with self._lock:
+            if self._executor is None:
+                self._executor = self._fork(self.count)
+            try:
+                answer.future = self._executor.submit(_run, function, batch)
+            except BrokenProcessPool as error:  # the answer will recover
+                answer.future.set_exception(error)
+            self._answers.add(answer)
+        return answer
+
+    def recover(self, answer: Answer[T, R]) -> None:
+        """End the processes and do again, alone, what they had not done. The next batch forks new ones."""
+        with self._lock:
+            if answer.lost:  # no other thread has recovered it
+                self._end()
+                for each in [each for each in self._answers if each.lost]:
+                    each.repeat(self._alone)
+
+    def close(self) -> None:
+        """Kill the processes; unfinished tasks are dropped."""
+        with self._lock:
+            self._end()
+
+    def _alone(self, function: Callable[[T], R], task: T, given_up: Callable[[T, str], R]) -> R:
+        executor = self._fork(1)
+        try:
+            return executor.submit(function, task).result(TIMEOUT_S)
+        except BrokenProcessPool:
+            return given_up(task, "the decoder crashed on it")
+        except TimeoutError:
+            return given_up(task, f"not decoded within {TIMEOUT_S:.0f} s")
+        finally:
+            _kill(executor)
+
+    def _fork(self, count: int) -> ProcessPoolExecutor:
+        # fork: the processes share anonymous memory with this one, and nothing has to be imported again.
+        context = multiprocessing.get_context("fork")
+        executor = ProcessPoolExecutor(count, context, _start, (os.getpid(), self._prepare))
+        executor.submit(os.getpid).result(TIMEOUT_S)  # the first task forks all of them, in this thread
+        return executor
+
+    def _end(self) -> None:
+        if self._executor is not None:
+            _kill(self._executor)
+            self._executor = None
+
+
+class Answer(Generic[T, R]):
+    """The future results of one batch."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        function: Callable[[T], R],
+        batch: Sequence[T],
+        given_up: Callable[[T, str], R],
+    ) -> None:
+        self._pool, self._function, self._batch, self._given_up = pool, function, batch, given_up
+        self.future: Future[list[R]] = Future()
+
+    def results(self) -> list[R]:
+        """Wait for the results, in the order of the batch; raise what a task raised."""
+        try:
+            return self.future.result(TIMEOUT_S)
+        except (BrokenProcessPool, CancelledError, TimeoutError):
+            self._pool.recover(self)
+            return self.future.result()
+
+    def result(self) -> R:
+        """Wait for the result of a batch of one."""
+        return self.results()[0]
+
+    @property
+    def lost(self) -> bool:
+        """Whether the results are still missing, for whatever reason."""
+        future = self.future
+        return not future.done() or future.cancelled() or isinstance(future.exception(), BrokenProcessPool)
+
+    def repeat(self, alone: Callable[..., R]) -> None:
+        """Do the tasks again one by one."""
+        future: Future[list[R]] = Future()
+        try:
+            future.set_result([alone(self._function, task, self._given_up) for task in self._batch])
+        except Exception as error:  # belongs to who waits for this answer
+            future.set_exception(error)
+        self.future = future
+
+
+def _start(parent: int, prepare: Callable[[], None]) -> None:
+    stopping.ignore()
+    die_with_parent(parent)
+    keep_memory()
+    prepare()
+
+
+def _run(function: Callable[[T], R], batch: Sequence[T]) -> list[R]:
+    return [function(task) for task in batch]
+
+
+def _kill(executor: ProcessPoolExecutor) -> None:
+    """End an executor at once, and wait until its processes are gone: a task that hangs listens to nothing else."""
+    for process in list(executor._processes.values()):
+        process.kill()
+    # The executor's thread may have read half a result and would wait for the rest.
+    executor._result_queue._writer.close()  # type: ignore[attr-defined]
+    executor.shutdown(cancel_futures=True)  # its thread joins the processes
