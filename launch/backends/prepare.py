@@ -48,7 +48,7 @@ def refuse_live(plan: Plan, ledger: Ledger, slurm_answers: bool) -> None:
         name = plan.title(node.stage, node.fold)
         if node.key in live:
             raise ConfigError(
-                f"SLURM job {live[node.key]} already runs {name} of this run or is queued: wait for it, "
+                f"{name} of this run is already queued or running as SLURM job {live[node.key]}: wait for it, "
                 f"or cancel it with launch/runs.py cancel {plan.runs_argument}"
             )
         process = holder(plan.run.lock(node.key))

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.backends import sbatch as executor
-from launch.planning import profile
-from launch.planning.profile import Profile
+from launch.backends import sbatch
+from launch.planning.profile import STAGE_KEYS, Profile, find_profile, load_profile
 from launch.planning.shape import Shape, shape_of
 from launch.state import slurm_client as slurm
 from pneumo_dist.config import ConfigError
@@ -19,24 +18,39 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def script(
-    tmp_path: Path, stage: str = "1", shape: Shape | None = None, chosen: Profile | None = None, **more: object
+    tmp_path: Path,
+    stage: str = "1",
+    shape: Shape | None = None,
+    profile: Profile | None = None,
+    code: Path | None = None,
+    after: str = "",
+    partition: slurm.Partition | None = None,
 ) -> str:
-    words = {"name": "stage1-fold0.x", "comment": "c", "code": tmp_path / "code", "after": "", "facts": None} | more
-    return executor.script(tmp_path, chosen or Profile(), stage, shape or shape_of("1", 2, 0), **words)
+    spec = sbatch.JobSpec(
+        folder=tmp_path,
+        profile=profile or Profile(),
+        stage=stage,
+        shape=shape or shape_of("1", 2, 0),
+        name="stage1-fold0.x",
+        comment="c",
+        code=code or tmp_path / "code",
+        after=after,
+        partition=partition,
+    )
+    return sbatch.script(spec)
 
 
 def written(tmp_path: Path, text: str) -> Profile:
     (tmp_path / "p.yaml").write_text(text)
-    return profile.load(tmp_path / "p.yaml")
+    return load_profile(tmp_path / "p.yaml")
 
 
 def test_every_profile_that_is_delivered_can_be_read_and_rendered(tmp_path: Path) -> None:
-    found = sorted((ROOT / "configs" / "cluster").glob("*.yaml"))
-    assert {"devcluster", "gpu", "preemptible", "workstation"} <= {path.stem for path in found}
-    for path in found:
-        chosen = profile.load(path)
-        for stage in profile.STAGE_KEYS[1:]:
-            assert "#SBATCH --time=" in script(tmp_path, stage, chosen=chosen)
+    files = sorted((ROOT / "configs" / "cluster").glob("*.yaml"))
+    assert {"devcluster", "gpu", "preemptible", "workstation"} <= {path.stem for path in files}
+    for path in files:
+        for stage in STAGE_KEYS[1:]:
+            assert "#SBATCH --time=" in script(tmp_path, stage, profile=load_profile(path))
 
 
 @pytest.mark.parametrize(
@@ -61,19 +75,19 @@ def test_a_mistake_in_a_profile_is_one_line_naming_file_and_key(tmp_path: Path, 
 
 def test_an_unknown_profile_names_those_that_there_are() -> None:
     with pytest.raises(ConfigError, match="devcluster"):
-        profile.find("devclustr")
+        find_profile("devclustr")
 
 
 def test_a_stages_own_values_win_over_those_for_cpu_jobs_and_the_profiles(tmp_path: Path) -> None:
-    chosen = written(
+    profile = written(
         tmp_path,
         "partition: gpu\nqos: normal\nsbatch: {nice: 5}\ntime_min: {default: 60, preprocess: 9, 1: 700}\n"
         "stages: {cpu: {partition: cpu, qos: '', sbatch: {nice: 1}}, preprocess: {partition: big}}",
     )
-    assert chosen.resources("1").partition == "gpu" and chosen.resources("1").qos == "normal"
-    assert chosen.resources("merge").partition == "cpu" and chosen.resources("merge").qos is None
-    assert chosen.resources("finalize").partition == "big" and chosen.resources("finalize").sbatch == {"nice": "1"}
-    assert [chosen.minutes(s) for s in ("1", "2", "finalize")] == [700, 60, 9]
+    assert profile.resources("1").partition == "gpu" and profile.resources("1").qos == "normal"
+    assert profile.resources("merge").partition == "cpu" and profile.resources("merge").qos is None
+    assert profile.resources("finalize").partition == "big" and profile.resources("finalize").sbatch == {"nice": "1"}
+    assert [profile.minutes(s) for s in ("1", "2", "finalize")] == [700, 60, 9]
 
 
 def test_the_script_carries_what_keeps_a_chain_alive(tmp_path: Path) -> None:
@@ -88,43 +102,43 @@ def test_the_script_carries_what_keeps_a_chain_alive(tmp_path: Path) -> None:
 
 
 def test_the_script_is_valid_shell(tmp_path: Path) -> None:
-    chosen = Profile(env={"A": "it's $HOME; x"}, setup=["module load cuda"])
-    text = script(tmp_path, chosen=chosen, code=tmp_path / "a b", after="afterok:<id of stage 1>")
+    profile = Profile(env={"A": "it's $HOME; x"}, setup=["module load cuda"])
+    text = script(tmp_path, profile=profile, code=tmp_path / "a b", after="afterok:<id of stage 1>")
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
 def test_signals_are_blocked_until_the_job_has_its_handlers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor, "blocks_signals", lambda: True)
+    monkeypatch.setattr(sbatch, "blocks_signals", lambda: True)
     assert " env --block-signal=USR2 --block-signal=TERM apptainer exec x.sif python -u -m submitit" in script(
-        tmp_path, chosen=Profile(python="apptainer exec x.sif python")
+        tmp_path, profile=Profile(python="apptainer exec x.sif python")
     )
-    monkeypatch.setattr(executor, "blocks_signals", lambda: False)
+    monkeypatch.setattr(sbatch, "blocks_signals", lambda: False)
     assert "block-signal" not in script(tmp_path)
 
 
 def test_requeueing_can_be_given_up(tmp_path: Path) -> None:
-    text = script(tmp_path, chosen=Profile(requeue=False))
+    text = script(tmp_path, profile=Profile(requeue=False))
     assert "#SBATCH --no-requeue" in text and "#SBATCH --requeue" not in text
 
 
 def test_shapes_of_jobs() -> None:
     assert shape_of("1", 4, 8) == Shape(kind="ranks", nodes=4, tasks_per_node=8, gpus_per_node=8)
     assert shape_of("1", 4, 0) == Shape(kind="ranks", nodes=4)
-    assert shape_of("preprocess", 4, 8) == Shape(kind="array", elements=4)
-    assert shape_of("infer", 4, 8) == Shape(kind="array", elements=4, gpus_per_node=1)
+    assert shape_of("preprocess", 4, 8) == Shape(kind="array", array_tasks=4)
+    assert shape_of("infer", 4, 8) == Shape(kind="array", array_tasks=4, gpus_per_node=1)
     assert shape_of("merge", 4, 8) == Shape(kind="single")
 
 
 def test_gpus_are_asked_for_in_the_sites_way(tmp_path: Path) -> None:
     shape = shape_of("1", 2, 4)
     assert "#SBATCH --gpus-per-node=4" in script(tmp_path, shape=shape)
-    text = script(tmp_path, shape=shape, chosen=Profile(gres="gpu:a100"))
+    text = script(tmp_path, shape=shape, profile=Profile(gres="gpu:a100"))
     assert "#SBATCH --gres=gpu:a100:4" in text and "gpus-per-node" not in text and "--ntasks-per-node=4" in text
 
 
 def test_what_the_profile_leaves_open_comes_from_the_partition(tmp_path: Path) -> None:
-    facts = slurm.Partition(nodes=3, cpus=12, memory_mb=1, gpus=4, max_minutes=90)
-    text = script(tmp_path, shape=shape_of("1", 1, 4), facts=facts)
+    partition = slurm.Partition(nodes=3, cpus=12, memory_mb=1, gpus=4, max_minutes=90)
+    text = script(tmp_path, shape=shape_of("1", 1, 4), partition=partition)
     assert "#SBATCH --cpus-per-task=3" in text and "#SBATCH --time=90" in text
 
 
@@ -134,7 +148,7 @@ def test_an_array_is_one_script(tmp_path: Path) -> None:
 
 
 def test_the_warning_comes_at_half_time_of_a_short_job_at_the_earliest(tmp_path: Path) -> None:
-    assert "--signal=USR2@60" in script(tmp_path, chosen=Profile(time_min={"default": 2}))
+    assert "--signal=USR2@60" in script(tmp_path, profile=Profile(time_min={"default": 2}))
 
 
 @pytest.mark.parametrize(
@@ -164,15 +178,15 @@ def test_a_controller_that_does_not_answer_is_told_from_no_slurm_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert slurm.why_not() == "no sbatch on PATH"
+    assert slurm.unavailable_reason() == "no sbatch on PATH"
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     fake(tmp_path, "sbatch", "")
     fake(tmp_path, "scontrol", "Slurmctld(primary) at head is DOWN")
-    assert "no controller is up" in (slurm.why_not() or "")
+    assert "no controller is up" in (slurm.unavailable_reason() or "")
     fake(tmp_path, "scontrol", "slurm_load_ctl_conf error: Unable to contact slurm controller", 1)
-    assert "no controller answers" in (slurm.why_not() or "")
+    assert "no controller answers" in (slurm.unavailable_reason() or "")
     fake(tmp_path, "scontrol", "Slurmctld(primary) at head is UP")
-    assert slurm.why_not() is None
+    assert slurm.unavailable_reason() is None
 
 
 def test_states_come_from_the_controller_first_and_count_restarts(
@@ -186,10 +200,10 @@ def test_states_come_from_the_controller_first_and_count_restarts(
         "9_0|FAILED|1:0|node1|infer.x\n9_1|PENDING|0:0|None assigned|infer.x",
     )
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    found = slurm.states(["7", "9"])
-    assert found["7"].state == "CANCELLED" and found["7"].restarts == 1 and not found["7"].live
-    assert found["7"].before == "NODE_FAIL" and found["7"].reason == "by root"
-    assert found["9_0"].reason == "exit 1:0" and found["9_1"].live and found["9_1"].parent == "9"
+    states = slurm.states(["7", "9"])
+    assert states["7"].state == "CANCELLED" and states["7"].restarts == 1 and not states["7"].live
+    assert states["7"].previous_state == "NODE_FAIL" and states["7"].reason == "by root"
+    assert states["9_0"].reason == "exit 1:0" and states["9_1"].live and states["9_1"].parent == "9"
 
 
 def test_how_the_run_before_ended_is_known_even_while_accounting_lags_behind(
@@ -198,9 +212,9 @@ def test_how_the_run_before_ended_is_known_even_while_accounting_lags_behind(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     fake(tmp_path, "squeue", squeue("7|ab|PENDING|BeginTime||1"))
     fake(tmp_path, "sacct", "7|PREEMPTED|0:0|node1|ab")
-    assert (slurm.states(["7"])["7"].before, slurm.states(["7"])["7"].restarts) == ("PREEMPTED", 1)
+    assert (slurm.states(["7"])["7"].previous_state, slurm.states(["7"])["7"].restarts) == ("PREEMPTED", 1)
     fake(tmp_path, "sacct", "7|RUNNING|0:0|node1|ab")
-    assert slurm.states(["7"])["7"].before == ""
+    assert slurm.states(["7"])["7"].previous_state == ""
 
 
 def test_exit_status_of_a_failed_job_is_read_without_accounting(
@@ -210,5 +224,5 @@ def test_exit_status_of_a_failed_job_is_read_without_accounting(
     rows = ["1|x|FAILED|NonZeroExitCode|n1|0|768", "2|x|FAILED|x|n1|0|9", "3|x|CANCELLED|DependencyNeverSatisfied||0|0"]
     fake(tmp_path, "squeue", squeue(*rows))
     fake(tmp_path, "sacct", "Slurm accounting storage is disabled", 1)
-    found = slurm.states(["1", "2", "3"])
-    assert [found[i].reason for i in "123"] == ["exit 3:0", "exit 0:9", "DependencyNeverSatisfied"]
+    states = slurm.states(["1", "2", "3"])
+    assert [states[i].reason for i in "123"] == ["exit 3:0", "exit 0:9", "DependencyNeverSatisfied"]

@@ -1,4 +1,4 @@
-"""A chain handed to SLURM, with stand-ins for SLURM's commands: dependencies, refusals, what is under way already."""
+"""A chain submitted to SLURM, with fake SLURM commands: dependencies, refusals, jobs that are already live."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ SMALL = ["phantom.films=9", "model.pretrained=none"]
 TOOLS = {
     "scontrol": "echo 'Slurmctld(primary) at head is UP'",
     "sinfo": "echo 'batch*|3|8|32000|(null)|2:00:00'",
-    "squeue": "cat {here}/queue 2>/dev/null; true",
-    "scancel": 'echo "$@" >> {here}/cancelled',
+    "squeue": "cat {folder}/queue 2>/dev/null; true",
+    "scancel": 'echo "$@" >> {folder}/cancelled',
     # Counts up; refuses from the job on whose number stands in `refuse`.
     "sbatch": """
-n=$(($(cat {here}/count 2>/dev/null || echo 0) + 1)); echo $n > {here}/count
-if [ $n -ge $(cat {here}/refuse 2>/dev/null || echo 999) ]; then
+n=$(($(cat {folder}/count 2>/dev/null || echo 0) + 1)); echo $n > {folder}/count
+if [ $n -ge $(cat {folder}/refuse 2>/dev/null || echo 999) ]; then
     echo 'sbatch: error: Batch job submission failed: Invalid qos specification' >&2; exit 1
 fi
-if [ -f {here}/then ]; then . {here}/then; fi
+if [ -f {folder}/then ]; then . {folder}/then; fi
 echo "Submitted batch job $n"
 """,
 }
@@ -45,7 +45,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "tools"
     folder.mkdir()
     for name, text in TOOLS.items():
-        (folder / name).write_text("#!/bin/sh\n" + text.format(here=folder) + "\n")
+        (folder / name).write_text("#!/bin/sh\n" + text.format(folder=folder) + "\n")
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
@@ -102,9 +102,9 @@ def test_a_refused_job_takes_the_earlier_ones_back(
 
 
 def test_a_refused_redo_leaves_the_old_result_where_it_was(tools: Path, tmp_path: Path) -> None:
-    made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL)
+    plan = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL)
     for stage, fold in (("finalize", None), ("1", 0)):
-        finished(made, stage, fold)
+        finished(plan, stage, fold)
     (tools / "refuse").write_text("1")
     assert submit(tmp_path, "--stage", "1", "--redo") == 2
     assert (tmp_path / "a" / "fold0" / "stage1" / "DONE.json").exists()
@@ -120,7 +120,7 @@ def test_a_stage_waits_for_a_live_one_of_its_run(
     (tools / "queue").write_text(squeue("1|stage1-fold0.a|RUNNING|None|n1") + "\n")
     assert submit(tmp_path, "--stage", "2") == 0
     assert "--dependency=afterok:1\n" in script(tmp_path / "a", 2)
-    assert submit(tmp_path, "--stage", "1") == 2 and "SLURM job 1 is on stage 1" in capfd.readouterr().err
+    assert submit(tmp_path, "--stage", "1") == 2 and "stage 1 of this run is already queued or running as SLURM job 1:" in capfd.readouterr().err
 
 
 def test_after_stands_for_what_is_missing(tools: Path, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_cpus_are_checked_in_the_shape_that_the_script_asks_for(
     ],
     ids=["half of it is left", "all of it again", "another number of ranks"],
 )
-def test_a_time_limit_below_what_was_measured_is_remarked(
+def test_a_time_limit_below_what_was_measured_is_reported(
     tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], step: int, ranks: int, said: tuple[str, ...]
 ) -> None:
     """It is no mistake: the job saves, is requeued and goes on."""
@@ -190,7 +190,7 @@ def test_a_time_limit_below_what_was_measured_is_remarked(
     assert all(words in out for words in said) and bool(said) == ("more minutes" in out)
 
 
-def test_missing_imagenet_weights_are_remarked_before_the_queue(
+def test_missing_imagenet_weights_are_reported_before_the_queue(
     tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -209,31 +209,33 @@ def test_the_speed_of_an_earlier_run_of_the_same_kind_counts_for_a_new_one(
     tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name, ranks in (("other", 2), ("before", 1)):
-        made = make("--stage", "1", "--run", name, f"run_root={tmp_path}", *SMALL)
+        plan = make("--stage", "1", "--run", name, f"run_root={tmp_path}", *SMALL)
         row = {"epoch": 1, "epochs": 4, "step": 0, "steps": 240, "images_per_s": 64.0}
-        (made.run.folder / "fold0" / "stage1").mkdir(parents=True)
-        (made.run.folder / "fold0" / "stage1" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-        (made.run.folder / "config.yaml").write_text(configuration.to_yaml(made.run.config))
+        (plan.run.folder / "fold0" / "stage1").mkdir(parents=True)
+        (plan.run.folder / "fold0" / "stage1" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        (plan.run.folder / "config.yaml").write_text(configuration.to_yaml(plan.run.config))
         where = {"cluster": "slurm", "extra": {"profile": str(tmp_path / "p.yaml")}}
-        Ledger(made.run).append(Entry(key="stage1-fold0", stage="1", fold=0, processes=ranks, **where))
+        Ledger(plan.run).append(Entry(key="stage1-fold0", stage="1", fold=0, processes=ranks, **where))
     (tmp_path / "p.yaml").write_text("time_min: 30\nrequeue: false")
     finished(make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL), "finalize")
     assert submit(tmp_path, "--stage", "1", "--profile", str(tmp_path / "p.yaml"), "stage1.epochs=100") == 0
     said = capfd.readouterr().out
-    assert "needs about 100 more minutes at the 64.0 images/s measured in run before and has 30" in said
+    assert (
+        "needs about 100 more minutes at 64.0 images/s measured in run before, but its time limit is 30 minutes" in said
+    )
     assert "the same command has to be repeated about 3 times" in said
 
 
-def test_shards_larger_than_a_node_are_remarked(tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL)
-    finished(made, "finalize")
-    with open(tmp_path / "a" / "shards" / f"images-{made.run.config.stage1.size}-0.npy", "wb") as sparse:
+def test_shards_larger_than_a_node_are_reported(tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plan = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL)
+    finished(plan, "finalize")
+    with (tmp_path / "a" / "shards" / f"images-{plan.run.config.stage1.size}-0.npy").open("wb") as sparse:
         sparse.truncate(40 << 30)
     assert submit(tmp_path, "--stage", "1") == 0
-    assert "of 40.0 GiB, the partition's nodes have 31.2 GiB" in capfd.readouterr().out
+    assert "reads 40.0 GiB of shards (256 px), but the partition's nodes have 31.2 GiB" in capfd.readouterr().out
     (tmp_path / "p.yaml").write_text("mem_gb: 8")
     assert submit(tmp_path, "--stage", "1", "--dry-run", "--profile", str(tmp_path / "p.yaml")) == 0
-    assert "of 40.0 GiB, mem_gb is 8 GiB" in capfd.readouterr().err
+    assert "reads 40.0 GiB of shards (256 px), but mem_gb is 8 GiB" in capfd.readouterr().err
 
 
 def test_the_submission_records_commit_and_changes_of_the_code(tools: Path, tmp_path: Path) -> None:
@@ -269,8 +271,8 @@ def test_wait_ends_with_the_jobs_result(
 ) -> None:
     monkeypatch.setattr(follow, "POLL_S", (0.01, 0.01))
     monkeypatch.setattr(follow, "SETTLE_S", 0.0)
-    made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL)
-    finished(made, "finalize")
+    plan = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL)
+    finished(plan, "finalize")
     (tmp_path / "a" / "jobs").mkdir(parents=True)
     (tmp_path / "a" / "jobs" / "1_0_log.out").write_text("ValueError: broken on purpose\n")
     (tools / "queue").write_text(squeue("1|stage1-fold0.a|FAILED|NonZeroExitCode|n1|0|256") + "\n")
@@ -278,7 +280,7 @@ def test_wait_ends_with_the_jobs_result(
     said = capfd.readouterr().err
     assert "stage1-fold0 (job 1): FAILED (exit 1:0): ValueError: broken on purpose" in said
     assert "1_0_log.out" in said and "repeat the same command to continue" in said
-    finished(made, "1", 0)
+    finished(plan, "1", 0)
     record = tmp_path / "a" / "fold0" / "stage1" / "DONE.json"
     record.rename(tools / "DONE.json")
     (tools / "then").write_text(f"cp {tools}/DONE.json {record}\n")  # the job does its work

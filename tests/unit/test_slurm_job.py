@@ -13,7 +13,7 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
-from launch.backends import slurm_job as jobs
+from launch.backends import slurm_job
 from launch.backends.slurm_job import Job
 from pneumo_dist import stages
 from pneumo_dist.runtime.stopping import SIGNALS, Stopped, StopSignal
@@ -104,5 +104,5 @@ def test_a_stale_result_of_this_task_alone_is_removed(tmp_path: Path, monkeypatc
     for key, value in values.items():
         monkeypatch.setenv(key, str(value))
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
-    jobs._forget_stale_result()
+    slurm_job._remove_stale_result()
     assert [path.name for path in tmp_path.iterdir()] == ["7_0_result.pkl"]

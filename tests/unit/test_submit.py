@@ -1,7 +1,8 @@
-"""submit.py's words: what is asked for, which recipe and run it means, what a dry run prints, what is refused."""
+"""submit.py: arguments, recipe and run, the plan, the dry run, refusals."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from launch.backends import prepare
-from launch.planning import plan
 from launch.planning.arguments import Request, parse
 from launch.planning.parser import UsageError
+from launch.planning.plan import Plan, make_plan, missing_line
 from launch.planning.recipe import resolve
 from launch.state.codecopy import code_hash, copy
 from launch.state.ledger import Entry, Ledger
@@ -34,34 +35,32 @@ def submit(*words: object, cwd: Path = ROOT, **environ: str) -> subprocess.Compl
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environ}, check=False)
 
 
-def here(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Do the same within this process, where it is quicker: exit status, output, errors."""
+def submit_in_process(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Do the same in this process, which is faster: exit status, output, errors."""
     status = main(list(words))
     return status, *capfd.readouterr()
 
 
-def make(*words: object) -> plan.Plan:
-    return plan.make_plan(parse([str(word) for word in words]))
+def make(*words: object) -> Plan:
+    return make_plan(parse([str(word) for word in words]))
 
 
-def finished(made: plan.Plan, stage: str, fold: int | None = None) -> None:
+def finished(plan: Plan, stage: str, fold: int | None = None) -> None:
     """Pretend that a stage is done."""
-    folder = made.run.dir_of(stage, fold)
+    folder = plan.run.dir_of(stage, fold)
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"settings": done.settings_of(made.run.config, stage), "inputs": {}, "outputs": {}}
-    record["outputs"] = {f"manifest-{size}": {"sha256": "x"} for size in made.run.config.sizes}
-    try:
-        record["inputs"] = done.inputs_of(made.run, stage, fold)
-    except ConfigError:
-        pass
+    record = {"settings": done.settings_of(plan.run.config, stage), "inputs": {}, "outputs": {}}
+    record["outputs"] = {f"manifest-{size}": {"sha256": "x"} for size in plan.run.config.sizes}
+    with contextlib.suppress(ConfigError):
+        record["inputs"] = done.inputs_of(plan.run, stage, fold)
     (folder / "DONE.json").write_text(json.dumps(record))
 
 
-# ---- words
+# ---- arguments
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         ("", "--stage"),
         ("--stage 3", "'3'"),
@@ -79,29 +78,29 @@ def finished(made: plan.Plan, stage: str, fold: int | None = None) -> None:
         ("--stage preprocess --verify --redo", "--verify"),
     ],
 )
-def test_a_wrong_word_is_one_line_naming_it(words: str, said: str) -> None:
+def test_a_wrong_argument_is_one_line_naming_it(arguments: str, message: str) -> None:
     with pytest.raises(UsageError) as error:
-        parse(words.split())
-    assert said in str(error.value) and "\n" not in str(error.value)
+        parse(arguments.split())
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_settings_may_stand_anywhere() -> None:
-    request = parse("infer.dir=/x --stage infer infer.outputs=csv,masks --nodes 3".split())
+    request = parse(["infer.dir=/x", "--stage", "infer", "infer.outputs=csv,masks", "--nodes", "3"])
     assert request == Request(stage="infer", nodes=3, overrides=("infer.dir=/x", "infer.outputs=csv,masks"))
 
 
 def test_several_jobs_to_wait_for() -> None:
-    assert parse("--stage 1 --after 12,13_4".split()).after == "12:13_4"
+    assert parse(["--stage", "1", "--after", "12,13_4"]).after == "12:13_4"
 
 
 # ---- recipe and run
 
 
 def test_nothing_named_means_synthetic_films_and_all_that_is_missing(tmp_path: Path) -> None:
-    made = make("--stage", "1", f"run_root={tmp_path}")
-    assert made.run.name == "quickstart" and resolve(made.request).embedded
-    assert [node.key for node in made.todo] == ["phantom", "preprocess", "finalize", "stage1-fold0"]
-    assert "no data configured: synthetic phantom films" in made.notes
+    plan = make("--stage", "1", f"run_root={tmp_path}")
+    assert plan.run.name == "quickstart" and resolve(plan.request).embedded
+    assert [node.key for node in plan.todo] == ["phantom", "preprocess", "finalize", "stage1-fold0"]
+    assert "no data configured: synthetic phantom films" in plan.notes
 
 
 @pytest.mark.parametrize(
@@ -109,9 +108,9 @@ def test_nothing_named_means_synthetic_films_and_all_that_is_missing(tmp_path: P
     [("data.dicom_dir=/x", "paper"), ("--run mine", "mine"), ("--config configs/exp2.yaml", "exp2")],
 )
 def test_as_soon_as_something_is_named_a_missing_upstream_is_not_run(tmp_path: Path, words: str, run: str) -> None:
-    made = make("--stage", "1", *words.split(), f"run_root={tmp_path}")
-    assert made.run.name == run and [node.key for node in made.todo] == ["stage1-fold0"]
-    (line,) = {plan.missing_line(made, *missing) for missing in made.missing}
+    plan = make("--stage", "1", *words.split(), f"run_root={tmp_path}")
+    assert plan.run.name == run and [node.key for node in plan.todo] == ["stage1-fold0"]
+    (line,) = {missing_line(plan, *missing) for missing in plan.missing}
     assert f"stage 1 needs preprocess, which is not done: run --stage preprocess --run {run}" in line
 
 
@@ -128,9 +127,9 @@ def test_a_run_goes_on_from_its_own_configuration(tmp_path: Path) -> None:
 
 def test_paths_are_made_absolute_where_the_command_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    made = make("--stage", "infer", "--run", "a", "run_root=here", "infer.dir=films", "infer.models=m.pt,~/n.pt")
-    config = made.run.config
-    assert made.run.folder == tmp_path / "here" / "a" and config.infer.dir == str(tmp_path / "films")
+    plan = make("--stage", "infer", "--run", "a", "run_root=here", "infer.dir=films", "infer.models=m.pt,~/n.pt")
+    config = plan.run.config
+    assert plan.run.folder == tmp_path / "here" / "a" and config.infer.dir == str(tmp_path / "films")
     assert config.infer.models == [str(tmp_path / "m.pt"), str(Path("~/n.pt").expanduser())]
 
 
@@ -154,45 +153,45 @@ def test_a_fold_outside_the_folds() -> None:
 
 def test_what_is_done_is_left_alone_and_other_settings_are_refused(tmp_path: Path) -> None:
     root = f"run_root={tmp_path}"
-    made = make("--stage", "preprocess", "--config", "configs/quickstart.yaml", root)
-    films = made.run.folder / "phantom" / "dicom-images-train"
+    plan = make("--stage", "preprocess", "--config", "configs/quickstart.yaml", root)
+    films = plan.run.folder / "phantom" / "dicom-images-train"
     films.mkdir(parents=True)
     for path in (films / "a.png", films.parent / "train-rle.csv", films.parent / "patients.csv"):
         path.write_text("x")
     for stage in ("phantom", "finalize"):
-        finished(made, stage)
+        finished(plan, stage)
     finished(make("--stage", "1", "--config", "configs/quickstart.yaml", root), "1", 0)
     assert make("--stage", "1", root).todo == ()
     refused = make("--stage", "1", root, "stage1.lr=0.5")
-    assert len(refused.differing) == 1 and "stage1.lr" in refused.differing[0] and "--redo" in refused.differing[0]
+    assert len(refused.conflicts) == 1 and "stage1.lr" in refused.conflicts[0] and "--redo" in refused.conflicts[0]
     assert [n.key for n in make("--stage", "1", root, "stage1.lr=0.5", "--redo").todo] == ["stage1-fold0"]
     # Upstream is taken as it is when a later stage is asked for; what differs is said.
     later = make("--stage", "2", root, "stage1.lr=0.5")
-    assert [n.key for n in later.todo] == ["stage2-fold0"] and not later.differing
+    assert [n.key for n in later.todo] == ["stage2-fold0"] and not later.conflicts
     assert any("stage1.lr" in note for note in later.notes)
 
 
 def test_what_is_derived_follows_what_it_reads(tmp_path: Path) -> None:
     words = ("--stage", "all", "--config", "configs/quickstart.yaml", f"run_root={tmp_path}")
-    made = make(*words)
-    films = made.run.folder / "phantom" / "dicom-images-train"
+    plan = make(*words)
+    films = plan.run.folder / "phantom" / "dicom-images-train"
     films.mkdir(parents=True)
     for path in (films / "a.png", films.parent / "train-rle.csv", films.parent / "patients.csv"):
         path.write_text("x")
     for stage in ("phantom", "finalize", "merge"):
-        finished(made, stage)
+        finished(plan, stage)
     for stage in ("1", "2", "swa", "evaluate"):
-        finished(made, stage, 0)
+        finished(plan, stage, 0)
     again = [node.key for node in make(*words, "--folds", "0,1").todo]
     assert again == ["stage1-fold1", "stage2-fold1", "swa-fold1", "evaluate-fold1", "pool", "infer", "merge"]
-    (made.run.folder / "fold0" / "stage1" / "DONE.json").unlink()
+    (plan.run.folder / "fold0" / "stage1" / "DONE.json").unlink()
     stale = make(*words)
-    assert any("which is to run again: --redo" in line for line in stale.differing)
+    assert any("which has to run again: repeat both with --redo" in line for line in stale.conflicts)
 
 
 def test_redo_puts_the_old_result_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", "phantom.films=9")
-    finished(made, "1", 0)
+    plan = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", "phantom.films=9")
+    finished(plan, "1", 0)
     prepare.prepare(make("--stage", "1", "--run", "a", f"run_root={tmp_path}", "--redo"))
     assert not (tmp_path / "a" / "fold0" / "stage1").exists()
     (aside,) = (tmp_path / "a" / "fold0").glob("stage1.old-*")
@@ -202,21 +201,21 @@ def test_redo_puts_the_old_result_aside(tmp_path: Path, capsys: pytest.CaptureFi
 def test_redo_does_not_touch_shards_that_other_runs_may_read(tmp_path: Path) -> None:
     words = ("--stage", "preprocess", "--run", "a", f"run_root={tmp_path}", f"data.shard_dir={tmp_path}/s", "--redo")
     (tmp_path / "s").mkdir()
-    with pytest.raises(ConfigError, match="may serve other runs"):
+    with pytest.raises(ConfigError, match="other runs may use the shards"):
         prepare.prepare(make(*words, "data.dicom_dir=/x"))
     assert (tmp_path / "s").is_dir()
 
 
 def test_infer_takes_every_fold_that_has_a_model(tmp_path: Path) -> None:
-    made = make("--stage", "infer", "--run", "a", f"run_root={tmp_path}", "infer.dir=/films", "phantom.films=9")
+    plan = make("--stage", "infer", "--run", "a", f"run_root={tmp_path}", "infer.dir=/films", "phantom.films=9")
     for fold in (0, 3):
-        finished(made, "evaluate", fold)
+        finished(plan, "evaluate", fold)
     again = make("--stage", "infer", "--run", "a", f"run_root={tmp_path}", "infer.dir=/films")
     assert again.folds == (0, 3)
     (missing,) = again.missing
-    assert "infer needs the folds' pooled evaluation" in plan.missing_line(again, *missing)
-    assert "run --stage evaluate --folds 0,3" in plan.missing_line(again, *missing)
-    finished(made, "pool")
+    assert "infer needs the folds' pooled evaluation" in missing_line(again, *missing)
+    assert "run --stage evaluate --folds 0,3" in missing_line(again, *missing)
+    finished(plan, "pool")
     assert not make("--stage", "infer", "--run", "a", f"run_root={tmp_path}", "infer.dir=/films").missing
 
 
@@ -224,40 +223,40 @@ def test_infer_takes_every_fold_that_has_a_model(tmp_path: Path) -> None:
 
 
 def test_a_live_process_on_the_same_stage_is_named(tmp_path: Path) -> None:
-    made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}")
-    held = lock(made.run.lock("stage1-fold0"))
-    with pytest.raises(ConfigError, match=f"process {os.getpid()} .* is on stage 1"):
-        prepare.refuse_live(made, Ledger(made.run), True)
+    plan = make("--stage", "1", "--run", "a", f"run_root={tmp_path}")
+    held = lock(plan.run.lock("stage1-fold0"))
+    with pytest.raises(ConfigError, match=f"process {os.getpid()} .* already runs stage 1"):
+        prepare.refuse_live(plan, Ledger(plan.run), True)
     held.release()
-    prepare.refuse_live(made, Ledger(made.run), True)
+    prepare.refuse_live(plan, Ledger(plan.run), True)
 
 
 def test_a_live_slurm_job_is_known_by_number_and_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    made = make("--stage", "1", "--run", "a", f"run_root={tmp_path}")
-    ledger = Ledger(made.run)
+    plan = make("--stage", "1", "--run", "a", f"run_root={tmp_path}")
+    ledger = Ledger(plan.run)
     same = {"key": "stage1-fold0", "stage": "1", "fold": 0, "cluster": "slurm"}
     ledger.append(Entry(**same, job_id="12", name="stage1-fold0.a"))
     tool = tmp_path / "squeue"
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     tool.write_text(f"#!/bin/sh\necho '{squeue('12|stage1-fold0.a|PENDING|Priority|')}'\n")
     tool.chmod(0o755)
-    with pytest.raises(ConfigError, match="SLURM job 12 is on stage 1"):
-        prepare.refuse_live(made, ledger, True)
+    with pytest.raises(ConfigError, match="stage 1 of this run is already queued or running as SLURM job 12:"):
+        prepare.refuse_live(plan, ledger, True)
     tool.write_text(f"#!/bin/sh\necho '{squeue('12|some other job|RUNNING|None|n1')}'\n")
-    prepare.refuse_live(made, ledger, True)
+    prepare.refuse_live(plan, ledger, True)
     tool.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n")
-    with pytest.raises(ConfigError, match="does not say"):
-        prepare.refuse_live(made, ledger, True)
-    prepare.refuse_live(made, ledger, False)  # a run taken to a machine without SLURM
+    with pytest.raises(ConfigError, match="does not report"):
+        prepare.refuse_live(plan, ledger, True)
+    prepare.refuse_live(plan, ledger, False)  # a run taken to a machine without SLURM
     assert "taken as ended" in capfd.readouterr().out
 
 
 def test_a_torn_line_of_the_ledger_is_left_out(tmp_path: Path) -> None:
     ledger = Ledger(RunFolder(tmp_path))
     ledger.append(Entry(key="swa-fold0", stage="swa", fold=0, cluster="local"))
-    with open(ledger.path, "a") as out:
+    with ledger.path.open("a") as out:
         out.write('{"key": "infer", "sta')
     assert [entry.key for entry in ledger.entries()] == ["swa-fold0"] and ledger.entries()[0].time
 
@@ -266,10 +265,10 @@ def test_a_torn_line_of_the_ledger_is_left_out(tmp_path: Path) -> None:
 
 
 def test_the_copy_holds_the_code_and_is_named_by_it(tmp_path: Path) -> None:
-    made = copy(ROOT, RunFolder(tmp_path))
-    assert made == copy(ROOT, RunFolder(tmp_path)) and made.name == code_hash(ROOT) == code_hash(made)
-    assert (made / "launch" / "jobs.py").read_bytes() == (ROOT / "launch" / "jobs.py").read_bytes()
-    assert not list(made.rglob("__pycache__")) and len(list((tmp_path / "code").iterdir())) == 1
+    code = copy(ROOT, RunFolder(tmp_path))
+    assert code == copy(ROOT, RunFolder(tmp_path)) and code.name == code_hash(ROOT) == code_hash(code)
+    assert (code / "launch" / "jobs.py").read_bytes() == (ROOT / "launch" / "jobs.py").read_bytes()
+    assert not list(code.rglob("__pycache__")) and len(list((tmp_path / "code").iterdir())) == 1
 
 
 # ---- as typed
@@ -298,7 +297,7 @@ def test_dry_run_warns_of_what_is_missing_and_exits_0(tmp_path: Path) -> None:
         "--stage", "2", "--dry-run", "--nodes", 3, "--run", "a", f"run_root={tmp_path}/r", "stage2.batch_size=2"
     )  # fmt: skip
     assert shown.returncode == 0 and "warning: stage 2 needs stage 1" in shown.stderr
-    assert "stage2.batch_size=2 cannot feed 3 ranks" in shown.stderr and "afterok:<id of stage 1>" in shown.stdout
+    assert "stage2.batch_size=2 is too small for 3 ranks" in shown.stderr and "afterok:<id of stage 1>" in shown.stdout
     assert not (tmp_path / "r").exists()
 
 
@@ -343,7 +342,7 @@ def test_what_can_be_known_beforehand_is_one_line_and_exit_2(
         (tools / name).symlink_to(f"/usr/bin/{name}")
     monkeypatch.setenv("PATH", str(tools))
     monkeypatch.chdir(ROOT)
-    status, out, errors = here(capfd, *filled.split(), f"run_root={tmp_path}/r")
+    status, out, errors = submit_in_process(capfd, *filled.split(), f"run_root={tmp_path}/r")
     assert status == 2, out + errors
     lines = errors.strip().splitlines()
     assert len(lines) == 1 and said in lines[0] and lines[0].startswith("error: ")
@@ -352,7 +351,7 @@ def test_what_can_be_known_beforehand_is_one_line_and_exit_2(
 
 def test_a_run_root_that_is_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "r").write_text("")
-    status, _, errors = here(capfd, "--stage", "1", "--cluster", "local", f"run_root={tmp_path}/r")
+    status, _, errors = submit_in_process(capfd, "--stage", "1", "--cluster", "local", f"run_root={tmp_path}/r")
     assert status == 2 and "is a file" in errors and "run_root" in errors
 
 

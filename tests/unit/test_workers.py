@@ -1,4 +1,4 @@
-"""The executor of this machine, with trivial worker commands in place of training."""
+"""Worker processes of this machine, with trivial worker commands in place of training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.backends.workers import Foreground, Outcome, Worker, workers
+from launch.backends.workers import Foreground, Outcome, Worker, job_workers
 from launch.state.locks import Locked, holder, lock
 from pneumo_dist.run import RunFolder
 
@@ -153,7 +153,7 @@ def test_a_lock_lasts_until_the_last_worker_has_ended(tmp_path: Path) -> None:
 def test_ranks_meet_through_a_file_and_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    made = workers(
+    group = job_workers(
         key="stage1-fold3",
         stage="1",
         fold=3,
@@ -163,14 +163,14 @@ def test_ranks_meet_through_a_file_and_share_the_cores(tmp_path: Path, monkeypat
         code=ROOT,
         store=tmp_path / "s",
     )
-    assert [w.environ["RANK"] for w in made] == ["0", "1"]
-    assert {w.environ["WORLD_SIZE"] for w in made} == {"2"} and {w.environ["OMP_NUM_THREADS"] for w in made} == {"4"}
-    assert {w.environ["PNEUMO_STORE"] for w in made} == {str(tmp_path / "s")}
-    assert made[1].command[-2:] == ["--fold", "3"] and made[1].log.name == "local-stage1-fold3-1.out"
+    assert [w.environ["RANK"] for w in group] == ["0", "1"]
+    assert {w.environ["WORLD_SIZE"] for w in group} == {"2"} and {w.environ["OMP_NUM_THREADS"] for w in group} == {"4"}
+    assert {w.environ["PNEUMO_STORE"] for w in group} == {str(tmp_path / "s")}
+    assert group[1].command[-2:] == ["--fold", "3"] and group[1].log.name == "local-stage1-fold3-1.out"
 
 
-def test_array_elements_are_independent_parts(tmp_path: Path) -> None:
-    made = workers(
+def test_array_tasks_are_independent_parts(tmp_path: Path) -> None:
+    group = job_workers(
         key="infer",
         stage="infer",
         fold=None,
@@ -180,13 +180,13 @@ def test_array_elements_are_independent_parts(tmp_path: Path) -> None:
         code=ROOT,
         store=tmp_path / "s",
     )
-    assert [w.command[-1] for w in made] == ["0/3", "1/3", "2/3"]
-    assert {w.environ["WORLD_SIZE"] for w in made} == {"1"}
+    assert [w.command[-1] for w in group] == ["0/3", "1/3", "2/3"]
+    assert {w.environ["WORLD_SIZE"] for w in group} == {"1"}
 
 
 def test_a_thread_setting_of_the_user_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    made = workers(
+    group = job_workers(
         key="swa", stage="swa", fold=0, kind="ranks", count=2, run=RunFolder(tmp_path), code=ROOT, store=tmp_path / "s"
     )
-    assert made[0].environ["OMP_NUM_THREADS"] == "3"
+    assert group[0].environ["OMP_NUM_THREADS"] == "3"
