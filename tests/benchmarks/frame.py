@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+import contextlib
 
 Values = dict[str, list[float]]
 PACKAGES = (
@@ -118,10 +119,8 @@ def versions() -> dict[str, str]:
     """Return the versions of Python, torch and the peers that are installed here."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
     return found
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from tests.benchmarks import frame
 from tests.benchmarks.environment import ROOT
 from tests.benchmarks.frame import Table
+import itertools
 
 SPY = """
 import json, os, sys, time
@@ -90,7 +91,7 @@ def split(folder: Path, run: list[str]) -> list[float]:
             worker.setdefault(mark, when)
     events = folder / "runs" / "start" / "fold0" / "stage1" / "tensorboard"
     times = [typed, worker["start"], worker["torch"], worker["cases."], worker["events"], first_point(events)]
-    return [b - a for a, b in zip(times, times[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(times)]
 
 
 def training_start(folder: Path, size: int, rounds: int) -> Table:

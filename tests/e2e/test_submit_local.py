@@ -53,7 +53,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
 
 
 def test_the_chain_ends_with_scores_and_places(chain: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    root, done = chain
+    _root, done = chain
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("no data configured: synthetic phantom films\n")
     for word in ("all empty (baseline)", "on positives", "submission", "overlays", "TensorBoard"):

@@ -24,6 +24,7 @@ from pneumo_dist import done
 from pneumo_dist.config import ConfigError
 from pneumo_dist.run import RunFolder
 from tests.unit.squeue import squeue
+import contextlib
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,10 +51,8 @@ def finished(made: plan.Plan, stage: str, fold: int | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     record = {"settings": done.settings_of(made.run.config, stage), "inputs": {}, "outputs": {}}
     record["outputs"] = {f"manifest-{size}": {"sha256": "x"} for size in made.run.config.sizes}
-    try:
+    with contextlib.suppress(ConfigError):
         record["inputs"] = done.inputs_of(made.run, stage, fold)
-    except ConfigError:
-        pass
     (folder / "DONE.json").write_text(json.dumps(record))
 
 
@@ -86,12 +85,12 @@ def test_a_wrong_word_is_one_line_naming_it(words: str, said: str) -> None:
 
 
 def test_settings_may_stand_anywhere() -> None:
-    request = parse("infer.dir=/x --stage infer infer.outputs=csv,masks --nodes 3".split())
+    request = parse(["infer.dir=/x", "--stage", "infer", "infer.outputs=csv,masks", "--nodes", "3"])
     assert request == Request(stage="infer", nodes=3, overrides=("infer.dir=/x", "infer.outputs=csv,masks"))
 
 
 def test_several_jobs_to_wait_for() -> None:
-    assert parse("--stage 1 --after 12,13_4".split()).after == "12:13_4"
+    assert parse(["--stage", "1", "--after", "12,13_4"]).after == "12:13_4"
 
 
 # ---- recipe and run
