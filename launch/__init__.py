@@ -1,1 +1,1 @@
-"""What a person types: submit.py and runs.py. Imports pneumo_dist, never the reverse."""
+"""The two commands, submit.py and runs.py. Imports pneumo_dist, never the reverse."""

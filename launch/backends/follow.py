@@ -6,8 +6,8 @@ import sys
 import time
 
 from launch.monitor.display import Display
-from launch.monitor.outcome import tell
-from launch.monitor.status import collect
+from launch.monitor.outcome import print_result
+from launch.monitor.status import job_rows, query_slurm
 from launch.monitor.table import trouble
 from launch.planning.plan import Plan
 from launch.state import progress
@@ -78,7 +78,7 @@ def _result(plan: Plan, submitted: dict[str, str]) -> int:
     while True:
         undone = [node for node in plan.todo if done.differences(plan.run, closing(node.stage), node.fold) != []]
         if not undone:
-            tell(plan)
+            print_result(plan)
             return 0
         try:
             states = slurm.states(submitted.values())
@@ -88,7 +88,7 @@ def _result(plan: Plan, submitted: dict[str, str]) -> int:
         if not ended_well or time.monotonic() > deadline:
             break
         time.sleep(1)
-    rows, note = collect(plan.run)
-    said = trouble([row for row in rows if row.node.key in submitted])
-    print(f"error: {said or note or f'{undone[-1].key} ended without a result'}", file=sys.stderr)
+    answer = query_slurm([plan.run])
+    said = trouble([row for row in job_rows(plan.run, answer) if row.node.key in submitted])
+    print(f"error: {said or answer.note or f'{undone[-1].key} ended without a result'}", file=sys.stderr)
     return 1

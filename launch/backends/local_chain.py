@@ -10,7 +10,7 @@ from pathlib import Path
 from launch.backends.prepare import entry, prepare, refuse_live
 from launch.backends.workers import Foreground, store_folder, workers
 from launch.monitor.display import Display
-from launch.monitor.outcome import tell, why
+from launch.monitor.outcome import failure_line, print_result
 from launch.planning.plan import Plan
 from launch.planning.site import Site
 from launch.state import progress
@@ -49,7 +49,7 @@ def run_here(plan: Plan, site: Site) -> int:
         finally:
             for one in locks:
                 one.release()
-    tell(plan)
+    print_result(plan)
     return 0
 
 
@@ -127,12 +127,15 @@ class _Chain:
             print(f"stopped during {title}; the same command continues", file=sys.stderr)
             if outcome.failed:
                 log = group[outcome.failed[0]].log
-                said = why([log])
+                said = failure_line([log])
                 print(f"but its last state may not be saved: {said[0] if said else f'see {log}'}", file=sys.stderr)
         else:
             worker, status = outcome.failed or (0, 1)
             how = f"was killed by signal {-status}" if status < 0 else f"exited with {status}"
-            line, log = why([group[worker].log, *(one.log for one in group)]) or ("no message", group[worker].log)
+            line, log = failure_line([group[worker].log, *(one.log for one in group)]) or (
+                "no message",
+                group[worker].log,
+            )
             print(f"error: {title}: process {worker} {how}: {line}", file=sys.stderr)
             print(f"its log: {log}; after correcting the cause, the same command continues", file=sys.stderr)
         return outcome.status

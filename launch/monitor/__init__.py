@@ -1,1 +1,1 @@
-"""What people see of a run: states, progress, results, reasons for failures."""
+"""The output of the commands: states, progress, results and the reasons of failures."""

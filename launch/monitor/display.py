@@ -1,6 +1,7 @@
-"""What a waiting command shows: lines that stay, and below them the progress of what runs.
+"""The output of a command that waits for jobs: messages, and below them a progress line for each running job.
 
-On a terminal the progress is drawn over itself; elsewhere it is a plain line now and then. Standard library only.
+A terminal shows progress bars that are redrawn in place; other outputs get a plain line once a minute. Standard
+library only.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import shutil
 import sys
 import time
 
-PLAIN_EVERY_S = 60.0
-BAR = 20
+PLAIN_INTERVAL_S = 60.0
+BAR_WIDTH = 20
 
 
 def bar(share: float) -> str:
@@ -20,60 +21,60 @@ def bar(share: float) -> str:
     >>> bar(0.5)
     '[##########----------]'
     """
-    full = round(BAR * min(max(share, 0.0), 1.0))
-    return "[" + "#" * full + "-" * (BAR - full) + "]"
+    full = round(BAR_WIDTH * min(max(share, 0.0), 1.0))
+    return "[" + "#" * full + "-" * (BAR_WIDTH - full) + "]"
 
 
 class Display:
-    """The standard output of a command that waits. A reader that has gone is no reason to stop: it is passed over."""
+    """The standard output of a waiting command. A closed output is ignored, because the jobs need the command."""
 
     def __init__(self) -> None:
         self.terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-        self._drawn: list[str] = []  # the lines below, which are written over
-        self._rest = b""  # of a line that is not whole yet
-        self._told: dict[str, tuple[float, str]] = {}
+        self._drawn: list[str] = []  # the progress lines on the screen
+        self._partial = b""  # the start of a line whose end has not been written yet
+        self._last: dict[str, tuple[float, str]] = {}  # time and text of each job's last plain line
 
     def say(self, text: str) -> None:
-        """Print lines that stay."""
+        """Print a message."""
         self.pass_on(text.encode() + b"\n")
 
-    def pass_on(self, new: bytes) -> None:
-        """Print what another process has written, above the progress."""
+    def pass_on(self, output: bytes) -> None:
+        """Print the output of another process above the progress."""
         if not self.terminal:
-            _write(new)
+            _write(output)
             return
-        whole, newline, self._rest = (self._rest + new).rpartition(b"\n")
+        complete, newline, self._partial = (self._partial + output).rpartition(b"\n")
         if newline:
             drawn = self._drawn
             self._erase()
-            _write(whole + newline)
+            _write(complete + newline)
             self._draw(drawn)
 
-    def progress(self, about: dict[str, tuple[float, str]]) -> None:
-        """Show how far the jobs that run are: {name: (share, words)}."""
+    def progress(self, jobs: dict[str, tuple[float, str]]) -> None:
+        """Show the progress of the running jobs: {name: (share done, text)}."""
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1
-            lines = [f"{bar(share)} {name}: {words}"[:width] for name, (share, words) in about.items()]
+            lines = [f"{bar(share)} {name}: {text}"[:width] for name, (share, text) in jobs.items()]
             if lines != self._drawn:
                 self._erase()
                 self._draw(lines)
             return
         now = time.monotonic()
-        for name, (_, words) in about.items():
-            since, before = self._told.setdefault(name, (now, ""))
-            if words != before and now - since >= PLAIN_EVERY_S:
-                self._told[name] = (now, words)
-                self.say(f"{time.strftime('%H:%M:%S')} {name}: {words}")
+        for name, (_, text) in jobs.items():
+            since, before = self._last.setdefault(name, (now, ""))
+            if text != before and now - since >= PLAIN_INTERVAL_S:
+                self._last[name] = (now, text)
+                self.say(f"{time.strftime('%H:%M:%S')} {name}: {text}")
 
     def close(self) -> None:
-        """Take the progress away; the lines above stay."""
+        """Erase the progress lines; the messages above stay."""
         self._erase()
-        _write(self._rest)
-        self._rest = b""
+        _write(self._partial)
+        self._partial = b""
 
     def _erase(self) -> None:
         if self._drawn:
-            _write(f"\x1b[{len(self._drawn)}A\r\x1b[J".encode())
+            _write(f"\x1b[{len(self._drawn)}A\r\x1b[J".encode())  # up to the first progress line, clear from there
             self._drawn = []
 
     def _draw(self, lines: list[str]) -> None:
@@ -87,4 +88,4 @@ def _write(data: bytes) -> None:
         sys.stdout.buffer.write(data)
         sys.stdout.flush()
     except (OSError, ValueError):
-        pass  # the work goes on, and the log files have it all
+        pass  # the reader has gone; the log files hold the output

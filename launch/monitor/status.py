@@ -1,37 +1,31 @@
-"""The state of every job of a run, from the ledger, SLURM, the locks and the files on disk. Only reads."""
+"""A row for every job of a run, from the ledger, SLURM, the locks and the files on disk. Only reads."""
 
 from __future__ import annotations
 
 import calendar
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.monitor.outcome import requeued_for, why
+from launch.monitor.job_state import ACTIVE, FAILED, combined_state, is_done, local_state, waits_for
+from launch.monitor.logs import log_files
+from launch.monitor.outcome import failure_line, requeued_for
 from launch.state import progress
 from launch.state import slurm_client as slurm
 from launch.state.ledger import Entry, Ledger
-from launch.state.locks import holder, process_name
+from launch.state.locks import holder
 from launch.state.progress import Progress
-from pneumo_dist import chain, done
-from pneumo_dist.chain import STAGES, Node, closing
+from pneumo_dist import chain
+from pneumo_dist.chain import STAGES, Node
 from pneumo_dist.config import ConfigError
 from pneumo_dist.run import Run, RunFolder
 from pneumo_dist.runtime.files import read_json
 
-# SLURM's words, and for jobs of this machine KILLED and INTERRUPTED; ENDED: nobody knows how.
-FAILED = (
-    "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "CANCELLED", "PREEMPTED", "REVOKED",
-    "KILLED", "INTERRUPTED", "ENDED",
-)  # fmt: skip
-ACTIVE = ("RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT", "SIGNALING", "RESIZING")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One job of the chain as it stands."""
+    """One job of the chain and its state."""
 
     node: Node
     job_id: str = ""
@@ -43,88 +37,71 @@ class Row:
     score: str = ""
     error: str = ""
     log: Path | None = None
-    command: tuple[str, ...] = ()  # submit.py's words
+    command: tuple[str, ...] = ()  # the command line of submit.py
 
     @property
     def failed(self) -> bool:
-        """Whether somebody has to look at it."""
+        """Whether the job ended without a result."""
         return self.state in FAILED
 
     @property
     def active(self) -> bool:
-        """Whether it is being worked on now."""
+        """Whether the job is running."""
         return self.state in ACTIVE
 
     @property
-    def swept_along(self) -> bool:
-        """Whether it was cancelled only because a job before it did not end well."""
+    def cancelled_with_parent(self) -> bool:
+        """Whether SLURM cancelled the job only because one that it depends on did not complete."""
         return self.state == "CANCELLED" and self.reason.startswith("Dependency")
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlurmAnswer:
+    """The state of every known job and array task, and a note where SLURM does not answer ("" otherwise)."""
+
+    states: Mapping[str, slurm.JobState]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowInputs:
-    """What all rows of a run are made from."""
+    """The sources of all rows of a run."""
 
     run: Run
-    text: str  # its configuration as it stands in config.yaml
+    config_text: str  # of config.yaml
+    folds: Sequence[int]
     entries: Sequence[Entry]
-    states: Mapping[str, slurm.JobState]
-    unknown: str  # the state of a job of which SLURM says nothing and that has no result
+    answer: SlurmAnswer
 
 
 def folds_of(run: RunFolder, entries: Sequence[Entry]) -> list[int]:
-    """Return the folds that a run has or was asked for."""
+    """Return the folds that a run has or that were submitted."""
     return sorted({*run.folds, *(e.fold for e in entries if e.fold is not None)}) or [0]
 
 
-def logs_of(run: RunFolder, entry: Entry) -> list[Path]:
-    """Return the log files of a submission, by element and rank."""
-    pattern = entry.log.replace("%r", "*").replace("%a", "*")
-    found = list(run.jobs_dir.glob(pattern)) if pattern else []
-
-    def numbers(path: Path) -> list[int]:
-        return [int(word) for word in path.stem.replace("-", "_").split("_") if word.isdigit()]
-
-    return sorted(found, key=numbers)
-
-
-def submitted_at(entry: Entry) -> float:
-    """Return when a job was submitted, in epoch seconds."""
-    try:
-        return float(calendar.timegm(time.strptime(entry.time, "%Y-%m-%dT%H:%M:%SZ")))
-    except ValueError:
-        return 0.0
-
-
-def ask(runs: Sequence[RunFolder]) -> tuple[dict[str, slurm.JobState], str]:
-    """Return what SLURM says of all jobs of these runs, and a note where it could not be asked ("" otherwise)."""
+def query_slurm(runs: Sequence[RunFolder]) -> SlurmAnswer:
+    """Return what SLURM reports of all jobs of these runs."""
     entries = [entry for run in runs for entry in Ledger(run).entries()]
     try:
-        return slurm.states([e.job_id for e in entries if e.cluster == "slurm"]), ""
+        return SlurmAnswer(states=slurm.states([e.job_id for e in entries if e.cluster == "slurm"]))
     except slurm.SlurmError as error:
-        return {}, f"SLURM does not answer ({error}): states are those of the files"
+        return SlurmAnswer(states={}, note=f"SLURM does not answer ({error}): states are taken from the run's files")
 
 
-def collect(run: Run, asked: tuple[dict[str, slurm.JobState], str] | None = None) -> tuple[list[Row], str]:
-    """Return a row for every job of the run's chain, and a note where SLURM could not be asked ("" otherwise).
-
-    Args:
-        asked: what `ask` has returned for several runs at once.
-    """
+def job_rows(run: Run, answer: SlurmAnswer) -> list[Row]:
+    """Return a row for every job of the run's chain."""
     entries = Ledger(run).entries()
     folds = [k for k in folds_of(run, entries) if k < run.config.data.folds] or [0]
-    states, note = asked or ask([run])
-    # Without accounting the controller forgets a job some minutes after its end: then only the files can tell.
-    unknown = "UNKNOWN" if note else "ENDED"
-    inputs = RowInputs(run=run, text=run.config_file.read_text(), entries=entries, states=states, unknown=unknown)
-    return [_row(inputs, node) for node in chain.jobs_of(run.config, "all", folds)], note
+    text = run.config_file.read_text()
+    inputs = RowInputs(run=run, config_text=text, folds=folds, entries=entries, answer=answer)
+    return [_row(inputs, node) for node in chain.jobs_of(run.config, "all", folds)]
 
 
 def _as_submitted(inputs: RowInputs, node: Node) -> Run:
-    """Return the run with the configuration of a job's newest submission, as the job reads it; else its own."""
+    """Return the run with the configuration of a job's newest submission, which the job reads; else its own."""
     path = inputs.run.job_config_file(node.key)
     try:
-        if path.read_text() == inputs.text:  # reading a configuration takes a while
+        if path.read_text() == inputs.config_text:  # parsing a configuration is slow
             return inputs.run
         return Run.of_job(inputs.run.folder, node.key)
     except (OSError, ConfigError):
@@ -133,99 +110,91 @@ def _as_submitted(inputs: RowInputs, node: Node) -> Run:
 
 def _row(inputs: RowInputs, node: Node) -> Row:
     run = _as_submitted(inputs, node)
-    mine = [e for e in inputs.entries if e.key == node.key]
-    last = next((e for e in reversed(mine) if e.event == "submitted"), None)
-    try:
-        record = done.read_done(run, closing(node.stage), node.fold)
-    except ConfigError:
-        record = None
-    row = Row(node=node, state="done" if record else "-", score=_score(run, node))
-    if last is None:  # waits in a chain on this machine, or was started by a plain script
-        held = None if record else holder(run.lock(node.key))
+    entries = [entry for entry in inputs.entries if entry.key == node.key]
+    submitted = [entry for entry in entries if entry.event == "submitted"]
+    has_result = is_done(run, node.stage, node.fold)
+    row = Row(node=node, state="done" if has_result else "-", score=_score(run, node))
+    if not submitted:  # waits in a chain on this machine, or was started by a plain script
+        process = None if has_result else holder(run.lock(node.key))
         row = replace(row, progress=progress.of(run, node))
-        return replace(row, state="PENDING", reason=f"its turn comes; {held}") if held else row
-    command = tuple(map(str, last.extra.get("command") or ()))
-    attempts = sum(e.event == "submitted" for e in mine)
-    row = replace(row, job_id=last.job_id if last.cluster == "slurm" else "local", attempts=attempts, command=command)
-    logs = logs_of(run, last)
-    at = progress.of(run, node, submitted_at(last))
-    row = replace(row, log=logs[0] if logs else None, progress=at)
+        if process is None:
+            return row
+        return replace(row, state="PENDING", reason=waits_for(run, node, len(inputs.folds), process))
+    last = submitted[-1]
+    logs = log_files(run, last)
+    row = replace(
+        row,
+        job_id=last.job_id if last.cluster == "slurm" else "local",
+        attempts=len(submitted),
+        command=tuple(map(str, last.extra.get("command") or ())),
+        log=logs[0] if logs else None,
+        progress=progress.of(run, node, _epoch_seconds(last.time)),
+    )
     if last.cluster == "slurm":
-        row = _on_slurm(inputs, row, last, logs, bool(record))
-    elif not record:
-        state, reason = _local_state(run, node, mine)
+        row = _with_slurm_state(inputs.answer, row, last, logs)
+    elif not has_result:
+        state, reason = local_state(run, node, len(inputs.folds), entries[-1], holder(run.lock(node.key)))
         row = replace(row, state=state, reason=reason, nodes=last.host)
     return _with_error(row, logs)
 
 
-def _on_slurm(inputs: RowInputs, row: Row, last: Entry, logs: Sequence[Path], is_done: bool) -> Row:
-    """Add what SLURM says of the newest submission; of an ended job its result on disk counts more."""
-    found = [s for s in inputs.states.values() if s.parent == last.job_id and s.name in (last.name, "")]
-    if not found:
-        # An array is forgotten while the job that joins it still waits.
-        whole = STAGES[row.node.stage].shape == "array" and row.progress and row.progress.share >= 1
-        return row if is_done else replace(row, state="COMPLETED" if whole else inputs.unknown)
-    restarts = max(s.restarts for s in found)
-    nodes = ",".join(dict.fromkeys(s.nodes for s in found if s.nodes))
+def _epoch_seconds(timestamp: str) -> float:
+    try:
+        return float(calendar.timegm(time.strptime(timestamp, "%Y-%m-%dT%H:%M:%SZ")))
+    except ValueError:
+        return 0.0
+
+
+def _with_slurm_state(answer: SlurmAnswer, row: Row, last: Entry, logs: Sequence[Path]) -> Row:
+    """Add what SLURM reports of the newest submission; a result on disk overrides the state of an ended job."""
+    tasks = [task for task in answer.states.values() if task.parent == last.job_id and task.name in (last.name, "")]
+    live = any(task.live for task in tasks)
+    if not tasks:
+        return _forgotten(answer, row)
+    restarts = max(task.restarts for task in tasks)
+    nodes = ",".join(dict.fromkeys(task.nodes for task in tasks if task.nodes))
     row = replace(row, attempts=row.attempts + restarts, nodes=nodes)
-    if is_done and not any(s.live for s in found):
+    if row.state == "done" and not live:
         return row
-    state, reason = _together(found, last.elements)
-    if restarts and any(s.live for s in found):
-        before = next((s.before for s in found if s.before), "") or requeued_for(logs)
+    state, reason = combined_state(tasks, last.elements)
+    if restarts and live:
+        before = next((task.before for task in tasks if task.before), "") or requeued_for(logs)
         reason = ", ".join(filter(None, [reason, before and f"after {before}"]))
-    if row.log and (bad := {s.job_id for s in found if s.state in FAILED}) and last.elements > 1:
-        row = replace(row, log=next((p for p in logs if p.name.rsplit("_", 2)[0] in bad), row.log))
+    failed = {task.job_id for task in tasks if task.state in FAILED}
+    if row.log and failed and last.elements > 1:  # the log of the first failed task, in place of task 0
+        row = replace(row, log=next((log for log in logs if log.name.rsplit("_", 2)[0] in failed), row.log))
     return replace(row, state=state, reason=reason)
 
 
-def _together(found: Sequence[slurm.JobState], elements: int) -> tuple[str, str]:
-    """Return state and reason of a job, or of an array: the state that matters most, and how many are done."""
+def _forgotten(answer: SlurmAnswer, row: Row) -> Row:
+    """Return the row of a job of which SLURM reports nothing.
 
-    def weight(row: slurm.JobState) -> int:
-        return 0 if row.state in ACTIVE else 1 if row.live else 3 if row.state == "COMPLETED" else 2
-
-    most = min(found, key=weight)
-    if elements < 2:
-        return most.state, most.reason
-    counts = Counter(row.state for row in found)
-    ended = counts.pop("COMPLETED", 0)
-    counts.pop(most.state if most.live else "", None)
-    others = [f"{n} {state}" for state, n in counts.items()] if ended or len(counts) > 1 or most.live else []
-    done_of = [f"{ended} of {elements} done"] if ended else []
-    return most.state, ", ".join([*done_of, *others, *([most.reason] if most.reason else [])])
-
-
-def _local_state(run: Run, node: Node, entries: Sequence[Entry]) -> tuple[str, str]:
-    """Return state and reason of a job that last ran on this machine (or another one without SLURM)."""
-    held = holder(run.lock(node.key))
-    last = entries[-1]
-    own = held == process_name(last.job_id, last.host)
-    if held and not own:  # a later submit.py, which may be at another job
-        return "PENDING", f"its turn comes; {held}"
-    if held and last.event == "submitted":
-        return "RUNNING", held
-    if last.event == "submitted":
-        return "KILLED", "submit.py was killed"
-    if last.status == 0:
-        return "COMPLETED", ""
-    return ("INTERRUPTED", f"exit {last.status}") if last.status in (130, 143) else ("FAILED", f"exit {last.status}")
+    Without accounting the controller forgets a job some minutes after its end; then only the files tell the result.
+    """
+    if row.state == "done":
+        return row
+    # An array can be forgotten while the job that merges it still waits.
+    array = STAGES[row.node.stage].shape == "array"
+    if array and row.progress and row.progress.share >= 1:
+        return replace(row, state="COMPLETED")
+    return replace(row, state="UNKNOWN" if answer.note else "ENDED")
 
 
 def _with_error(row: Row, logs: Sequence[Path]) -> Row:
-    """Add to a failed job, or one of unknown state, the line that tells why, and the log in which it stands."""
+    """Add the error line and its log to the row of a job that failed or whose state is unknown."""
     if not (row.failed or row.state == "UNKNOWN") or row.state in ("CANCELLED", "INTERRUPTED"):
         return row
-    said = why([row.log, *logs] if row.log else logs)
-    return replace(row, error=said[0], log=said[1]) if said else row
+    failure = failure_line([row.log, *logs] if row.log else logs)
+    return replace(row, error=failure[0], log=failure[1]) if failure else row
 
 
 def _score(run: Run, node: Node) -> str:
-    rows = progress.epochs(run, node)
-    if rows and "best_dice" in rows[-1]:
-        last = next((row for row in reversed(rows) if "dice" in row), rows[-1])
-        best = f"best {rows[-1]['best_dice']:.4f} (epoch {rows[-1]['best_epoch']})"
-        return f"Dice {last['dice']:.4f}, {best}" if "dice" in last else best
+    """Return the scores of a training or an evaluation so far; "" where there are none."""
+    epochs = progress.epochs(run, node)
+    if epochs and "best_dice" in epochs[-1]:
+        evaluated = next((epoch for epoch in reversed(epochs) if "dice" in epoch), None)
+        best = f"best {epochs[-1]['best_dice']:.4f} (epoch {epochs[-1]['best_epoch']})"
+        return f"Dice {evaluated['dice']:.4f}, {best}" if evaluated else best
     if node.stage in ("evaluate", "pool"):
         try:
             scores = read_json(run.dir_of(node.stage, node.fold) / "scores.json")

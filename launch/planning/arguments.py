@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import dataclass
-from typing import NoReturn
+
+from launch.planning.parser import Parser, UsageError
 
 STAGE_NAMES = ("preprocess", "1", "2", "swa", "evaluate", "infer", "all")
 
@@ -28,10 +29,6 @@ examples:
 exit status: 0 done or submitted, 1 a job failed, 2 something to correct first, 130 Ctrl-C (state is saved)
 Every key of the configuration, with default and meaning: python -m pneumo_dist.config; recipes: configs/*.yaml
 """
-
-
-class UsageError(Exception):
-    """A mistake on the command line: one line, exit status 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +55,8 @@ class Request:
         return any(word.strip().startswith(prefixes) for word in self.overrides)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (--help shows examples)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="launch/submit.py",
         description="Submit one stage, or the whole chain, to SLURM or run it on this machine.",
         epilog=EXAMPLES,

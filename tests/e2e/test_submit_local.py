@@ -56,7 +56,7 @@ def test_the_chain_ends_with_scores_and_places(chain: tuple[Path, subprocess.Com
     root, done = chain
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("no data configured: synthetic phantom films\n")
-    for word in ("every film empty", "on positives", "submission", "overlays", "TensorBoard"):
+    for word in ("all empty (baseline)", "on positives", "submission", "overlays", "TensorBoard"):
         assert word in done.stdout
 
 

@@ -1,4 +1,4 @@
-"""runs.py: the table of a run, its logs, and what is said about what failed."""
+"""runs.py: the table of a run, its logs, and the messages on failed jobs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from launch.monitor import status
-from launch.monitor.outcome import score_table, why
-from launch.monitor.table import trouble
+from launch.monitor.outcome import failure_line
+from launch.monitor.scores import score_table
+from launch.monitor.table import ADVICE, trouble
 from launch.runs import main
 from launch.state import progress
 from launch.state.ledger import Entry, Ledger
@@ -25,10 +26,10 @@ from tests.unit.squeue import squeue
 
 
 class Shown:
-    """What a command printed, and its exit status."""
+    """The output of a command and its exit status."""
 
-    def __init__(self, capfd: pytest.CaptureFixture[str], *words: object) -> None:
-        self.status = main([str(word) for word in words])
+    def __init__(self, capfd: pytest.CaptureFixture[str], *arguments: object) -> None:
+        self.status = main([str(argument) for argument in arguments])
         self.out, self.errors = capfd.readouterr()
 
 
@@ -65,18 +66,25 @@ def inferred(run_dir: Path, films: Path) -> Path:
     return films
 
 
+def answer(run_dir: Path) -> status.SlurmAnswer:
+    return status.query_slurm([RunFolder(run_dir)])
+
+
+def all_rows(run_dir: Path) -> list[status.Row]:
+    return status.job_rows(Run.load(run_dir), answer(run_dir))
+
+
 def row(run_dir: Path, key: str) -> status.Row:
-    rows, _ = status.collect(Run.load(run_dir))
-    return next(row for row in rows if row.node.key == key)
+    return next(row for row in all_rows(run_dir) if row.node.key == key)
 
 
 def test_every_job_of_the_chain_has_a_row(run_dir: Path) -> None:
-    rows, note = status.collect(Run.load(run_dir))
+    rows = all_rows(run_dir)
     assert [r.node.key for r in rows][:5] == ["phantom", "preprocess", "finalize", "stage1-fold0", "stage2-fold0"]
-    assert {r.state for r in rows} == {"-"} and note == ""
+    assert {r.state for r in rows} == {"-"} and answer(run_dir).note == ""
 
 
-def test_states_are_slurms_own_words(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_are_those_of_slurm(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add(run_dir, "stage1-fold0", job_id="4", name="stage1-fold0.chest", log="4_%r_log.out")
     add(run_dir, "stage2-fold0", job_id="5", name="stage2-fold0.chest")
     fake(
@@ -93,11 +101,11 @@ def test_a_partly_done_array_is_counted(run_dir: Path, tmp_path: Path, monkeypat
     add(run_dir, "infer", job_id="8", name="infer.chest", elements=3, log="8_%a_%r_log.out")
     lines = ["8_0|infer.chest|COMPLETED|None|n1", "8_1|infer.chest|RUNNING|None|n2", "8_2|infer.chest|PENDING|x|"]
     fake(tmp_path, monkeypatch, lines)
-    found = row(run_dir, "infer")
-    assert (found.state, found.reason, found.nodes) == ("RUNNING", "1 of 3 done, 1 PENDING", "n1,n2")
+    job = row(run_dir, "infer")
+    assert (job.state, job.reason, job.nodes) == ("RUNNING", "1 of 3 done, 1 PENDING", "n1,n2")
 
 
-def test_an_array_with_a_failed_element_names_that_elements_log(
+def test_an_array_with_a_failed_task_names_the_log_of_that_task(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add(run_dir, "infer", job_id="8", name="infer.chest", elements=3, log="8_%a_%r_log.out")
@@ -105,20 +113,20 @@ def test_an_array_with_a_failed_element_names_that_elements_log(
     fake(tmp_path, monkeypatch, rows)
     for element, text in enumerate(("error: passing trouble\n", "error: the film's folder has gone\n", "fine\n")):
         (run_dir / "jobs" / f"8_{element}_0_log.out").write_text(text)
-    found = row(run_dir, "infer")
-    assert (found.state, found.reason) == ("FAILED", "2 of 3 done, 1 FAILED, exit 1:0")
-    assert found.error == "the film's folder has gone" and found.log and found.log.name == "8_1_0_log.out"
+    job = row(run_dir, "infer")
+    assert (job.state, job.reason) == ("FAILED", "2 of 3 done, 1 FAILED, exit 1:0")
+    assert job.error == "the film's folder has gone" and job.log and job.log.name == "8_1_0_log.out"
 
 
-def test_without_accounting_the_log_tells_why_a_job_was_requeued(
+def test_without_accounting_the_log_gives_the_reason_of_a_requeue(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add(run_dir, "stage1-fold0", job_id="4", name="stage1-fold0.chest", log="4_%r_log.out")
     fake(tmp_path, monkeypatch, ["4|stage1-fold0.chest|PENDING|BeginTime||1"])
-    said = "slurmstepd: error: *** STEP 4.0 ON node1 CANCELLED AT 2026-01-01T00:00:00 DUE TO PREEMPTION ***\n"
-    (run_dir / "jobs" / "4_0_log.out").write_text(said)
-    found = row(run_dir, "stage1-fold0")
-    assert (found.state, found.reason, found.attempts) == ("PENDING", "BeginTime, after PREEMPTED", 2)
+    message = "slurmstepd: error: *** STEP 4.0 ON node1 CANCELLED AT 2026-01-01T00:00:00 DUE TO PREEMPTION ***\n"
+    (run_dir / "jobs" / "4_0_log.out").write_text(message)
+    job = row(run_dir, "stage1-fold0")
+    assert (job.state, job.reason, job.attempts) == ("PENDING", "BeginTime, after PREEMPTED", 2)
 
 
 def test_a_failed_job_is_shown_with_its_last_error_and_its_log(
@@ -136,49 +144,51 @@ def test_a_failed_job_is_shown_with_its_last_error_and_its_log(
         "12:00:00 I starts\nRuntimeError: Connection closed by peer [1.2.3.4]\n"
     )
     (run_dir / "jobs" / "4_1_log.out").write_text("Traceback ...\ntorch.OutOfMemoryError: CUDA out of memory.\n")
-    found = row(run_dir, "stage1-fold0")
-    assert found.failed and found.reason == "exit 1:0"
+    job = row(run_dir, "stage1-fold0")
+    assert job.failed and job.reason == "exit 1:0"
     shown = Shown(capfd, "status", run_dir).out
     assert "stage1-fold0 (job 4): FAILED (exit 1:0): torch.OutOfMemoryError: CUDA out of memory." in shown
     assert "jobs/4_1_log.out" in shown
-    assert "repeat the same command, which continues: python launch/submit.py --stage all --run chest\n" in shown
-    assert "cancelled because a job before did not end well: stage2-fold0" in shown
+    assert "repeat the same command to continue: python launch/submit.py --stage all --run chest\n" in shown
+    assert "cancelled because an earlier job did not complete: stage2-fold0" in shown
 
 
 @pytest.mark.parametrize(
-    ("reason", "said"),
+    ("reason", "advice"),
     [("BadConstraints", "constraint, gres and mem_gb"), ("JobHeldAdmin", "scontrol release"), ("Priority", "")],
 )
-def test_a_job_that_waits_in_vain_is_said_to(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str, said: str
+def test_a_job_that_would_wait_forever_gets_advice(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str, advice: str
 ) -> None:
     add(run_dir, "stage1-fold0", job_id="4", name="stage1-fold0.chest")
     fake(tmp_path, monkeypatch, [f"4|stage1-fold0.chest|PENDING|{reason}|"])
-    text = trouble(status.collect(Run.load(run_dir))[0])
-    assert said in text and bool(text) == bool(said) and "next:" not in text
+    text = trouble(all_rows(run_dir))
+    assert advice in text and bool(text) == bool(advice) and "next:" not in text
 
 
-def test_slurm_that_does_not_answer_is_said(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slurm_that_does_not_answer_is_reported(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     add(run_dir, "stage1-fold0", job_id="4", name="stage1-fold0.chest")
     fake(tmp_path, monkeypatch, [])
     (tmp_path / "squeue").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
-    rows, note = status.collect(Run.load(run_dir))
-    assert "does not answer" in note and any(r.state == "UNKNOWN" for r in rows)
+    assert "does not answer" in answer(run_dir).note
+    assert any(r.state == "UNKNOWN" for r in all_rows(run_dir))
 
 
-def test_a_job_that_slurm_has_forgotten_is_told_by_its_files(
+def test_a_job_that_slurm_has_forgotten_is_shown_by_its_files(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a site without accounting."""
     add(run_dir, "stage1-fold0", job_id="4", name="stage1-fold0.chest", log="4_%r_log.out")
     fake(tmp_path, monkeypatch, [])
     (run_dir / "jobs" / "4_0_log.out").write_text("slurmstepd: error: *** JOB 4 CANCELLED DUE TO TIME LIMIT ***\n")
-    found = row(run_dir, "stage1-fold0")
-    assert found.state == "ENDED" and found.failed and "TIME LIMIT" in found.error
+    job = row(run_dir, "stage1-fold0")
+    assert job.state == "ENDED" and job.failed and "TIME LIMIT" in job.error
 
 
 @pytest.mark.parametrize(("parts", "state"), [(3, "COMPLETED"), (2, "ENDED")])
-def test_an_array_that_slurm_has_forgotten_ended_well_where_all_its_parts_are_there(
+def test_an_array_that_slurm_has_forgotten_is_completed_when_all_its_parts_exist(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int, state: str
 ) -> None:
     films = inferred(run_dir, tmp_path / "films")
@@ -190,13 +200,13 @@ def test_an_array_that_slurm_has_forgotten_ended_well_where_all_its_parts_are_th
     config = configuration.load(run_dir / "config.yaml", [f"infer.dir={films}", "infer.part_size=3"])
     (run_dir / "jobs" / "infer.yaml").write_text(configuration.to_yaml(config))
     assert row(run_dir, "infer").state == state
-    assert bool(trouble(status.collect(Run.load(run_dir))[0])) == (state == "ENDED")
+    assert bool(trouble(all_rows(run_dir))) == (state == "ENDED")
 
 
 def test_a_job_is_read_with_the_settings_of_its_newest_submission(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Another folder to infer on stands in the job's own configuration only."""
+    """Only the job's own configuration names another folder to infer on."""
     for name in ("infer", "merge"):
         add(run_dir, name, job_id="8", name=f"{name}.chest")
     fake(tmp_path, monkeypatch, [], "8|FAILED|1:0|n1|infer.chest")
@@ -218,17 +228,17 @@ def test_a_job_is_read_with_the_settings_of_its_newest_submission(
 
 
 @pytest.mark.parametrize(("queued", "helped"), [("RUNNING|None|n2", False), ("PENDING|JobHeldAdmin|", True)])
-def test_what_a_job_has_recovered_from_needs_no_advice(
+def test_a_failure_that_the_job_recovered_from_gets_no_advice(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queued: str, helped: bool
 ) -> None:
     add(run_dir, "stage1-fold0", job_id="4", name="stage1-fold0.chest")
     before = "4|NODE_FAIL|0:0|n1|stage1-fold0.chest\n"
     state = queued.partition("|")[0]
     fake(tmp_path, monkeypatch, [f"4|stage1-fold0.chest|{queued}|1"], f"{before}4|{state}|0:0|n2|stage1-fold0.chest")
-    rows, _ = status.collect(Run.load(run_dir))
+    rows = all_rows(run_dir)
     assert any("after NODE_FAIL" in r.reason for r in rows)
     text = trouble(rows)
-    assert "a node died" not in text and ("scontrol release" in text) == helped
+    assert ADVICE["NODE_FAIL"] not in text and ("scontrol release" in text) == helped
 
 
 @pytest.mark.parametrize(
@@ -251,10 +261,20 @@ def test_a_local_job_that_runs(run_dir: Path) -> None:
 def test_a_killed_local_job_waits_while_a_later_command_is_at_another_one(run_dir: Path) -> None:
     add(run_dir, "swa-fold0", cluster="local", job_id="1")
     held = lock(RunFolder(run_dir).lock("swa-fold0"))
-    found = row(run_dir, "swa-fold0")
-    assert found.state == "PENDING" and found.reason.startswith(f"its turn comes; process {os.getpid()} on ")
+    job = row(run_dir, "swa-fold0")
+    assert job.state == "PENDING" and job.reason.startswith(f"waits for stage 2; process {os.getpid()} on ")
     held.release()
     assert row(run_dir, "swa-fold0").state == "KILLED"
+
+
+def test_a_local_job_that_has_not_started_waits_for_the_stage_before_it(run_dir: Path) -> None:
+    locks = [lock(RunFolder(run_dir).lock(key)) for key in ("phantom", "stage2-fold0")]
+    process = f"process {os.getpid()} on "
+    first, waiting = row(run_dir, "phantom"), row(run_dir, "stage2-fold0")
+    assert first.state == waiting.state == "PENDING"
+    assert first.reason.startswith(f"waits; {process}") and waiting.reason.startswith(f"waits for stage 1; {process}")
+    for held in locks:
+        held.release()
 
 
 def test_progress_and_time_left(run_dir: Path) -> None:
@@ -263,17 +283,17 @@ def test_progress_and_time_left(run_dir: Path) -> None:
     line = same | {"epoch": 2, "step": 200, "images_per_s": 64.0, "dice": 0.4, "best_dice": 0.5, "best_epoch": 1}
     metrics = run_dir / "fold0" / "stage1" / "metrics.jsonl"
     metrics.write_text(json.dumps(line) + "\n")
-    found = row(run_dir, "stage1-fold0")
-    assert found.score == "Dice 0.4000, best 0.5000 (epoch 1)"
-    assert found.progress and found.progress.text.startswith("epoch 2/10")  # by a plain script: never submitted
+    job = row(run_dir, "stage1-fold0")
+    assert job.score == "Dice 0.4000, best 0.5000 (epoch 1)"
+    assert job.progress and job.progress.text.startswith("epoch 2/10")  # by a plain script: never submitted
     add(run_dir, "stage1-fold0", cluster="local", job_id=str(os.getpid()))
     held = lock(RunFolder(run_dir).lock("stage1-fold0"))
     assert str(row(run_dir, "stage1-fold0").progress) == "epoch 2/10, step 200/1000, 64.0 images/s, 13 min left"
     os.utime(metrics, (1, 1))
     live = same | {"epoch": 3, "step": 250, "images_per_s": 32.0}
     (metrics.parent / "progress.json").write_text(json.dumps(live))
-    found = row(run_dir, "stage1-fold0")
-    assert str(found.progress) == "epoch 3/10, step 250/1000, 32.0 images/s, 25 min left"
+    job = row(run_dir, "stage1-fold0")
+    assert str(job.progress) == "epoch 3/10, step 250/1000, 32.0 images/s, 25 min left"
     held.release()
 
 
@@ -291,8 +311,8 @@ def test_films_of_an_array_are_counted_from_its_files(run_dir: Path, monkeypatch
             os.utime(part, (begin + at, begin + at))
     node = Node("preprocess", None, ())
     monkeypatch.setattr(time, "time", lambda: begin + 40)
-    found = progress.of(Run(run_dir, config), node, begin)
-    assert str(found) == "15 of about 40 films (shard 3 of 8), 0.5 films/s, 50 s left"
+    measured = progress.of(Run(run_dir, config), node, begin)
+    assert str(measured) == "15 of about 40 films (shard 3 of 8), 0.5 films/s, 50 s left"
     assert (
         str(progress.of(Run(run_dir, config), node, begin + 35)) == "15 of about 40 films (shard 3 of 8)"
     )  # of an earlier job
@@ -305,31 +325,32 @@ def test_films_of_an_inference_are_counted_by_finished_parts(run_dir: Path) -> N
     inferred(run_dir, run_dir / "films")
     for part in (0, 2):
         (run_dir / "infer" / "films" / "parts" / f"part-{part:05d}").mkdir(parents=True)
-    found = progress.of(Run(run_dir, config), node)
-    assert found and found.text.startswith("4 of 7 films (part 2 of 3)") and found.share == 4 / 7
+    measured = progress.of(Run(run_dir, config), node)
+    assert measured and measured.text.startswith("4 of 7 films (part 2 of 3)")
+    assert measured.share == 4 / 7
 
 
-def test_the_line_that_tells_why_is_the_newest_attempts_first_hand_one(tmp_path: Path) -> None:
+def test_the_failure_line_is_the_own_error_of_the_newest_attempt(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(
         "--- 2025-01-01 00:00:00 -m x\nerror: an old mistake\n--- 2025-01-01 00:01:00 -m x\n"
         "Traceback (most recent call last):\n  File x\nValueError: the real reason\n"
         "RuntimeError: [x] Connection closed by peer [127.0.0.1]:4\nsrun: error: node2: task 1: Exited with 1\n"
     )
-    assert why([log]) == ("ValueError: the real reason", log)
+    assert failure_line([log]) == ("ValueError: the real reason", log)
     log.write_text(
         "OSError: [Errno 28] No space left on device\nDuring handling of the above exception, another one occurred:\n"
         "RuntimeError: [enforce fail at inline_container.cc:672] . unexpected pos 28045824 vs 28045720\n"
     )
-    assert why([log]) == ("OSError: [Errno 28] No space left on device", log)
+    assert failure_line([log]) == ("OSError: [Errno 28] No space left on device", log)
     log.write_text("/usr/bin/env: '/opt/python': No such file or directory\nsrun: error: n1: task 0: Exited with 127\n")
-    assert why([log]) == ("/usr/bin/env: '/opt/python': No such file or directory", log)
-    told = "srun: error: n2: task 1: Killed"
+    assert failure_line([log]) == ("/usr/bin/env: '/opt/python': No such file or directory", log)
+    killed = "srun: error: n2: task 1: Killed"
     after = "srun: error: n1: task 0: Exited with 1\nsrun: error: n3: task 2: Terminated\n"
-    log.write_text(f"RuntimeError: [x] Connection closed by peer\n{told}\n{after}")
-    assert why([log]) == (told, log)
+    log.write_text(f"RuntimeError: [x] Connection closed by peer\n{killed}\n{after}")
+    assert failure_line([log]) == (killed, log)
     log.write_text("all is well\n")
-    assert why([log, tmp_path / "none"]) is None
+    assert failure_line([log, tmp_path / "none"]) is None
 
 
 def test_logs_prints_a_ranks_newest_log(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -343,7 +364,7 @@ def test_logs_prints_a_ranks_newest_log(run_dir: Path, capfd: pytest.CaptureFixt
     assert Shown(capfd, "logs", run_dir, "swa").status == 2
 
 
-def test_following_a_log_waits_for_the_newest_submissions_own(
+def test_following_a_log_waits_for_that_of_the_newest_submission(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(_: float) -> None:
@@ -372,10 +393,56 @@ def test_list_and_wrong_names(run_dir: Path, capfd: pytest.CaptureFixture[str]) 
         assert wrong.status == 2 and len(wrong.errors.splitlines()) == 1, wrong.errors
 
 
-def test_scores_stand_beside_those_of_calling_every_film_empty(tmp_path: Path) -> None:
+def test_scores_are_shown_with_the_all_empty_baseline(tmp_path: Path) -> None:
     entry = {"dice": 0.8, "dice_positive": 0.4, "sensitivity": 0.9, "specificity": None, "mask_threshold": 0.5}
-    scores = {"films": 20, "patients": 9, "positive": 5, "dice_all_empty": 0.75, "headline": {"fixed": entry}}
+    headline = {"fixed": entry, "cross_fitted": entry}
+    scores = {"films": 20, "patients": 9, "positive": 5, "dice_all_empty": 0.75, "headline": headline}
     (tmp_path / "scores.json").write_text(json.dumps(scores))
-    text = "\n".join(score_table(tmp_path))
-    assert "every film empty" in text and "0.7500" in text and "fixed threshold 0.5" in text and "0.8000" in text
+    _, *lines = score_table(tmp_path)
+    assert len({len(line) for line in lines}) == 1, "the columns are aligned"
+    text = "\n".join(lines)
+    assert "thresholds tuned by cross-fitting " in text
+    assert "all empty (baseline)" in text and "0.7500" in text and "fixed threshold 0.5" in text and "0.8000" in text
     assert score_table(tmp_path / "none") == []
+
+
+def test_score_counts_the_films_that_are_predicted_positive(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    submission, truth = tmp_path / "submission.csv", tmp_path / "truth.csv"
+    submission.write_text("ImageId,EncodedPixels\na,0 10\nb,0 20\nc,-1\nd,-1\n")
+    truth.write_text("ImageId,EncodedPixels\na,0 10\nb,-1\nc,-1\n")
+    shown = Shown(capfd, "score", submission, "--truth", truth)
+    assert shown.status == 0 and shown.out.startswith("3 films, 1 with pneumothorax, 2 predicted positive\n")
+    assert "not scored: 1 films of the submission without annotation" in shown.out
+    assert "dice              0.6667   95 % interval by film: " in shown.out
+
+
+def test_validate_exits_with_1_for_a_submission_that_is_not_valid(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    submission, films = tmp_path / "submission.csv", tmp_path / "films.csv"
+    submission.write_text("ImageId,EncodedPixels\na,-1\n")
+    films.write_text("ImageId,EncodedPixels\na,-1\n")
+    shown = Shown(capfd, "validate", submission, "--against", films)
+    assert shown.status == 0 and shown.out.endswith("submission.csv: valid\n")
+    films.write_text("ImageId,EncodedPixels\na,-1\nb,-1\n")
+    shown = Shown(capfd, "validate", submission, "--against", films)
+    assert shown.status == 1 and shown.out.endswith("submission.csv: 1 problem\n")
+
+
+def test_cancel_names_the_jobs_and_the_process_on_this_machine(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    add(run_dir, "stage1-fold0", job_id="4", name="stage1-fold0.chest")
+    add(run_dir, "stage2-fold0", job_id="5", name="stage2-fold0.chest")
+    rows = ["4|stage1-fold0.chest|RUNNING|None|n1", "5|stage2-fold0.chest|PENDING|Dependency|"]
+    fake(tmp_path, monkeypatch, rows)
+    (tmp_path / "scancel").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/cancelled\n')
+    (tmp_path / "scancel").chmod(0o755)
+    shown = Shown(capfd, "cancel", run_dir, "1")
+    assert shown.status == 0 and shown.out.startswith("stage1-fold0: job 4 cancelled\n")
+    assert (tmp_path / "cancelled").read_text() == "4\n"
+    fake(tmp_path, monkeypatch, [])
+    assert Shown(capfd, "cancel", run_dir).out == "no job is waiting or running\n"
+    held = lock(RunFolder(run_dir).lock("stage2-fold0"))
+    assert "stop it with Ctrl-C there" in Shown(capfd, "cancel", run_dir).out
+    held.release()

@@ -277,7 +277,7 @@ def test_wait_ends_with_the_jobs_result(
     assert submit(tmp_path, "--stage", "1", "--wait") == 1
     said = capfd.readouterr().err
     assert "stage1-fold0 (job 1): FAILED (exit 1:0): ValueError: broken on purpose" in said
-    assert "1_0_log.out" in said and "repeat the same command, which continues" in said
+    assert "1_0_log.out" in said and "repeat the same command to continue" in said
     finished(made, "1", 0)
     record = tmp_path / "a" / "fold0" / "stage1" / "DONE.json"
     record.rename(tools / "DONE.json")
