@@ -1,11 +1,11 @@
-"""Carry a request out: verify, print, run on this machine, or hand to SLURM. Looks at all before anything changes."""
+"""Carry out a request: verify, dry run, run on this machine, or submit to SLURM. All checks come before any change."""
 
 from __future__ import annotations
 
 import sys
 
 from launch import bootstrap
-from launch.monitor.outcome import tell
+from launch.monitor.outcome import print_result
 from launch.planning import checks
 from launch.planning.arguments import Request
 from launch.planning.estimates import remarks
@@ -15,10 +15,10 @@ from pneumo_dist.config import ConfigError
 
 
 def run(request: Request) -> int:
-    """Carry the request out and return the exit status.
+    """Carry out the request and return the exit status.
 
     Raises:
-        ConfigError: something is to be corrected first; nothing has been started.
+        ConfigError: a mistake that the user has to correct; no job has been started.
     """
     if request.verify:
         return _verify(request)
@@ -30,29 +30,31 @@ def run(request: Request) -> int:
     if not plan.todo and not plan.differing:
         name = "the whole chain" if request.stage == "all" else title(request.stage, None)
         print(f"{name} is done already (--redo runs it again)")
-        tell(plan)
+        print_result(plan)
         return 0
     check_recipe(plan)
     if not plan.run.config.infer.dir and any(node.stage == "infer" for node in plan.todo):
-        print("no infer.dir: inferring on the training films; their scores say nothing about new films", flush=True)
-    chosen = choose_site(request)
-    print(chosen.line, flush=True)
-    if chosen.slurm:
+        print("no infer.dir: inferring on the training films; scores on them are inflated", flush=True)
+    site = choose_site(request)
+    print(site.line, flush=True)
+    if site.slurm:
         bootstrap.ensure(slurm=True)
+        # Imported late: it needs submitit, which a machine without SLURM may lack.
         from launch.backends.slurm_chain import submit_chain
 
-        return submit_chain(plan, chosen)
+        return submit_chain(plan, site)
     from launch.backends.local_chain import run_here
 
     for node, job in plan.missing:
         raise ConfigError(missing_line(plan, node, job))
-    checks.refuse(plan, chosen)
-    for remark in remarks(plan, chosen):
+    checks.refuse(plan, site)
+    for remark in remarks(plan, site):
         print(f"note: {remark}", flush=True)
-    return run_here(plan, chosen)
+    return run_here(plan, site)
 
 
 def _verify(request: Request) -> int:
+    """Hash the shards again and compare them with their manifests."""
     from pneumo_dist.data.preprocess.manifest import verify
 
     folder = resolve(request).run.shard_dir
@@ -62,16 +64,16 @@ def _verify(request: Request) -> int:
     for problem in problems:
         print(problem, file=sys.stderr)
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    print(f"{folder}: {count}" if problems else f"{folder}: every shard is as it was written")
+    print(f"{folder}: {count}" if problems else f"{folder}: all shards are unchanged")
     return 1 if problems else 0
 
 
 def _dry_run(plan: Plan) -> int:
-    """Print the SLURM scripts, and as warnings what would keep them from being submitted; write nothing."""
+    """Print the SLURM scripts, and as warnings what would prevent their submission; write nothing."""
     from launch.backends.slurm_chain import render
 
-    chosen = choose_site(plan.request)
-    warnings = [*checks.problems(plan, chosen, probe=False)]
+    site = choose_site(plan.request)
+    warnings = [*checks.problems(plan, site, probe=False)]
     warnings += [missing_line(plan, node, job) for node, job in plan.missing]
     try:
         check_recipe(plan)
@@ -79,8 +81,8 @@ def _dry_run(plan: Plan) -> int:
         warnings.insert(0, str(error))
     for line in dict.fromkeys(warnings):
         print(f"warning: {line}", file=sys.stderr)
-    for remark in remarks(plan, chosen):
+    for remark in remarks(plan, site):
         print(f"note: {remark}", file=sys.stderr)
-    for text in render(plan, chosen):
+    for text in render(plan, site):
         print(text, flush=True)
     return 0

@@ -1,32 +1,37 @@
-"""Submit a stage or the whole chain: `python launch/submit.py --stage 1 --nodes 2`. `--help` shows examples.
+"""Submit a stage or the whole chain: `python launch/submit.py --stage 1 --nodes 2`; `--help` shows examples.
 
-Any Python starts this file; the work is done with one that has the requirements (launch/bootstrap.py).
+Any Python starts this file; it continues under one that has the requirements (launch/bootstrap.py).
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 if __name__ == "__main__":
-    # `launch` is a package of the repository: its folder must not stand on the import path by itself.
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    # `launch` is a package of the repository, so the import path needs the folder above in place of this one.
+    sys.path[0] = str(Path(__file__).absolute().parents[1])
 
 from launch import bootstrap
 
 
-def main(words: list[str] | None = None) -> int:
-    """Do what the command line asks and return the exit status: 0, 1 failed, 2 to be corrected, 130 or 143 stopped."""
-    if sys.version_info < bootstrap.OLDEST:  # before anything that such a Python cannot read
+def main(arguments: list[str] | None = None) -> int:
+    """Carry out the command line and return the exit status.
+
+    0 done or submitted, 1 a job failed, 2 a mistake to correct, 130 or 143 stopped by a signal.
+    """
+    if sys.version_info < bootstrap.OLDEST:  # older Pythons cannot import the modules below
         bootstrap.ensure()
-    from launch.planning.arguments import UsageError, parse
+    from launch.planning.arguments import parse
+    from launch.planning.parser import UsageError
 
     try:
-        request = parse(sys.argv[1:] if words is None else words)
+        request = parse(sys.argv[1:] if arguments is None else arguments)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if words is None:
+    if arguments is None:  # typed by a person, under whatever Python it was
         bootstrap.ensure(slurm=request.cluster == "slurm" or request.dry_run)
     from launch.submission import run
     from pneumo_dist.config import ConfigError
@@ -36,10 +41,11 @@ def main(words: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of the output has gone, for example `| head`
+    except BrokenPipeError:  # the reader has gone, for example `| head`
+        # Python flushes the output once more at its exit, which would raise the same error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 130
-    except OSError as error:  # a full disk, a vanished file system: the words say what and where
+    except OSError as error:  # a full disk or a lost file system: the message names the cause and the file
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

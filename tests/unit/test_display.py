@@ -1,4 +1,4 @@
-"""What a waiting command shows: drawn over on a terminal, a line now and then elsewhere."""
+"""The output of a waiting command: progress redrawn in place on a terminal, a line once a minute elsewhere."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
     return Display()
 
 
-def test_progress_is_drawn_over_itself_below_the_lines_that_stay(
-    terminal: Display, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_is_redrawn_below_the_messages(terminal: Display, capfd: pytest.CaptureFixture[str]) -> None:
     terminal.progress({"stage 1": (0.1, "step 1/10")})
     terminal.pass_on(b"a line\nhalf a")
     terminal.progress({"stage 1": (0.5, "step 5/10"), "infer": (0.0, "words that are too long for this terminal")})
@@ -35,7 +33,7 @@ def test_progress_is_drawn_over_itself_below_the_lines_that_stay(
     assert capfd.readouterr().out == "\x1b[2A\r\x1b[J"
 
 
-def test_elsewhere_progress_is_a_line_now_and_then(
+def test_without_a_terminal_progress_is_a_line_once_a_minute(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]

@@ -13,7 +13,8 @@ import pytest
 
 from launch.backends import prepare
 from launch.planning import plan
-from launch.planning.arguments import Request, UsageError, parse
+from launch.planning.arguments import Request, parse
+from launch.planning.parser import UsageError
 from launch.planning.plan import resolve
 from launch.state.codecopy import code_hash, copy
 from launch.state.ledger import Entry, Ledger
