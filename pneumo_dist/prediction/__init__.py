@@ -1,1 +1,1 @@
-"""From weights to answers: the forward pass, validation scores, batch inference, files and reports for people."""
+"""From model weights to the mask of one film. Knows no files of a run."""

@@ -1,4 +1,4 @@
-"""Model files -> one predictor and one decision rule. Never guesses silently: what was not stored alike is said."""
+"""Model files -> one predictor and one decision rule. Where the files disagree, it raises or logs a warning."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ensemble:
-    """One or more models that answer together, with the rule that turns their mean into a mask."""
+    """One or more models whose probabilities are averaged, and the rule that turns the mean into a mask."""
 
     predictor: Predictor
     triplet: Triplet
@@ -31,7 +31,7 @@ class Ensemble:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What determines an answer besides the film, as plain values."""
+        """Everything besides the film that determines a prediction, as JSON values."""
         return {
             "models": list(self.hashes),
             "sizes": self.predictor.sizes,
@@ -42,7 +42,7 @@ class Ensemble:
 
 
 def stored_triplet(meta: dict[str, Any]) -> Triplet:
-    """Return the decision stored in a model file: its tuned triplet, else its fixed mask threshold."""
+    """Return the decision rule stored in a model file: its tuned triplet, else its fixed mask threshold."""
     if meta.get("triplet"):
         tuned = meta["triplet"]
         return Triplet(float(tuned["top_score"]), int(tuned["min_area"]), float(tuned["mask_threshold"]))
@@ -57,43 +57,56 @@ def load_ensemble(
     pooled: Path | None = None,
     triplet: Triplet | None = None,
 ) -> Ensemble:
-    """Load model files that answer together.
+    """Load one or more model files as one ensemble.
 
-    The triplet is the one given, else the model's own; of several models the pooled one (`pooled`, a thresholds.json
-    of their run) where it is there, else the median of each of the three numbers. Flips are those stored in the models.
+    Args:
+        tta: "hflip" or "none"; None: the test-time augmentation stored in the models.
+        pooled: thresholds.json of the pooled evaluation of these models' run, if there is one.
+        triplet: the decision rule; None: the pooled one, else the models' own (see `_choose_rule`).
 
     Raises:
-        ConfigError: a file is no model, or the models were stored with different flips and `tta` is not given.
+        ConfigError: a file is no model, or the models store different test-time augmentation and `tta` is None.
     """
     device = torch.device(device)
     loaded = [load_model(path, device) for path in paths]
-    stored = {meta.get("tta") or "none" for _, meta in loaded}
+    metas = [meta for _, meta in loaded]
+    tta = _choose_tta(metas, tta)
+    rule, origin = _choose_rule([stored_triplet(meta) for meta in metas], pooled, triplet)
+    predictor = Predictor([model for model, _ in loaded], [int(meta["size"]) for meta in metas], device, tta, amp)
+    return Ensemble(predictor, rule, origin, tuple(sha256_file(path) for path in paths))
+
+
+def _choose_tta(metas: Sequence[dict[str, Any]], tta: str | None) -> str:
+    stored = {meta.get("tta") or "none" for meta in metas}
     if tta is None and len(stored) > 1:
         raise ConfigError(
             "the models were evaluated with different test-time augmentation: give infer.tta=hflip or infer.tta=none"
         )
-    chosen = tta or stored.pop()
     if tta is not None and stored != {tta}:
         log.warning(
             "infer.tta=%s is not what the models' thresholds were tuned with (%s)", tta, ", ".join(sorted(stored))
         )
-    rules = [stored_triplet(meta) for _, meta in loaded]
+    return tta or stored.pop()
+
+
+def _choose_rule(stored: Sequence[Triplet], pooled: Path | None, triplet: Triplet | None) -> tuple[Triplet, str]:
+    """Return the decision rule and where it comes from, a text that goes into inference.json.
+
+    The first that applies: the triplet given, the pooled one, the one that all models store, the median of each number.
+    """
     if triplet is not None:
-        rule, origin = triplet, "infer.triplet"
-        if {triplet} != set(rules):
-            log.warning("infer.triplet replaces what the models store: %s", ", ".join(map(str, dict.fromkeys(rules))))
-    elif pooled is not None:
-        rule, origin = stored_triplet({"triplet": read_json(pooled)["triplet"]}), "pooled out-of-fold evaluation"
-    elif len(set(rules)) == 1:
-        rule, origin = rules[0], "model file" if len(rules) == 1 else "model files, all alike"
-    else:
-        rule = Triplet(
-            float(median(r.top_score for r in rules)),
-            int(median(r.min_area for r in rules)),
-            float(median(r.mask_threshold for r in rules)),
-        )
-        origin = "median over the model files"
-        log.warning("the models store different triplets and no pooled evaluation is there: using the median %s", rule)
-    models = [model for model, _ in loaded]
-    predictor = Predictor(models, [int(meta["size"]) for _, meta in loaded], device, chosen, amp)
-    return Ensemble(predictor, rule, origin, tuple(sha256_file(path) for path in paths))
+        if {triplet} != set(stored):
+            log.warning("infer.triplet replaces what the models store: %s", ", ".join(map(str, dict.fromkeys(stored))))
+        return triplet, "infer.triplet"
+    # Tuned on the out-of-fold predictions of every fold: more films than the rule of any single model.
+    if pooled is not None:
+        return stored_triplet({"triplet": read_json(pooled)["triplet"]}), "pooled out-of-fold evaluation"
+    if len(set(stored)) == 1:
+        return stored[0], "model file" if len(stored) == 1 else "model files, all alike"
+    rule = Triplet(
+        float(median(t.top_score for t in stored)),
+        int(median(t.min_area for t in stored)),
+        float(median(t.mask_threshold for t in stored)),
+    )
+    log.warning("the models store different triplets and their run has no pooled evaluation: using the median %s", rule)
+    return rule, "median over the model files"

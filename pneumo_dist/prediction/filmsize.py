@@ -1,4 +1,4 @@
-"""From a model's size to the film's size: thresholds, areas and tops belong after this, never before."""
+"""Probability maps from model size to film size. Thresholds, areas and top scores are taken at film size only."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Map = NDArray[np.float32]
 
 
 def film_probability(prob: Map, rows: int, columns: int) -> Map:
-    """Bring one probability map to the film's size, bilinearly (pixel centres, the inverse of the shards' resize).
+    """Resize one probability map to film size, bilinearly (pixel centres, the inverse of the shards' resize).
 
-    OpenCV rather than torch: a quarter of the time on one core, and safe to call from many threads at once.
+    OpenCV takes a quarter of torch's time on one core, and many threads may call it at once.
 
     Args:
         prob: float32 (S, S), an array or a CPU tensor.
@@ -29,7 +29,7 @@ def film_probability(prob: Map, rows: int, columns: int) -> Map:
 
 
 def mean_film_probability(parts: Sequence[tuple[float, Map]], rows: int, columns: int) -> Map:
-    """Return the weighted mean at film size of maps of several model sizes; of one map just that map.
+    """Return the weighted mean at film size of maps of several model sizes; a single map is only resized.
 
     Args:
         parts: (weight, float32 (S, S)) for each size, in ascending size; the weights sum to 1.

@@ -1,13 +1,14 @@
 """Validation records of one rank, and `predict` for Python users. No collectives in here: callers gather.
 
-Both go through `Predictor` and `film_probability`, as inference does.
+Both use `Predictor` and `film_probability`, as inference does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -48,66 +49,64 @@ def predict_records(
 ) -> Records:
     """Score this rank's share of `cases` (sorted by id) at film size; fixed batches are dealt whole to ranks.
 
-    Join the ranks' results with `Records.concatenate`. Once `stop` is requested the rest is left out: agree between
-    the ranks on the stop before using what came back.
+    Join the ranks' results with `Records.concatenate`. After a request in `stop` the remaining batches are left out:
+    the ranks must agree on the stop before they use the result.
 
     Args:
         thresholds: mask thresholds to count at.
-        per_film: called from threads with (case, probability at film size, truth), each film once.
+        per_film: called once per film, from threads, with (case, probability at film size, truth).
     """
     reader = ShardReader(shard_dir, size)
-    batches = deal(fixed_batches(len(cases), batch_size), rank, world_size)
-
-    def polled() -> Iterator[list[int]]:
-        for batch in batches:
-            if stop is not None and stop.requested:
-                return
-            yield batch
-
-    def stack(batch: list[int]) -> Tensor:
-        images = np.stack([reader.image(cases[i].shard, cases[i].row) for i in batch])
-        return torch.from_numpy(images)[:, None]
-
-    def count(i: int, prob: NDArray[np.float32]) -> FilmRecord:
-        case = cases[i]
-        truth = decode_rle(case.rle, case.rows, case.columns)
-        wide = film_probability(prob, case.rows, case.columns)
-        if per_film is not None:
-            per_film(case, wide, truth)
-        return film_record(wide, truth, thresholds)
-
-    mine: list[Case] = []
-    rows: list[FilmRecord] = []
+    batches = [[cases[i] for i in batch] for batch in deal(fixed_batches(len(cases), batch_size), rank, world_size)]
+    until_stop = takewhile(lambda _: stop is None or not stop.requested, batches)
+    scored: list[Case] = []
+    records: list[FilmRecord] = []
     with film_threads() as pool:
 
-        def read(batch: list[int]) -> list[Future[Tensor]]:
-            return [pool.submit(stack, batch)]
+        def read(batch: list[Case]) -> list[Future[Tensor]]:
+            return [pool.submit(_images, reader, batch)]
 
-        def write(batch: list[int], _: list[Tensor], probs: Tensor) -> list[Future[FilmRecord]]:
-            return [pool.submit(count, i, prob) for i, prob in zip(batch, probs.numpy(), strict=True)]
+        def count(batch: list[Case], _: list[Tensor], probs: Tensor) -> list[Future[FilmRecord]]:
+            return [
+                pool.submit(_record, case, prob, thresholds, per_film)
+                for case, prob in zip(batch, probs.numpy(), strict=True)
+            ]
 
-        for batch, counted in overlap(polled(), read, lambda _, images: predictor.launch(images[0]), write):
-            mine += [cases[i] for i in batch]
-            rows += counted
-    return Records.build(mine, rows, thresholds)
+        for batch, counts in overlap(until_stop, read, lambda _, images: predictor.launch(images[0]), count):
+            scored += batch
+            records += counts
+    return Records.build(scored, records, thresholds)
+
+
+def _images(reader: ShardReader, batch: Sequence[Case]) -> Tensor:
+    """Return uint8 (N, 1, S, S)."""
+    return torch.from_numpy(np.stack([reader.image(case.shard, case.row) for case in batch]))[:, None]
+
+
+def _record(case: Case, prob: NDArray[np.float32], thresholds: Sequence[float], per_film: PerFilm | None) -> FilmRecord:
+    truth = decode_rle(case.rle, case.rows, case.columns)
+    probability = film_probability(prob, case.rows, case.columns)
+    if per_film is not None:
+        per_film(case, probability, truth)
+    return film_record(probability, truth, thresholds)
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """The answer on one film, at the film's own size."""
+    """The prediction for one film, at film size."""
 
-    mask: NDArray[np.bool_]  # (rows, columns); all False: no pneumothorax found
+    mask: NDArray[np.bool_]  # (rows, columns); all False: negative
     probability: NDArray[np.float32]  # (rows, columns)
     top_score: float  # highest probability of the film
 
     @property
     def positive(self) -> bool:
-        """Whether a pneumothorax was found."""
+        """Whether the mask has any pixel."""
         return bool(self.mask.any())
 
     @property
     def area_px(self) -> int:
-        """Pixels of the mask."""
+        """Return the number of pixels of the mask."""
         return int(np.count_nonzero(self.mask))
 
 
@@ -123,16 +122,18 @@ def predict(
     triplet: Triplet | None = None,
     batch_size: int = 8,
 ) -> list[Prediction]:
-    """Predict films with one model file; for folders and ensembles use `submit.py --stage infer`.
+    """Predict films with one model; for folders and ensembles use `submit.py --stage infer`.
 
     Args:
         model: what `load_model` returned, or the path of a model file. The model's device is used.
-        films: one or several of: path of a DICOM, PNG or JPEG file; uint8 array (rows, columns), 0 black.
-        tta: "hflip" or "none"; the one stored in the model where left out.
-        triplet: decision rule; the one stored in the model where left out.
+        films: one film or several, each the path of a DICOM, PNG or JPEG file or a uint8 array (rows, columns).
+            In an array 0 is black.
+        tta: "hflip" or "none"; default: the one stored in the model.
+        triplet: decision rule; default: the one stored in the model.
 
     Raises:
-        FilmError: a file that is no readable film. TypeError: an array that is not uint8 with two dimensions.
+        FilmError: a file is no readable film.
+        TypeError: an array is not uint8 with two dimensions.
     """
     network, meta = load_model(model) if isinstance(model, (str, Path)) else model
     if isinstance(films, (str, Path, np.ndarray)):
@@ -140,14 +141,14 @@ def predict(
     rule = stored_triplet(meta) if triplet is None else triplet
     size = int(meta["size"])
     predictor = Predictor([network], size, next(network.parameters()).device, tta or meta.get("tta") or "none")
-    answers: list[Prediction] = []
+    predictions: list[Prediction] = []
     for start in range(0, len(films), batch_size):
         pixels = [_pixels(film) for film in films[start : start + batch_size]]
         images = torch.from_numpy(np.stack([to_size(image, size) for image in pixels]))[:, None]
         for image, prob in zip(pixels, predictor.probabilities(images).numpy(), strict=True):
-            wide = film_probability(prob, *image.shape)
-            answers.append(Prediction(apply_triplet(wide, rule), wide, float(wide.max())))
-    return answers
+            probability = film_probability(prob, *image.shape)
+            predictions.append(Prediction(apply_triplet(probability, rule), probability, float(probability.max())))
+    return predictions
 
 
 def _pixels(film: Film) -> NDArray[np.uint8]:

@@ -1,6 +1,6 @@
-"""Reading, the forward pass and writing at the same time, in order, with bounded memory.
+"""Overlap reading, the forward pass and writing, in order and with bounded memory.
 
-Knows nothing of films or models; never starts a thread or process itself.
+Knows neither films nor models; `overlap` starts no thread or process itself.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ Result = TypeVar("Result", covariant=True)
 
 
 class Pending(Protocol[Result]):
-    """Something whose result can be waited for: a future."""
+    """A future, or anything else with a result to wait for."""
 
     def result(self) -> Result:
-        """Wait for it; raise what the work raised."""
+        """Wait and return the result; raise what the work raised."""
 
 
 def film_threads(count: int | None = None) -> ThreadPoolExecutor:
-    """Return threads for work on whole films: OpenCV, NumPy and zlib release the interpreter while they compute."""
+    """Return a pool of threads for work on whole films: OpenCV, NumPy and zlib release the GIL while they compute."""
     import cv2
 
-    # OpenCV's own threads inside each of ours would only get in each other's way.
+    # Without OpenCV's own threads: they would compete with these for the same cores.
     return ThreadPoolExecutor(count or min(8, cores(0)), "film", initializer=cv2.setNumThreads, initargs=(0,))
 
 
@@ -41,10 +41,11 @@ def overlap(
     write: Callable[[Batch, list[Read], Computed], Sequence[Pending[Written]]],
     ahead: int = 2,
 ) -> Iterator[tuple[Batch, list[Written]]]:
-    """Yield (batch, what was written) in order, while other batches are being read, computed and written.
+    """Yield (batch, results of `write`) in order, while other batches are read, computed and written.
 
-    `read` and `write` hand work to a pool and return at once; `compute` starts a batch and returns a function that
-    waits for it, which is called after the next batch was started. At most 2 * ahead + 1 batches are held.
+    `read` and `write` submit work to a pool and return at once. `compute` starts a batch and returns a function that
+    waits for it; that function is called after the next batch has started, so a GPU always has a batch queued.
+    At most 2 * ahead + 1 batches are in memory.
     """
     source = iter(batches)
     reading: deque[tuple[Batch, Sequence[Pending[Read]]]] = deque()
@@ -56,15 +57,15 @@ def overlap(
         started = None
         if reading:
             batch, futures = reading.popleft()
-            films = [future.result() for future in futures]
-            started = (batch, films, compute(batch, films))
+            inputs = [future.result() for future in futures]
+            started = (batch, inputs, compute(batch, inputs))
         if running is not None:
-            batch, films, wait = running
-            writing.append((batch, write(batch, films, wait())))
+            batch, inputs, wait = running
+            writing.append((batch, write(batch, inputs, wait())))
         running = started
         ended = running is None and not reading
         while writing and (ended or len(writing) > ahead):
-            batch, done = writing.popleft()
-            yield batch, [future.result() for future in done]
+            batch, written = writing.popleft()
+            yield batch, [future.result() for future in written]
         if ended:
             return

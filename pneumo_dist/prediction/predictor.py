@@ -1,6 +1,6 @@
-"""From uint8 films to probabilities: normalise, flips, models, mean. The one forward pass without gradients.
+"""The forward pass without gradients: uint8 films -> mean probability over flips and models.
 
-Trainer, evaluation, inference and `predict` all come through here. No files, collectives or thresholds in here.
+Trainer, evaluation, inference and `predict` all use it. No files, collectives or thresholds in here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pneumo_dist.model.unet import normalise
 
 log = logging.getLogger(__name__)
 
-Pass = tuple[nn.Module, bool]  # a model, and whether its films are mirrored
+Pass = tuple[nn.Module, bool]  # a model, and whether it sees the mirrored films
 
 TTA = {"none": (False,), "hflip": (False, True)}
 
@@ -27,9 +27,10 @@ TTA = {"none": (False,), "hflip": (False, True)}
 class Predictor:
     """Mean probabilities of one or more models over flips, at the models' own size(s).
 
-    On the CPU each film is forwarded alone, on one core, as many at once as torch has threads: then a film's bits
-    depend neither on its batch nor on the number of threads, and cores never wait for each other inside a layer
-    (256 px and above: no slower on an idle machine, several times faster on a busy one). On CUDA whole batches are.
+    On the CPU each film is a batch of its own on one core, with as many films at once as torch has threads. A film's
+    bits then depend neither on its batch nor on the number of threads, and cores do not wait for each other inside a
+    layer (at 256 px and above: as fast on an idle machine, several times faster on a busy one). On CUDA a batch is
+    forwarded as a whole.
     """
 
     def __init__(
@@ -53,9 +54,9 @@ class Predictor:
             raise ValueError("Predictor needs at least one model, each in evaluation mode")
         if tta not in TTA:
             raise ValueError(f"tta={tta!r} is unknown: choose one of {', '.join(TTA)}")
-        every = [sizes] * len(models) if isinstance(sizes, int) else list(sizes)
-        self.groups: dict[int, list[nn.Module]] = {size: [] for size in sorted(set(every))}
-        for model, size in zip(models, every, strict=True):
+        model_sizes = [sizes] * len(models) if isinstance(sizes, int) else list(sizes)
+        self.groups: dict[int, list[nn.Module]] = {size: [] for size in sorted(set(model_sizes))}
+        for model, size in zip(models, model_sizes, strict=True):
             self.groups[size].append(model)
 
     @property
@@ -64,11 +65,11 @@ class Predictor:
         return list(self.groups)
 
     def weight(self, size: int) -> float:
-        """The share of the models that work at `size`."""
+        """Return the share of the models whose input size is `size`."""
         return len(self.groups[size]) / sum(map(len, self.groups.values()))
 
     def close(self) -> None:
-        """Drop what was launched and has not begun: nobody waits for it any more."""
+        """Cancel forward passes that were launched and have not begun."""
         self._closed = True
 
     def probabilities(self, images: Tensor, size: int | None = None) -> Tensor:
@@ -76,7 +77,7 @@ class Predictor:
 
         Args:
             images: uint8 (N, 1, S, S) on the CPU.
-            size: S; may be left out where all models share one size.
+            size: S; defaults to the size of `images`.
 
         Returns:
             float32 (N, S, S) on the CPU.
@@ -84,14 +85,17 @@ class Predictor:
         return self.launch(images, size)()
 
     def launch(self, images: Tensor, size: int | None = None) -> Callable[[], Tensor]:
-        """Start `probabilities` and return a function that waits for the result: the host may work meanwhile."""
+        """Start `probabilities` and return a function that waits for the result; the caller can work meanwhile."""
         models = self.groups[images.shape[-1] if size is None else size]
         passes = [(model, flip) for model in models for flip in TTA[self.tta]]
         return self._on_cpu(images, passes) if self.device.type == "cpu" else self._on_gpu(images, passes)
 
     def _on_cpu(self, images: Tensor, passes: Sequence[Pass]) -> Callable[[], Tensor]:
         pool = _one_core_threads(torch.get_num_threads())
-        films = [[pool.submit(self._chance, images[i : i + 1], *one) for one in passes] for i in range(len(images))]
+        films = [
+            [pool.submit(self._probability, images[i : i + 1], *one_pass) for one_pass in passes]
+            for i in range(len(images))
+        ]
 
         def wait() -> Tensor:
             means = [_mean([future.result() for future in film]) for film in films]
@@ -101,8 +105,8 @@ class Predictor:
 
     def _on_gpu(self, images: Tensor, passes: Sequence[Pass]) -> Callable[[], Tensor]:
         moved = images.to(self.device, non_blocking=True)
-        mean = _mean([self._chance(moved, *one) for one in passes])
-        # Only float16 can overflow; its answers are looked over on the device, where that costs nothing.
+        mean = _mean([self._probability(moved, *one_pass) for one_pass in passes])
+        # Only float16 can overflow. The check runs on the device, so that the host does not wait for it here.
         finite = torch.isfinite(mean).all() if self.dtype is torch.float16 else None
         host = torch.empty(mean.shape, dtype=torch.float32, pin_memory=True)
         host.copy_(mean, non_blocking=True)
@@ -113,43 +117,45 @@ class Predictor:
             ready.synchronize()
             if finite is None or bool(finite):
                 return host
-            log.warning("a batch of %d films overflowed %s; done again in float32", len(images), self.dtype)
-            return _mean([self._chance(images.to(self.device), *one, exact=True) for one in passes]).cpu()
+            log.warning("a batch of %d films overflowed %s: repeating it in float32", len(images), self.dtype)
+            return _mean(
+                [self._probability(images.to(self.device), *one_pass, exact=True) for one_pass in passes]
+            ).cpu()
 
         return wait
 
     @torch.inference_mode()
-    def _chance(self, images: Tensor, model: nn.Module, flip: bool, exact: bool = False) -> Tensor:
-        """Return one model's probability, float32 (N, S, S), of uint8 (N, 1, S, S) films or of their mirror images."""
+    def _probability(self, images: Tensor, model: nn.Module, flip: bool, exact: bool = False) -> Tensor:
+        """Return one model's probability, float32 (N, S, S), for uint8 films (N, 1, S, S), mirrored first if `flip`."""
         if self._closed:
             raise CancelledError
         inputs = normalise(images)
         with autocast(None if exact else self.dtype, self.device):
             logits = model(inputs.flip(-1) if flip else inputs)
-        chance = torch.sigmoid(logits.float()).squeeze(1)
-        return chance.flip(-1) if flip else chance
+        probability = torch.sigmoid(logits.float()).squeeze(1)
+        return probability.flip(-1) if flip else probability
 
 
 def _mean(maps: Sequence[Tensor]) -> Tensor:
-    """Sum in the order given and divide once: the same bits whoever computed which map first."""
+    """Sum in the order given and divide once: the bits do not depend on which map was ready first."""
     total = maps[0].clone()
-    for one in maps[1:]:
-        total += one
+    for probability in maps[1:]:
+        total += probability
     return total / len(maps)
 
 
 @cache
 def _one_core_threads(count: int) -> ThreadPoolExecutor:
-    """Return `count` threads in which torch uses one core each; the caller's own number of threads stays."""
+    """Return a pool of `count` threads in which torch uses one core each; the caller keeps its number of threads."""
     started = threading.Barrier(count + 1)
 
     def limit() -> None:
-        torch.get_num_threads()  # torch sets a new thread's number at its first use, over anything set before
+        torch.get_num_threads()  # the first call in a thread resets its number: it has to come before ours
         torch.set_num_threads(1)
 
     pool = ThreadPoolExecutor(count, "forward", initializer=limit)
     for _ in range(count):
         pool.submit(started.wait)
-    started.wait()
-    torch.set_num_threads(count)  # part of the setting is the process's
+    started.wait()  # every thread has run `limit`
+    torch.set_num_threads(count)  # `limit` also changed the setting of the whole process
     return pool
