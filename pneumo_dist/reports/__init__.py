@@ -1,1 +1,1 @@
-"""How results are shown: HTML pages, plots, pictures, TensorBoard. Computes no scores."""
+"""Presentation of results: HTML pages, plots, pictures, TensorBoard. Computes no scores."""

@@ -1,6 +1,6 @@
-"""The shell of the two report pages: one HTML file, own style and script inside, nothing fetched from anywhere.
+"""The frame of the two report pages: one HTML file with its style and script inside, which loads nothing remote.
 
-Every text that comes from data is escaped here. Thumbnails are the only files beside a page.
+Every text that comes from data is escaped here. The pictures beside a page are the only other files.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-# The browser itself refuses anything from outside; `file:` is for pages opened without a server.
+# The browser blocks every other source. `file:` allows pages that are opened without a server.
 _POLICY = "default-src 'none'; img-src 'self' file: data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 STYLE = """
@@ -53,24 +53,23 @@ details { margin: .6rem 0; } summary { cursor: pointer; }
 
 
 def page(title: str, body: str, script: str = "", data: Any = None) -> str:
-    """Return a whole HTML document. `data` is at hand in the script as the constant DATA."""
-    # "<" cannot end the script element early when it is written as an escape.
-    inline = (
-        ""
-        if data is None
-        else f"const DATA = {json.dumps(data, separators=(',', ':')).replace('<', chr(92) + 'u003c')};\n"
-    )
-    run = f"<script>\n{inline}{script}</script>\n" if script or inline else ""
+    """Return a complete HTML document. The script sees `data` as the constant DATA."""
+    constant = ""
+    if data is not None:
+        # Escaped: a "</script>" in the data would end the script element.
+        text = json.dumps(data, separators=(",", ":")).replace("<", r"\u003c")
+        constant = f"const DATA = {text};\n"
+    element = f"<script>\n{constant}{script}</script>\n" if script or constant else ""
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n{run}</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n{element}</body>\n</html>\n"
     )
 
 
 def tiles(values: Iterable[tuple[str, Any, str]]) -> str:
-    """Return (label, value, css class) as a row of large numbers."""
+    """Return a row of large numbers; each value is (label, value, CSS class)."""
     cells = (
         f'<div class="tile {kind}"><b>{escape(str(value))}</b>{escape(label)}</div>' for label, value, kind in values
     )
@@ -78,7 +77,7 @@ def tiles(values: Iterable[tuple[str, Any, str]]) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[Any]]]) -> str:
-    """Return a table; each row is (css class, cells). Floats get four digits, None a dash."""
+    """Return a table; each row is (CSS class, cells). A float gets four decimals, None a hyphen."""
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "".join(f'<tr class="{kind}">{"".join(_cell(value) for value in cells)}</tr>' for kind, cells in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -86,16 +85,16 @@ def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[Any]]]) -> st
 
 def _cell(value: Any) -> str:
     if value is None:
-        return "<td>–</td>"
+        return "<td>-</td>"
     return f"<td>{value:.4f}</td>" if isinstance(value, float) else f"<td>{escape(str(value))}</td>"
 
 
 def settings_table(settings: Mapping[str, Any]) -> str:
-    """Return names and values as a folded table."""
+    """Return a collapsed table of names and values."""
     rows = "".join(f'<tr><td>{escape(k)}</td><td class="text">{escape(str(v))}</td></tr>' for k, v in settings.items())
     return f"<details><summary>{len(settings)} settings</summary><table>{rows}</table></details>"
 
 
 def figure(svg: str, caption: str) -> str:
-    """Return an inline SVG with its caption."""
+    """Return an inline SVG with its caption; "" without an SVG."""
     return f"<div><figure>{svg}</figure><figcaption>{escape(caption)}</figcaption></div>" if svg else ""

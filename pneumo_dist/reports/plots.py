@@ -1,6 +1,6 @@
-"""Plots for the reports as inline SVG text. Equal data give equal text; no figure is ever shown or left open.
+"""Plots for the reports, as inline SVG. Equal data give equal text.
 
-Imported by reports only: matplotlib takes a second to load.
+Only modules that write a report import it: matplotlib takes a second to load.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 matplotlib.use("Agg")
 
 _STYLE = {
-    "svg.hashsalt": "pneumo_dist",  # ids in the text would be random
+    "svg.hashsalt": "pneumo_dist",  # without it, the ids in the SVG are random
     "svg.fonttype": "none",
     "font.size": 9,
     "font.family": "sans-serif",
@@ -41,12 +41,12 @@ def _svg(figure: Figure) -> str:
     with matplotlib.rc_context(_STYLE):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]  # without the XML prologue: it goes inside HTML
+    svg = svg[svg.index("<svg") :]  # HTML allows no XML prologue
     return re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
 
 
 def score_histogram(scores: Floats, positive: NDArray[np.bool_], threshold: float) -> str:
-    """Plot how many films have which top score, by decision; the threshold of the triplet as a line."""
+    """Plot the histogram of the films' top scores, by decision, with the triplet's top score as a line."""
     with matplotlib.rc_context(_STYLE):
         figure, (axes,) = _figure(1, 7.0, 2.4)
         bins = np.linspace(0, 1, 41)
@@ -59,19 +59,19 @@ def score_histogram(scores: Floats, positive: NDArray[np.bool_], threshold: floa
         )
         if threshold > 0:
             axes.axvline(threshold, color="black", linewidth=1, linestyle="--")
-        axes.set(xlabel="highest probability of the film", ylabel="films", xlim=(0, 1))
+        axes.set(xlabel="top score", ylabel="films", xlim=(0, 1))
         axes.legend(frameon=False)
         return _svg(figure)
 
 
 def learning_curves(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Plot losses and Dice of each stage by epoch from its metrics.jsonl rows; "" where there are none."""
-    shown = {name: rows for name, rows in stages.items() if rows}
-    if not shown:
+    """Plot loss and Dice of each stage by epoch from the rows of its metrics.jsonl; "" without rows."""
+    trained = {name: rows for name, rows in stages.items() if rows}
+    if not trained:
         return ""
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(2 * len(shown), 3.6)
-        for i, (name, rows) in enumerate(shown.items()):
+        figure, axes = _figure(2 * len(trained), 3.6)
+        for i, (name, rows) in enumerate(trained.items()):
             loss, dice = axes[2 * i], axes[2 * i + 1]
             for key, label, colour in (("train_loss", "training", GREY), ("loss", "validation", BLUE)):
                 _line(loss, rows, key, label, colour)
@@ -92,42 +92,48 @@ def _line(axes: Any, rows: Sequence[Mapping[str, Any]], key: str, label: str, co
 
 
 def ranking_curves(top: Floats, positive: NDArray[np.bool_]) -> str:
-    """Plot ROC and precision-recall of the films' top scores; "" where one class is missing."""
+    """Plot ROC and precision-recall curves of the films' top scores; "" if one class is missing."""
     if not positive.any() or positive.all():
         return ""
     order = np.argsort(-top, kind="stable")
     ranked = positive[order]
-    last = np.flatnonzero(np.append(np.diff(top[order]) != 0, True))  # ties move together
-    hits, alarms = np.cumsum(ranked)[last], np.cumsum(~ranked)[last]
-    recall, fall_out = hits / positive.sum(), alarms / (~positive).sum()
+    # Films of equal score are one point of the curve.
+    last = np.flatnonzero(np.append(np.diff(top[order]) != 0, True))
+    true_positives, false_positives = np.cumsum(ranked)[last], np.cumsum(~ranked)[last]
+    recall, false_positive_rate = true_positives / positive.sum(), false_positives / (~positive).sum()
     with matplotlib.rc_context(_STYLE):
         figure, (roc, pr) = _figure(2)
-        roc.plot(np.append(0, fall_out), np.append(0, recall), color=BLUE)
+        roc.plot(np.append(0, false_positive_rate), np.append(0, recall), color=BLUE)
         roc.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--")
         roc.set(title="ROC, by film", xlabel="1 - specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01))
-        pr.plot(recall, hits / (hits + alarms), color=ORANGE)
+        pr.plot(recall, true_positives / (true_positives + false_positives), color=ORANGE)
         pr.axhline(positive.mean(), color=GREY, linewidth=0.8, linestyle="--")
         pr.set(title="precision-recall, by film", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01))
         return _svg(figure)
 
 
 def reliability(top: Floats, positive: NDArray[np.bool_], pixels: NDArray[np.int64]) -> str:
-    """Plot observed against predicted: films by top score (10 bins), pixels (2, bins) outside and inside the truth."""
+    """Plot observed share against predicted probability, for films and for pixels.
+
+    top, positive: (n,) top score and class of the films, drawn in 10 bins. pixels: (2, bins) counts of pixels outside and
+    inside the annotation, by probability.
+    """
     with matplotlib.rc_context(_STYLE):
-        figure, (films, dots) = _figure(2)
-        place = np.minimum((top * 10).astype(int), 9)
-        count = np.bincount(place, minlength=10)
-        seen = count > 0
-        mean = np.bincount(place, top, 10)[seen] / count[seen]
-        share = np.bincount(place, positive, 10)[seen] / count[seen]
-        films.scatter(mean, share, s=12 + 120 * count[seen] / count.max(), color=BLUE, clip_on=False)
-        films.set(title="films: top score against share with pneumothorax", xlabel="top score", ylabel="observed share")
+        figure, (film_axes, pixel_axes) = _figure(2)
+        bins = np.minimum((top * 10).astype(int), 9)
+        count = np.bincount(bins, minlength=10)
+        filled = count > 0
+        mean = np.bincount(bins, top, 10)[filled] / count[filled]
+        share = np.bincount(bins, positive, 10)[filled] / count[filled]
+        film_axes.scatter(mean, share, s=12 + 120 * count[filled] / count.max(), color=BLUE, clip_on=False)
+        film_axes.set(title="films: share with pneumothorax", xlabel="top score", ylabel="observed share")
         total = pixels.sum(0)
-        used = total > 0
+        filled = total > 0
         middle = (np.arange(len(total)) + 0.5) / max(1, len(total))
-        dots.plot(middle[used], pixels[1][used] / total[used], marker="o", markersize=3, color=ORANGE, clip_on=False)
-        dots.set(title="pixels: probability against share inside", xlabel="probability", ylabel="observed share")
-        for axes in (films, dots):
+        share = pixels[1][filled] / total[filled]
+        pixel_axes.plot(middle[filled], share, marker="o", markersize=3, color=ORANGE, clip_on=False)
+        pixel_axes.set(title="pixels: share inside the annotation", xlabel="probability", ylabel="observed share")
+        for axes in (film_axes, pixel_axes):
             axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--")
             axes.set(xlim=(0, 1), ylim=(0, 1))
         return _svg(figure)
@@ -140,26 +146,23 @@ def threshold_surface(
     masks: Sequence[float],
     best: tuple[float, int, float],
 ) -> str:
-    """Plot mean Dice over top score and minimum area at the chosen mask threshold, and the best by mask threshold."""
-    chosen = int(np.argmin(np.abs(np.asarray(masks) - best[2])))
+    """Plot mean Dice by top score and minimum area at the best mask threshold, and the best mean Dice by mask threshold."""
+    nearest = [
+        int(np.argmin(np.abs(np.asarray(axis) - value))) for axis, value in zip((tops, areas, masks), best, strict=True)
+    ]
     with matplotlib.rc_context(_STYLE):
         figure, (heat, line) = _figure(2, 4.6)
-        shown = heat.imshow(surface[:, :, chosen], origin="lower", aspect="auto", cmap="viridis")
+        image = heat.imshow(surface[:, :, nearest[2]], origin="lower", aspect="auto", cmap="viridis")
         heat.grid(False)
-        heat.set_xticks(range(len(areas)), [str(a) for a in areas], rotation=60)
-        heat.set_yticks(range(len(tops)), [f"{t:g}" for t in tops])
-        heat.plot(
-            int(np.argmin(np.abs(np.asarray(areas) - best[1]))),
-            int(np.argmin(np.abs(np.asarray(tops) - best[0]))),
-            "wo",
-            mfc="none",
-        )
+        heat.set_xticks(range(len(areas)), [str(area) for area in areas], rotation=60)
+        heat.set_yticks(range(len(tops)), [f"{top:g}" for top in tops])
+        heat.plot(nearest[1], nearest[0], "wo", mfc="none")
         heat.set(
-            title=f"mean Dice, mask threshold {masks[chosen]:g}",
+            title=f"mean Dice, mask threshold {masks[nearest[2]]:g}",
             xlabel="minimum area (px of 1024x1024)",
             ylabel="top score",
         )
-        figure.colorbar(shown, ax=heat)
+        figure.colorbar(image, ax=heat)
         order = np.argsort(masks)
         line.plot(np.asarray(masks)[order], surface.max((0, 1))[order], marker=".", color=BLUE)
         line.axvline(best[2], color=ORANGE, linewidth=1)
@@ -168,7 +171,7 @@ def threshold_surface(
 
 
 def dice_by_size(bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Plot mean Dice by size of the annotated mask for several rules ({label: summary's by_mask_size})."""
+    """Plot mean Dice by size of the annotated mask, for several rules ({label: a summary's by_mask_size})."""
     with matplotlib.rc_context(_STYLE):
         figure, (axes,) = _figure(1, 6.4, 2.8)
         width = 0.8 / max(1, len(bins))
@@ -176,18 +179,16 @@ def dice_by_size(bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             values = [row["dice"] or 0.0 for row in rows]
             axes.bar(np.arange(len(rows)) + i * width, values, width, label=label, color=[BLUE, ORANGE, GREY][i % 3])
         rows = next(iter(bins.values()))
-        names = [
-            f"{r['from_px']:,}" + ("+" if r["below_px"] is None else f" to {r['below_px']:,}") + f"\n{r['films']} films"
-            for r in rows
-        ]
-        axes.set_xticks(np.arange(len(rows)) + 0.4 - width / 2, names)
+        upper = ["+" if row["below_px"] is None else f" to {row['below_px']:,}" for row in rows]
+        labels = [f"{row['from_px']:,}{end}\n{row['films']} films" for row, end in zip(rows, upper, strict=True)]
+        axes.set_xticks(np.arange(len(rows)) + 0.4 - width / 2, labels)
         axes.set(ylabel="mean Dice", ylim=(0, 1), title="by size of the annotated mask (px of 1024x1024)")
         axes.legend(frameon=False)
         return _svg(figure)
 
 
 def dice_histogram(values: Floats) -> str:
-    """Plot the Dice of the films with pneumothorax; "" where there are none."""
+    """Plot the histogram of the Dice of the films with pneumothorax; "" without such films."""
     if not len(values):
         return ""
     with matplotlib.rc_context(_STYLE):

@@ -1,6 +1,6 @@
-"""What TensorBoard shows of scored films, while training and at the end alike: scores, fixed films, settings, layout.
+"""TensorBoard content shared by training and evaluation: scores, fixed films, settings, layout of the charts.
 
-Films are named by their id (SOP instance UID or file name) and by nothing else.
+A film is named by its id only (SOP instance UID or file name).
 """
 
 from __future__ import annotations
@@ -21,55 +21,58 @@ from pneumo_dist.runtime.runlog import RunLog
 from pneumo_dist.scoring import scorecard
 from pneumo_dist.scoring.metrics import Records, dice
 
-PANEL_PX = 192  # of the longer side of one of a film's three pictures: an event file keeps many
+PANEL_PX = 192  # longer side of each of a film's three pictures; small, because an event file holds many
 SCORES = ("dice", "dice_positive", "iou", "iou_positive", "sensitivity", "specificity", "auc", "dice_all_empty")
 
 
 def layout(cuda: bool, scaled: bool) -> dict[str, dict[str, list[str]]]:
-    """Return the page of custom scalars: {heading: {chart: regular expressions, matched from a tag's start}}.
+    """Return the layout of the custom scalars: {heading: {chart: regular expressions, matched from a tag's start}}.
 
-    cuda, scaled: whether there are GPU memory and a gradient scaler to show.
+    cuda, scaled: whether to show GPU memory and the gradient scaler.
     """
     health = {
         "Gradient norm": ["train/grad_norm"],
         "Images per second": [r"speed/.*images_per_s"],
-        "Share of the time that a step waits for data": [r"speed/.*wait_share"],
-        "Attempts: a rise is a restart": ["run/attempt"],
+        "Share of step time spent waiting for data": [r"speed/.*wait_share"],
+        "Attempt (increases at each restart)": ["run/attempt"],
     }
     if cuda:
-        health["Highest GPU memory so far, MiB"] = ["speed/gpu_memory_mib"]
+        health["Peak GPU memory, MiB"] = ["speed/gpu_memory_mib"]
     if scaled:
-        health["Scale of the mixed-precision gradients"] = ["train/amp_scale"]
+        health["Gradient scale (mixed precision)"] = ["train/amp_scale"]
     return {
-        "Does it learn?": {
-            "Dice: all films, with pneumothorax, all called empty": [
+        "Learning": {
+            "Dice: all films, films with pneumothorax, all empty (baseline)": [
                 f"evaluation/{name}$" for name in ("dice", "dice_positive", "dice_all_empty")
             ],
-            "Loss: training and validation": ["loss/train$", "loss/validation$"],
+            "Loss by epoch: training and validation": ["loss/train$", "loss/validation$"],
             "Sensitivity, specificity, AUC": [f"evaluation/{name}$" for name in ("sensitivity", "specificity", "auc")],
-            "Loss of single steps: sum, cross-entropy, Dice": ["loss/step"],
-            "Loss on validation films: sum, cross-entropy, Dice": ["loss/validation"],
+            "Training loss by step: sum, cross-entropy, Dice": ["loss/step"],
+            "Validation loss: sum, cross-entropy, Dice": ["loss/validation"],
             "Learning rate": ["train/lr"],
         },
-        "Does it run well?": health,
+        "Throughput and stability": health,
     }
 
 
 def hyperparameters(config: Config, stage: str, fold: int | None) -> dict[str, float | str]:
-    """Return what is worth comparing between runs: no paths, nothing unset."""
+    """Return the settings to compare between runs, without paths and unset keys."""
     sections = ("stage1.", "stage2.", "swa.", "loss.", "augment.", "model.")
     single = ("stages", "train.seed", "train.amp", "train.clip_norm", "evaluate.threshold", "evaluate.tta")
     paths = ("stage1.init_from", "stage2.init_from", "model.weights")
-    chosen = {
+    settings = {
         key: ",".join(map(str, value)) if isinstance(value, list) else value
         for key, value in flatten(config).items()
         if (key in single or key.startswith(sections)) and key not in paths and value is not None
     }
-    return {"stage": stage, "fold": "all" if fold is None else str(fold), **chosen}
+    return {"stage": stage, "fold": "all" if fold is None else str(fold), **settings}
 
 
 def fixed_films(cases: Sequence[Case]) -> dict[str, Case]:
-    """Return {tag: film}: large, median and smallest masks and two films without one; a function of `cases` alone."""
+    """Return {tag: film}: films with the largest, median and smallest mask, and two without a mask.
+
+    It depends on `cases` only: every epoch and the evaluation show the same films.
+    """
 
     def share(case: Case) -> float:
         starts, ends = runs(case.rle)
@@ -79,16 +82,17 @@ def fixed_films(cases: Sequence[Case]) -> dict[str, Case]:
     empty = sorted((case for case in cases if not case.label), key=lambda case: case.id)
     chosen: dict[str, Case] = {}
     if masked:
-        named = {"1_largest": 0, "2_second": 1, "3_median": len(masked) // 2, "4_smallest": -1}
-        chosen |= {f"overlay/mask_{name}": masked[i] for name, i in named.items() if i < len(masked)}
+        indices = {"1_largest": 0, "2_second": 1, "3_median": len(masked) // 2, "4_smallest": -1}
+        chosen |= {f"overlay/mask_{name}": masked[i] for name, i in indices.items() if i < len(masked)}
     if empty:
         chosen |= {"overlay/no_mask_1": empty[0], "overlay/no_mask_2": empty[len(empty) // 2]}
-    first = {case.id: tag for tag, case in reversed(chosen.items())}
-    return {tag: case for tag, case in chosen.items() if first[case.id] == tag}  # few films: each but once
+    # Of few films, one can be both the largest and the smallest: it keeps its first tag.
+    first_tag = {case.id: tag for tag, case in reversed(chosen.items())}
+    return {tag: case for tag, case in chosen.items() if first_tag[case.id] == tag}
 
 
 def panel_shape(case: Case) -> tuple[int, int]:
-    """Return rows and columns of one of the film's pictures."""
+    """Return the rows and columns of each of a film's three pictures."""
     longest = max(case.rows, case.columns)
     return max(1, round(case.rows * PANEL_PX / longest)), max(1, round(case.columns * PANEL_PX / longest))
 
@@ -102,30 +106,31 @@ def films(
     reader: ShardReader,
     threshold: float,
 ) -> None:
-    """Show input, annotation and prediction of each chosen film side by side.
+    """Show film, annotation and prediction of each chosen film side by side.
 
-    masks: {film id: prediction at `threshold`, at any size of the film's shape}.
+    masks: {film id: prediction at `threshold`}, at any size.
     """
     film_dice = dict(zip(records.ids.tolist(), dice(records, scorecard.fixed(threshold)).tolist(), strict=True))
     top = dict(zip(records.ids.tolist(), records.top.tolist(), strict=True))
     for tag, case in chosen.items():
         rows, columns = panel_shape(case)
-        smaller = max(rows, columns) < reader.size
-        way = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
-        grey = np.asarray(cv2.resize(reader.image(case.shard, case.row), (columns, rows), interpolation=way), np.uint8)
+        method = cv2.INTER_AREA if max(rows, columns) < reader.size else cv2.INTER_LINEAR
+        image = reader.image(case.shard, case.row)
+        grey = np.asarray(cv2.resize(image, (columns, rows), interpolation=method), np.uint8)
         truth = pictures.fit_mask(decode_rle(case.rle, case.rows, case.columns), rows, columns)
-        found, none = pictures.fit_mask(masks[case.id], rows, columns), np.zeros((rows, columns), bool)
+        prediction = pictures.fit_mask(masks[case.id], rows, columns)
+        empty = np.zeros((rows, columns), bool)
         lines = [
-            f"film, annotation, prediction   Dice {film_dice[case.id]:.2f}   highest score {top[case.id]:.2f}",
+            f"film, annotation, prediction   Dice {film_dice[case.id]:.2f}   top score {top[case.id]:.2f}",
             case.id,
         ]
         picture = pictures.overlay(
-            np.hstack([grey] * 3), np.hstack([none, none, found]), lines, np.hstack([none, truth, none])
+            np.hstack([grey] * 3), np.hstack([empty, empty, prediction]), lines, np.hstack([empty, truth, empty])
         )
         log.image(tag, pictures.jpeg(picture), picture.shape[:2], step)
 
 
 def scores(log: RunLog, step: int, entry: Mapping[str, Any], records: Records, threshold: float) -> None:
-    """Show the scores of the fixed threshold (a `summary`) and the ranking of the films by their highest score."""
+    """Show the scores at the fixed threshold (`entry`, a `summary`) and the precision-recall curve of the top scores."""
     log.scalars(step, {f"evaluation/{name}": entry[name] for name in SCORES} | {"threshold/fixed": threshold})
     log.pr_curve("films by highest score", records.truth_px > 0, records.top, step)

@@ -1,7 +1,7 @@
-"""What scoring keeps of each film: counts at a list of mask thresholds, never pixels.
+"""Records of films: pixel counts at a list of mask thresholds, never the pixels.
 
-Everything later (Dice, sensitivity, thousands of triplets) is computed from these integers, so that scores
-do not depend on how films were dealt to ranks.
+Every score (Dice, sensitivity, thousands of triplets) is computed from these integers, so scores do not depend on how
+films are split over ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PAPER_THRESHOLDS = (0.5, 0.55)
 
 @dataclass(frozen=True)
 class Triplet:
-    """A decision rule: the film is positive when top >= top_score and area(mask_threshold) >= min_area.
+    """A decision rule: a film is positive if top >= top_score and area(mask_threshold) >= min_area.
 
     min_area is in pixels of a 1024x1024 film and scales with the film's pixels. A fixed threshold t is
     Triplet(0.0, 0, t).
@@ -38,21 +38,22 @@ class Triplet:
 
 
 def apply_triplet(prob: NDArray[np.float32], triplet: Triplet) -> NDArray[np.bool_]:
-    """Return the mask of one film, bool of prob's shape: all False when the film is called empty.
+    """Return the mask of one film, bool of prob's shape, all False where the film is negative.
 
-    prob: float32 (rows, columns) at film size. This is the one decision that evaluation and inference share.
+    prob: float32 (rows, columns) at film size. Evaluation and inference share this decision.
     """
     mask = prob > np.float32(triplet.mask_threshold)
     area = int(np.count_nonzero(mask))
-    enough = area * REFERENCE_PX >= triplet.min_area * prob.size
-    if not (enough and prob.max(initial=0) >= np.float32(triplet.top_score)):
+    # Integers: no rounding can make `decide`, which has only the counts, decide otherwise.
+    large_enough = area * REFERENCE_PX >= triplet.min_area * prob.size
+    if not (large_enough and prob.max(initial=0) >= np.float32(triplet.top_score)):
         mask[:] = False
     return mask
 
 
 @dataclass(frozen=True)
 class FilmRecord:
-    """One film's counts: areas[i] and hits[i] are pixels with prob > thresholds[i], and those of them in the truth."""
+    """One film's counts: areas[i] pixels have prob > thresholds[i], hits[i] of them lie inside the truth."""
 
     top: float
     areas: NDArray[np.int64]
@@ -67,19 +68,22 @@ def record_thresholds(evaluate: Evaluate) -> tuple[float, ...]:
 
 
 def film_record(prob: NDArray[np.float32], truth: NDArray[np.bool_], thresholds: Sequence[float]) -> FilmRecord:
-    """Count one film. prob: float32 (rows, columns) at film size; truth: bool of the same shape, the union mask."""
+    """Count one film.
+
+    prob: float32 (rows, columns) at film size. truth: bool of the same shape, the union of the annotations.
+    """
     if prob.shape != truth.shape:
         raise ValueError(f"probabilities are {prob.shape}, truth is {truth.shape}")
     if prob.dtype != np.float32:
         raise TypeError(f"probabilities are {prob.dtype}, not float32")
-    # Most pixels lie below every threshold: one pass over the film, the others over what is left.
-    kept = prob > np.float32(min(thresholds, default=0.0))
-    left, left_truth = prob[kept], truth[kept]
+    # Most pixels lie below every threshold: one pass over the film, then short ones over the rest.
+    candidates = prob > np.float32(min(thresholds, default=0.0))
+    values, inside = prob[candidates], truth[candidates]
     areas, hits = np.zeros((2, len(thresholds)), np.int64)
     for i, threshold in enumerate(thresholds):
-        above = left > np.float32(threshold)
+        above = values > np.float32(threshold)
         areas[i] = np.count_nonzero(above)
-        hits[i] = np.count_nonzero(above & left_truth)
+        hits[i] = np.count_nonzero(above & inside)
     return FilmRecord(float(prob.max(initial=0)), areas, hits, int(np.count_nonzero(truth)), prob.size)
 
 
@@ -104,7 +108,7 @@ class Records:
 
     @classmethod
     def build(cls, cases: Sequence[Case], rows: Sequence[FilmRecord], thresholds: Sequence[float]) -> Records:
-        """Join cases with their counts, in the same order; none of either gives an empty set."""
+        """Join cases with their counts, given in the same order; both may be empty."""
         n, t = len(cases), len(thresholds)
         if n != len(rows):
             raise ValueError(f"{n} cases but {len(rows)} records")
@@ -125,7 +129,7 @@ class Records:
 
     @classmethod
     def concatenate(cls, parts: Iterable[Records]) -> Records:
-        """Join the ranks' or folds' records, sorted by id: the result does not depend on the parts or their order.
+        """Join the records of ranks or folds, sorted by id: the result does not depend on the parts or their order.
 
         Raises:
             ValueError: nothing to join, different thresholds, or a film that occurs twice.
@@ -138,36 +142,36 @@ class Records:
         joined: dict[str, Any] = {
             name: np.concatenate([getattr(part, name) for part in parts]) for name in cls._per_film()
         }
-        whole = cls(thresholds=parts[0].thresholds, **joined)
-        whole = whole.select(np.argsort(whole.ids, kind="stable"))
-        twice = whole.ids[1:][whole.ids[1:] == whole.ids[:-1]]
-        if len(twice):
-            raise ValueError(f"{len(twice)} films occur twice, the first is {twice[0]}")
-        return whole
+        records = cls(thresholds=parts[0].thresholds, **joined)
+        records = records.select(np.argsort(records.ids, kind="stable"))
+        repeated = records.ids[1:][records.ids[1:] == records.ids[:-1]]
+        if len(repeated):
+            raise ValueError(f"{len(repeated)} films occur twice, the first is {repeated[0]}")
+        return records
 
-    def select(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> Records:
+    def select(self, films: NDArray[np.bool_] | NDArray[np.int64]) -> Records:
         """Return the films of a mask or an index array."""
-        chosen: dict[str, Any] = {name: getattr(self, name)[which] for name in self._per_film()}
-        return Records(thresholds=self.thresholds, **chosen)
+        selected: dict[str, Any] = {name: getattr(self, name)[films] for name in self._per_film()}
+        return Records(thresholds=self.thresholds, **selected)
 
     @classmethod
     def _per_film(cls) -> list[str]:
         return [f.name for f in fields(cls) if f.name != "thresholds"]
 
     def column(self, mask_threshold: float) -> int:
-        """Return the column of a recorded mask threshold; ValueError when it was not recorded."""
-        found = np.flatnonzero(np.isclose(self.thresholds, mask_threshold, rtol=0, atol=1e-9))
-        if not len(found):
+        """Return the column of a mask threshold; ValueError if it was not recorded."""
+        columns = np.flatnonzero(np.isclose(self.thresholds, mask_threshold, rtol=0, atol=1e-9))
+        if not len(columns):
             raise ValueError(f"mask threshold {mask_threshold} was not recorded: {self.thresholds.tolist()} were")
-        return int(found[0])
+        return int(columns[0])
 
     def scaled_area(self, column: int) -> NDArray[np.int64]:
-        """Return each film's area in whole pixels of 1024x1024, rounded down: >= m just when the scaled rule holds."""
+        """Return each film's area in pixels of 1024x1024, rounded down: >= m where `decide` accepts min_area m."""
         return self.areas[:, column] * REFERENCE_PX // np.maximum(self.film_px, 1)
 
     def save(self, path: str | Path) -> None:
         """Write an .npz file atomically."""
-        with atomic_path(Path(path)) as temporary, open(temporary, "wb") as file:
+        with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **{f.name: getattr(self, f.name) for f in fields(self)})
 
     @classmethod

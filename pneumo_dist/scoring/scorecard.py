@@ -1,11 +1,11 @@
-"""Records of films -> every score that is published: headline, optimistic values, weights side by side, summary text.
+"""Records of films -> every score that is published: headline, optimistic values, comparison of weights, summary text.
 
-Numbers only; no models, files or pictures. Honest values and in-sample values never share a name in here.
+Numbers only; no models, files or pictures. A score tuned on the scored films never goes into the headline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,21 +13,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_dist.config import Evaluate
-from pneumo_dist.scoring.metrics import Records, Triplet, decide, dice, summary
+from pneumo_dist.scoring.metrics import Decisions, Records, Triplet, decide, dice, summary
 from pneumo_dist.scoring.records import PAPER_THRESHOLDS
 from pneumo_dist.scoring.thresholds import CrossFit, cross_fit, search
 
 OPTIMISTIC = "tuned and scored on the same films: optimistic, not a result"
+CROSS_FITTED = "thresholds tuned by cross-fitting"
+ALL_EMPTY = "all empty (baseline)"
+SUMMARY_COLUMNS = {
+    "dice": "Dice",
+    "dice_positive": "on positives",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "auc": "AUC",
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Tuned:
-    """The outcome of the triplet search: the triplet to deploy, its surface, and the cross-fitted decisions."""
+    """Result of the triplet search: the triplet to deploy, the search surface, and the cross-fitted decisions."""
 
     triplet: Triplet
     surface: NDArray[np.float64]  # (top scores, minimum areas, mask thresholds)
-    fit: CrossFit | None  # None: a single patient or fold, nothing to tune on elsewhere
-    by: str  # what the cross-fit leaves out: "group" (patients) or "fold"
+    fit: CrossFit | None  # None: a single patient or fold, so no other films to tune on
+    by: str  # the parts of the cross-fit: "group" (patients) or "fold"
 
 
 def fixed(threshold: float) -> Triplet:
@@ -36,7 +45,7 @@ def fixed(threshold: float) -> Triplet:
 
 
 def tune(records: Records, settings: Evaluate, by: str) -> Tuned:
-    """Search the triplet on all films, and cross-fit it by patient (`group`) or by `fold`."""
+    """Search the triplet on all films, and cross-fit it by patient ("group") or by "fold"."""
     grid = (settings.top_scores, settings.min_areas, settings.mask_thresholds)
     triplet, surface = search(records, *grid)
     return Tuned(triplet, surface, cross_fit(records, *grid, by=by), by)
@@ -45,7 +54,7 @@ def tune(records: Records, settings: Evaluate, by: str) -> Tuned:
 def scores(records: Records, tuned: Tuned, settings: Evaluate, seed: int = 0) -> dict[str, Any]:
     """Return the scores of one set of films as plain JSON values."""
 
-    def score(rule: Any) -> dict[str, Any]:
+    def score(rule: Triplet | Decisions) -> dict[str, Any]:
         return summary(records, rule, settings.bootstrap, seed)
 
     headline: dict[str, Any] = {"fixed": {"mask_threshold": settings.threshold, **score(fixed(settings.threshold))}}
@@ -58,12 +67,11 @@ def scores(records: Records, tuned: Tuned, settings: Evaluate, seed: int = 0) ->
             "triplets": [asdict(t) for t in tuned.fit.triplets],
             **score(tuned.fit.decisions),
         }
-    empty = headline["fixed"]["dice_all_empty"]
     return {
         "films": len(records),
         "patients": headline["fixed"]["patients"],
         "positive": headline["fixed"]["positive"],
-        "dice_all_empty": empty,
+        "dice_all_empty": headline["fixed"]["dice_all_empty"],
         "headline": headline,
         "optimistic": {
             "in_sample_triplet": {"note": OPTIMISTIC, "triplet": asdict(tuned.triplet), **score(tuned.triplet)}
@@ -72,7 +80,7 @@ def scores(records: Records, tuned: Tuned, settings: Evaluate, seed: int = 0) ->
 
 
 def threshold_table(tuned: Tuned, settings: Evaluate) -> dict[str, Any]:
-    """Return what goes into thresholds.json: the triplet, how it was found, and the whole surface."""
+    """Return the content of thresholds.json: the triplet, its search surface, and the cross-fitted triplets."""
     return {
         "fixed_mask_threshold": settings.threshold,
         "triplet": asdict(tuned.triplet),
@@ -94,92 +102,105 @@ def threshold_table(tuned: Tuned, settings: Evaluate) -> dict[str, Any]:
 SIDE_BY_SIDE = ("dice", "dice_positive", "iou_positive", "sensitivity", "specificity", "auc")
 
 
-def side_by_side(every: Mapping[str, Records], threshold: float) -> dict[str, Any]:
-    """Return the fixed-threshold scores of several weights on the same films."""
-    found: dict[str, Any] = {}
-    for name, records in every.items():
-        scored = summary(records, fixed(threshold))
-        found[name] = {"mask_threshold": threshold} | {key: scored[key] for key in SIDE_BY_SIDE}
-    return found
+def side_by_side(records_by_weights: Mapping[str, Records], threshold: float) -> dict[str, Any]:
+    """Return {weights: fixed-threshold scores} of several weights on the same films."""
+    comparison: dict[str, Any] = {}
+    for name, records in records_by_weights.items():
+        entry = summary(records, fixed(threshold))
+        comparison[name] = {"mask_threshold": threshold} | {key: entry[key] for key in SIDE_BY_SIDE}
+    return comparison
 
 
 FILM_COLUMNS = (
-    "id", "fold", "group", "truth_px", "film_px", "top_score", "area_fixed_px", "dice_fixed",
-    "area_cross_fitted_px", "dice_cross_fitted", "view", "sex",
-)  # fmt: skip
+    "id",
+    "fold",
+    "group",
+    "truth_px",
+    "film_px",
+    "top_score",
+    "area_fixed_px",
+    "dice_fixed",
+    "area_cross_fitted_px",
+    "dice_cross_fitted",
+    "view",
+    "sex",
+)
 
 
 def film_rows(records: Records, tuned: Tuned, threshold: float) -> list[list[Any]]:
     """Return one row per film in the order of FILM_COLUMNS; cross-fitted cells are empty where there is no fit."""
-    plain, plain_dice = decide(records, fixed(threshold)), dice(records, fixed(threshold))
-    n = len(records)
-    fitted = [""] * n if tuned.fit is None else tuned.fit.decisions.area.tolist()
-    fitted_dice = [""] * n if tuned.fit is None else dice(records, tuned.fit.decisions).tolist()
+    area, film_dice = decide(records, fixed(threshold)).area, dice(records, fixed(threshold))
+    fitted_area = fitted_dice = [""] * len(records)
+    if tuned.fit is not None:
+        fitted_area, fitted_dice = tuned.fit.decisions.area.tolist(), dice(records, tuned.fit.decisions).tolist()
     columns = (
-        records.ids.tolist(), records.folds.tolist(), records.groups.tolist(), records.truth_px.tolist(),
+        records.ids.tolist(),
+        records.folds.tolist(),
+        records.groups.tolist(),
+        records.truth_px.tolist(),
         records.film_px.tolist(),
-        [float(f"{top:.8g}") for top in records.top], plain.area.tolist(), plain_dice.tolist(), fitted, fitted_dice,
-        records.views.tolist(), records.sexes.tolist(),
-    )  # fmt: skip
+        [float(f"{top:.8g}") for top in records.top],
+        area.tolist(),
+        film_dice.tolist(),
+        fitted_area,
+        fitted_dice,
+        records.views.tolist(),
+        records.sexes.tolist(),
+    )
     return [list(row) for row in zip(*columns, strict=True)]
 
 
 def headline_lines(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return (label, scores) of every decision rule in reading order; the optimistic one last and labelled."""
+    """Return (label, scores) of every decision rule; the last one is tuned on the scored films and labelled so."""
     lines = [(_label(name, entry), entry) for name, entry in result["headline"].items()]
-    return [*lines, ("tuned in-sample (optimistic)", result["optimistic"]["in_sample_triplet"])]
+    return [*lines, ("tuned on the scored films (optimistic)", result["optimistic"]["in_sample_triplet"])]
 
 
 def _label(name: str, entry: Mapping[str, Any]) -> str:
     if name == "cross_fitted":
-        return f"triplet, tuned on {entry['tuned_on']}"
+        return CROSS_FITTED
     return f"fixed threshold {entry['mask_threshold']:g}"
 
 
 def caveats(result: Mapping[str, Any]) -> list[str]:
-    """Return what makes the scores look better than they are: folds by image, weights chosen by looking."""
-    found = []
+    """Return the reasons why the scores may be too high: folds by image, weights selected on the scored films."""
+    notes = []
     if result["patients"] == result["films"] > 1:
-        found.append(
+        notes.append(
             "every film counts as a patient of its own: without data.patient_map folds and intervals are by image"
         )
     if result.get("weights") == "best":
-        found.append("best weights: the epoch was chosen by its Dice on these same films, which is a little optimistic")
-    return found
+        notes.append("best weights: the epoch was selected by its Dice on these same films (slightly optimistic)")
+    return notes
 
 
 def summary_text(result: Mapping[str, Any], title: str) -> str:
-    """Return the one-screen table of a scores.json."""
-
-    def cell(value: Any) -> str:
-        return "-" if value is None else f"{value:.4f}"
-
-    names = ("dice", "dice_positive", "sensitivity", "specificity", "auc")
-    heads = ("Dice", "on positives", "sensitivity", "specificity", "AUC")
+    """Return the scores of a scores.json as a table of at most one screen."""
     lines = [
         title,
         f"{result['films']} films of {result['patients']} patients, {result['positive']} with pneumothorax",
         *caveats(result),
         "",
-        f"{'decision':34}" + "".join(f"{head:>14}" for head in heads),
+        _row("decision", SUMMARY_COLUMNS.values()),
     ]
     for label, entry in headline_lines(result):
-        lines.append(f"{label:34}" + "".join(f"{cell(entry[name]):>14}" for name in names))
-        low_high = entry["intervals"].get("dice")
-        if low_high:
-            spans = (entry["intervals"].get(name) for name in names)
-            lines.append(
-                f"{'  95 % by patient':34}"
-                + "".join(f"{'-' if s is None else f'{s[0]:.3f}-{s[1]:.3f}':>14}" for s in spans)
-            )
-    lines.append(
-        f"{'calling every film empty':34}{cell(result['dice_all_empty']):>14}{0:>14.4f}{0:>14.4f}{1:>14.4f}{'-':>14}"
-    )
+        lines.append(_score_row(label, entry))
+        if entry["intervals"].get("dice"):
+            spans = (entry["intervals"].get(name) for name in SUMMARY_COLUMNS)
+            lines.append(_row("  95 % by patient", ["-" if s is None else f"{s[0]:.3f}-{s[1]:.3f}" for s in spans]))
+    empty = {"dice": result["dice_all_empty"], "dice_positive": 0.0, "sensitivity": 0.0, "specificity": 1.0}
+    lines.append(_score_row(ALL_EMPTY, {**empty, "auc": None}))
     if result.get("weights_side_by_side"):
-        lines += ["", f"{'weights, at the fixed threshold':34}" + "".join(f"{head:>14}" for head in heads)]
-        for name, entry in result["weights_side_by_side"].items():
-            lines.append(f"{name:34}" + "".join(f"{cell(entry[key]):>14}" for key in names))
+        lines += ["", _row("weights, at the fixed threshold", SUMMARY_COLUMNS.values())]
+        lines += [_score_row(name, entry) for name, entry in result["weights_side_by_side"].items()]
     if result.get("holdout"):
-        entry = result["holdout"]["fixed"]
-        lines += ["", f"{'holdout films, fixed threshold':34}" + "".join(f"{cell(entry[key]):>14}" for key in names)]
+        lines += ["", _score_row("hold-out films, fixed threshold", result["holdout"]["fixed"])]
     return "\n".join(lines) + "\n"
+
+
+def _score_row(label: str, entry: Mapping[str, Any]) -> str:
+    return _row(label, ["-" if entry[name] is None else f"{entry[name]:.4f}" for name in SUMMARY_COLUMNS])
+
+
+def _row(label: str, cells: Iterable[str]) -> str:
+    return f"{label:40}" + "".join(f"{cell:>14}" for cell in cells)

@@ -1,13 +1,13 @@
 """The competition's csv: write, read strictly, validate against a folder or a list, score against annotations.
 
-numpy and pydicom only; nothing here repairs a file.
+NumPy and pydicom only; no file is repaired.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ COMPETITION_SIZE = (1024, 1024)
 
 
 def write_submission(path: Path, rows: Iterable[tuple[str, str]]) -> None:
-    """Write (id, run-length text) rows in the order given, atomically."""
+    """Write rows of (id, RLE) in the order given, atomically."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(HEADER)
@@ -32,74 +32,72 @@ def write_submission(path: Path, rows: Iterable[tuple[str, str]]) -> None:
     write_text(path, text.getvalue())
 
 
-def read_rows(path: Path, what: str = "submission") -> list[list[str]]:
-    """Read a csv file's rows, header included, without stripping anything; `what` names it in an error.
+def read_rows(path: Path, kind: str = "submission") -> list[list[str]]:
+    """Read a csv file's rows, header included, without stripping anything; an error calls the file a `kind`.
 
     Raises:
-        ConfigError: no such file, not UTF-8, not csv.
+        ConfigError: the file does not exist, or is not UTF-8 or not csv.
     """
     csv.field_size_limit(FIELD_BYTES)
     try:
-        with open(path, newline="", encoding="utf-8") as handle:
-            return list(csv.reader(handle))
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path}: cannot read the {what} ({getattr(error, 'strerror', None) or error})") from None
+        raise ConfigError(f"{path}: cannot read the {kind} ({getattr(error, 'strerror', None) or error})") from None
 
 
-def problems_of(rows: list[list[str]], expected: Iterable[str], size_of: Any) -> list[str]:
-    """Return everything wrong with a submission, an empty list when it is valid.
+def problems_of(
+    rows: list[list[str]], expected: Iterable[str], size_of: Callable[[str], tuple[int, int] | None]
+) -> list[str]:
+    """Return every problem of a submission; an empty list: it is valid.
 
     Args:
         rows: the csv's rows with the header.
-        expected: the ids to be answered, each once.
-        size_of: id -> (rows, columns) of the film, or None where unknown (then the answer must be -1).
+        expected: the ids that need one row each.
+        size_of: id -> (rows, columns) of the film, or None where unknown (then the row must be -1).
     """
     if not rows or rows[0] != HEADER:
-        return [
-            f"line 1: the header is {','.join(rows[0])[:60]!r}, not ImageId,EncodedPixels"
-            if rows
-            else "the file is empty"
-        ]
-    wanted, seen, found = set(expected), set[str](), []
+        header = ",".join(rows[0])[:60] if rows else ""
+        return [f"line 1: the header is {header!r}, not ImageId,EncodedPixels" if rows else "the file is empty"]
+    films, seen, problems = set(expected), set[str](), []
     for line, row in enumerate(rows[1:], start=2):
         if len(row) != 2:
-            found.append(f"line {line}: {len(row)} cells, not 2")
+            problems.append(f"line {line}: {len(row)} cells, not 2")
             continue
         name, text = row
         if name in seen:
-            found.append(f"line {line}: {name} is answered twice")
-        elif name not in wanted:
-            found.append(f"line {line}: {name} is not among the films")
+            problems.append(f"line {line}: {name} has a second row")
+        elif name not in films:
+            problems.append(f"line {line}: {name} is not one of the films")
         seen.add(name)
-        if text == EMPTY or name not in wanted:
-            continue
-        size = size_of(name)
-        if size is None:
-            found.append(f"line {line}: {name} cannot be read, so its answer must be -1")
-            continue
-        try:
-            if encode_rle(decode_rle(text, *size)) != text:
-                found.append(
-                    f"line {line}: {name}: the runs are not in the shortest form (touching runs, or other spacing)"
-                )
-        except RleError as error:
-            found.append(f"line {line}: {name}: {error}")
-    missing = sorted(wanted - seen)
+        if text != EMPTY and name in films and (problem := _rle_problem(text, size_of(name))):
+            problems.append(f"line {line}: {name}{problem}")
+    missing = sorted(films - seen)
     if missing:
-        found.append(f"{len(missing)} films have no row, the first is {missing[0]}")
-    return found
+        problems.append(f"{len(missing)} films have no row (first: {missing[0]})")
+    return problems
+
+
+def _rle_problem(text: str, size: tuple[int, int] | None) -> str:
+    if size is None:
+        return " cannot be read, so its row must be -1"
+    try:
+        canonical = encode_rle(decode_rle(text, *size))
+    except RleError as error:
+        return f": {error}"
+    return "" if canonical == text else ": the runs are not in the shortest form (touching runs, or other spacing)"
 
 
 def validate_submission(path: Path, against: Path) -> list[str]:
-    """Return everything wrong with a submission, an empty list when it is valid.
+    """Return every problem of a submission; an empty list: it is valid.
 
     Args:
         path: the submission.
-        against: a folder of films (ids as inference gives them; runs are checked at each film's size), or a
-            csv with an ImageId column such as sample_submission.csv (runs are checked at 1024x1024).
+        against: a folder of films (ids as inference gives them; masks are checked at each film's size), or a csv with
+            an ImageId column such as sample_submission.csv (masks are checked at 1024x1024).
 
     Raises:
-        ConfigError: one of the two cannot be read.
+        ConfigError: one of the files cannot be read.
     """
     path, against = Path(path), Path(against)
     rows = read_rows(path)
@@ -108,17 +106,17 @@ def validate_submission(path: Path, against: Path) -> list[str]:
         if not films:
             raise ConfigError(f"{against} holds no films")
         return problems_of(rows, films, lambda name: film_size(against / films[name]))
-    head, *answers = read_rows(against, "folder of films or list of ids") or [[]]
-    names = [cell.strip().lstrip("\ufeff") for cell in head]
+    header, *listed = read_rows(against, "folder of films or list of ids") or [[]]
+    names = [cell.strip().lstrip("\ufeff") for cell in header]
     if "ImageId" not in names:
         raise ConfigError(f"{against}: neither a folder of films nor a csv with an ImageId column")
     column = names.index("ImageId")
-    wanted = [row[column].strip() for row in answers if len(row) > column]
-    return problems_of(rows, wanted, lambda _: COMPETITION_SIZE)
+    expected = [row[column].strip() for row in listed if len(row) > column]
+    return problems_of(rows, expected, lambda _: COMPETITION_SIZE)
 
 
 def film_size(path: Path) -> tuple[int, int] | None:
-    """Return (rows, columns) of a film from its header, None where it has none."""
+    """Return (rows, columns) of a film from its header; None if they cannot be read."""
     try:
         if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
             from PIL import Image
@@ -129,63 +127,72 @@ def film_size(path: Path) -> tuple[int, int] | None:
 
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Rows", "Columns"], force=True)
         return int(header.Rows), int(header.Columns)
-    except Exception:  # whatever is wrong with the file, its size is unknown
+    except Exception:  # a damaged file can raise anything: its size is unknown
         return None
 
 
 def score_submission(path: Path, truth: Path, patients: Path | None = None, bootstrap: int = 1000) -> dict[str, Any]:
     """Score a submission against an annotation list, film by film at film size, with every score of the evaluation.
 
-    Sizes and top scores come from the predictions.csv beside the submission where there is one; without it films
-    are 1024x1024 and the ranking (AUC) is that of the masks. Films only one of the two files knows are counted, not
-    scored. Intervals are by patient with a map (`ImageId,PatientKey`), else by film.
+    Film sizes and top scores come from the predictions.csv beside the submission. Without that file, films are
+    1024x1024 and films are ranked (AUC) by whether their mask is empty. Films that are in only one of the two files are
+    counted and not scored. Intervals are by patient with a map (`ImageId,PatientKey`), else by film.
 
     Raises:
-        ConfigError: a file cannot be read, a run is broken or outside its film, or no film is in both files.
+        ConfigError: a file cannot be read, a mask is invalid at its film's size, or no film is in both files.
     """
-    path = Path(path)
-    rows = read_rows(path)
-    if not rows or rows[0] != HEADER or any(len(row) != 2 for row in rows):
-        raise ConfigError(f"{path} is not a submission (ImageId,EncodedPixels): run `runs.py validate` on it")
-    answers: dict[str, str] = {row[0]: row[1] for row in rows[1:]}
-    if len(answers) != len(rows) - 1:
-        raise ConfigError(f"{path} answers films twice: run `runs.py validate` on it")
-    annotations = read_annotations(Path(truth))
-    both = sorted(answers.keys() & annotations.rows.keys())
-    if not both:
+    path, truth = Path(path), Path(truth)
+    masks = _read_masks(path)
+    annotations = read_annotations(truth)
+    films = sorted(masks.keys() & annotations.rows.keys())
+    if not films:
         raise ConfigError(f"{path} and {truth} have no film in common")
-    known = _predictions(path.with_name("predictions.csv"))
-    keys = read_patient_map(Path(patients)) if patients else {}
+    predictions = _read_predictions(path.with_name("predictions.csv"))
+    patient_keys = read_patient_map(Path(patients)) if patients else {}
     groups: dict[str, int] = {}
     cases, records = [], []
-    for name in both:
-        top, size = known.get(name, (None, COMPETITION_SIZE))
+    for name in films:
+        top, size = predictions.get(name, (None, COMPETITION_SIZE))
         try:
-            mask = decode_rle(answers[name], *size)
-            real = decode_union(annotations.texts(name), *size)
+            mask = decode_rle(masks[name], *size)
+            annotated = decode_union(annotations.texts(name), *size)
         except RleError as error:
             raise ConfigError(f"{name}: {error} (film size taken as {size[0]} x {size[1]})") from None
-        group = groups.setdefault(keys.get(name, name), len(groups))
-        cases.append(Case(name, 0, 0, *size, int(real.any()), 0, group, "", "", EMPTY))
-        area, hits = np.array([[mask.sum()], [(mask & real).sum()]], np.int64)
-        records.append(FilmRecord(float(mask.any()) if top is None else top, area, hits, int(real.sum()), mask.size))
-    result = summary(Records.build(cases, records, (0.5,)), Triplet(0.0, 0, 0.5), bootstrap)
+        group = groups.setdefault(patient_keys.get(name, name), len(groups))
+        cases.append(Case(name, 0, 0, *size, int(annotated.any()), 0, group, "", "", EMPTY))
+        area, hits = np.array([[mask.sum()], [(mask & annotated).sum()]], np.int64)
+        top = float(mask.any()) if top is None else top
+        records.append(FilmRecord(top, area, hits, int(annotated.sum()), mask.size))
     return {
-        **result,
-        "auc_from": "top scores of predictions.csv" if known else "masks (no predictions.csv beside the submission)",
-        "intervals_by": "patient" if keys else "film",
-        "films_without_truth": len(answers.keys() - annotations.rows.keys()),
-        "truth_without_answer": len(annotations.rows.keys() - answers.keys()),
+        **summary(Records.build(cases, records, (0.5,)), Triplet(0.0, 0, 0.5), bootstrap),
+        "auc_from": "top scores of predictions.csv"
+        if predictions
+        else "masks (no predictions.csv beside the submission)",
+        "intervals_by": "patient" if patient_keys else "film",
+        "films_without_truth": len(masks.keys() - annotations.rows.keys()),
+        "truth_without_answer": len(annotations.rows.keys() - masks.keys()),
     }
 
 
-def _predictions(path: Path) -> Mapping[str, tuple[float | None, tuple[int, int]]]:
+def _read_masks(path: Path) -> dict[str, str]:
+    """Return {film id: RLE} of a submission."""
+    rows = read_rows(path)
+    if not rows or rows[0] != HEADER or any(len(row) != 2 for row in rows):
+        raise ConfigError(f"{path} is not a submission (ImageId,EncodedPixels): run `runs.py validate` on it")
+    masks = {row[0]: row[1] for row in rows[1:]}
+    if len(masks) != len(rows) - 1:
+        raise ConfigError(f"{path} has several rows for one film: run `runs.py validate` on it")
+    return masks
+
+
+def _read_predictions(path: Path) -> Mapping[str, tuple[float | None, tuple[int, int]]]:
+    """Return {film id: (top score, (rows, columns))} of a predictions.csv, nothing where there is no such file."""
     if not path.is_file():
         return {}
-    rows = read_rows(path)
-    found: dict[str, tuple[float | None, tuple[int, int]]] = {}
-    for cells in rows[1:]:
-        row = dict(zip(rows[0], cells, strict=False))
+    header, *rows = read_rows(path) or [[]]
+    predictions: dict[str, tuple[float | None, tuple[int, int]]] = {}
+    for cells in rows:
+        row = dict(zip(header, cells, strict=False))
         size = (int(row["rows"]), int(row["columns"])) if row.get("rows") else COMPETITION_SIZE
-        found[row.get("film", "")] = (float(row["top_score"]) if row.get("top_score") else None, size)
-    return found
+        predictions[row.get("film", "")] = (float(row["top_score"]) if row.get("top_score") else None, size)
+    return predictions
