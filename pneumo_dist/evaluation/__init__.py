@@ -1,1 +1,1 @@
-"""Validation of a fold: scores, film notes and the report."""
+"""Validation of a fold: scores, notes on films, and the report."""

@@ -1,6 +1,6 @@
-"""What the evaluation report wants of each film beyond its counts: the mask it got, and how honest its pixels are.
+"""Notes on films beside their records: the mask at the fixed threshold, and pixel counts for the reliability diagram.
 
-Integers and texts only, so that joining ranks or folds in any order gives the same.
+Integers and texts only, so joining ranks or folds in any order gives the same result.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ BINS = 20
 
 @dataclass(eq=False)
 class FilmNotes:
-    """Notes on films, made at one fixed mask threshold."""
+    """Notes on films at one fixed mask threshold."""
 
     threshold: float
     masks: dict[str, str] = field(default_factory=dict)  # id -> RLE at film size
-    pixels: dict[str, NDArray[np.int64]] = field(default_factory=dict)  # id -> (2, BINS): outside and inside the truth
+    pixels: dict[str, NDArray[np.int64]] = field(default_factory=dict)  # id -> (2, BINS)
 
     def __call__(self, case: Case, prob: NDArray[np.float32], truth: NDArray[np.bool_]) -> None:
-        """Note one film; called from threads, each film once. prob and truth are (rows, columns) at film size."""
+        """Note one film; called once per film, from threads. prob and truth are (rows, columns) at film size."""
         self.masks[case.id] = encode_rle(apply_triplet(prob, fixed(self.threshold)))
-        place = np.minimum((prob * BINS).astype(np.uint8), np.uint8(BINS - 1))
-        place += truth.view(np.uint8) * np.uint8(BINS)
-        self.pixels[case.id] = np.bincount(place.ravel(), minlength=2 * BINS).reshape(2, BINS)
+        bins = np.minimum((prob * BINS).astype(np.uint8), np.uint8(BINS - 1))
+        bins += truth.view(np.uint8) * np.uint8(BINS)  # the second row counts the pixels inside the truth
+        self.pixels[case.id] = np.bincount(bins.ravel(), minlength=2 * BINS).reshape(2, BINS)
 
     def join(self, others: Iterable[FilmNotes]) -> None:
         """Add the notes of other ranks or folds."""
@@ -45,11 +45,11 @@ class FilmNotes:
 
     @property
     def total(self) -> NDArray[np.int64]:
-        """Pixels (2, BINS) over all films: outside and inside the truth, by probability."""
+        """Return the pixels of all films, (2, BINS): outside and inside the truth, by probability."""
         return sum(self.pixels.values(), np.zeros((2, BINS), np.int64))
 
     def save(self, folder: Path) -> dict[str, Path]:
-        """Write submission.csv and reliability.json and return them by name."""
+        """Write submission.csv and reliability.json, and return {name: file}."""
         write_submission(folder / "submission.csv", sorted(self.masks.items()))
         outside, inside = self.total.tolist()
         write_json(
@@ -60,8 +60,8 @@ class FilmNotes:
 
     @classmethod
     def load(cls, folder: Path) -> FilmNotes:
-        """Read what `save` wrote; the pixels come back as one sum."""
-        tree = read_json(folder / "reliability.json")
-        masks = {name: text for name, text in read_rows(folder / "submission.csv")[1:]}
-        counts = np.array([tree["pixels_outside"], tree["pixels_inside"]], np.int64)
-        return cls(tree["threshold"], masks, {str(folder): counts})
+        """Read what `save` wrote; the pixels of all films come back as one entry."""
+        stored = read_json(folder / "reliability.json")
+        masks = dict(read_rows(folder / "submission.csv")[1:])
+        counts = np.array([stored["pixels_outside"], stored["pixels_inside"]], np.int64)
+        return cls(stored["threshold"], masks, {str(folder): counts})

@@ -115,8 +115,8 @@ def ranking_curves(top: Floats, positive: NDArray[np.bool_]) -> str:
 def reliability(top: Floats, positive: NDArray[np.bool_], pixels: NDArray[np.int64]) -> str:
     """Plot observed share against predicted probability, for films and for pixels.
 
-    top, positive: (n,) top score and class of the films, drawn in 10 bins. pixels: (2, bins) counts of pixels outside and
-    inside the annotation, by probability.
+    top, positive: (n,) top score and class of the films, drawn in 10 bins.
+    pixels: (2, bins) counts of pixels outside and inside the annotation, by probability.
     """
     with matplotlib.rc_context(_STYLE):
         figure, (film_axes, pixel_axes) = _figure(2)
@@ -146,7 +146,7 @@ def threshold_surface(
     masks: Sequence[float],
     best: tuple[float, int, float],
 ) -> str:
-    """Plot mean Dice by top score and minimum area at the best mask threshold, and the best mean Dice by mask threshold."""
+    """Plot mean Dice by top score and minimum area at the best mask threshold, and its maximum by mask threshold."""
     nearest = [
         int(np.argmin(np.abs(np.asarray(axis) - value))) for axis, value in zip((tops, areas, masks), best, strict=True)
     ]

@@ -131,6 +131,6 @@ def films(
 
 
 def scores(log: RunLog, step: int, entry: Mapping[str, Any], records: Records, threshold: float) -> None:
-    """Show the scores at the fixed threshold (`entry`, a `summary`) and the precision-recall curve of the top scores."""
+    """Show the scores at the fixed threshold (`entry`, a `summary`) and the precision-recall curve of the films."""
     log.scalars(step, {f"evaluation/{name}": entry[name] for name in SCORES} | {"threshold/fixed": threshold})
     log.pr_curve("films by highest score", records.truth_px > 0, records.top, step)
