@@ -21,12 +21,7 @@ import torch
 from pneumo_dist.config import ConfigError
 from pneumo_dist.data.cases import HOLDOUT, Case, read_cases
 from pneumo_dist.data.loaders import fold_cases
-<<<<<<< HEAD
-from pneumo_dist.evaluation.events import evaluated
-=======
-from pneumo_dist.data.preprocess.decoding import cores
 from pneumo_dist.evaluation.events import log_evaluation
->>>>>>> abcbc3f (evaluation: functions under 50 lines, keyword arguments instead of skipped formatting, plain English; history.read reads the curves)
 from pneumo_dist.evaluation.film_notes import FilmNotes
 from pneumo_dist.evaluation.report import Evaluation, write_report
 from pneumo_dist.model.modelfile import load_model, portable, save_model
