@@ -33,10 +33,10 @@ def test_the_worklist(tmp_path):
         write_dicom(films / f"film{i}.dcm", picture(i, 96 + 8 * i, 80))
     (films / "<script>alert(1)<b>.dcm").write_bytes(b"")  # an id may hold anything that a file name may
     model = write_model(tmp_path / "model.pt", triplet=RULE)
-    words = [f"infer.dir={films}", f"infer.models={model}", "infer.label=it", "infer.outputs=csv,overlays"]
-    write_film_plan(task(tmp_path, "infer", words).run)
-    infer.run_part(task(tmp_path, "infer", words))
-    page = infer.merge(task(tmp_path, "merge", words))["report"]
+    overrides = [f"infer.dir={films}", f"infer.models={model}", "infer.label=it", "infer.outputs=csv,overlays"]
+    write_film_plan(task(tmp_path, "infer", overrides).run)
+    infer.run_part(task(tmp_path, "infer", overrides))
+    page = infer.merge(task(tmp_path, "merge", overrides))["report"]
     with Browser(tmp_path / "profile") as browser:
         browser.open(page)
         browser.run("window.scrollTo(0, document.body.scrollHeight)")
@@ -44,7 +44,7 @@ def test_the_worklist(tmp_path):
         assert browser.run("document.querySelectorAll('.film').length") == 8
         assert browser.run("document.images.length") == 7
         scores = browser.run("[...document.querySelectorAll('.film b')].map(b => b.textContent)")
-        assert scores == sorted(scores[:-1], reverse=True) + ["unreadable"]
+        assert scores == [*sorted(scores[:-1], reverse=True), "unreadable"]
         browser.run("document.querySelector('[data-kind=unreadable]').click()")
         assert browser.run("document.querySelector('.film .id').textContent") == "<script>alert(1)<b>"
         browser.run("document.querySelector('[data-kind=all]').click()")
@@ -79,12 +79,12 @@ def test_a_worklist_of_5000_films_opens_at_once(tmp_path):
     assert page.stat().st_size < 600_000
     with Browser(tmp_path / "profile") as browser:
         browser.open(page)
-        asked = len(browser.requests)
-        assert asked < 400  # thumbnails of what is near the screen, not 5,000
+        requested = len(browser.requests)
+        assert requested < 400  # thumbnails of what is near the screen, not 5,000
         for _ in range(3):
             browser.run("window.scrollTo(0, document.body.scrollHeight)")
             browser.until("document.querySelectorAll('.film').length > 120 && " + LOADED)
-        assert asked < len(browser.requests) < 5000
+        assert requested < len(browser.requests) < 5000
         browser.run("order.value = 'low'; order.dispatchEvent(new Event('change'))")
         first = browser.run("document.querySelector('.film .id').textContent")
         assert first == min(rows, key=lambda row: row["top_score"])["film"]
@@ -92,7 +92,7 @@ def test_a_worklist_of_5000_films_opens_at_once(tmp_path):
 
 
 def test_the_evaluation_report(tmp_path):
-    words = [
+    overrides = [
         "phantom.films=16",
         "phantom.size=96",
         "stages=1",
@@ -101,14 +101,14 @@ def test_the_evaluation_report(tmp_path):
         "data.folds=2",
         "evaluate.bootstrap=20",
     ]
-    make_shards(tmp_path, words)
+    make_shards(tmp_path, overrides)
     for name in ("best", "last"):
         write_model(tmp_path / "fold0" / "stage1" / f"{name}.pt")
     (tmp_path / "fold0" / "stage1" / "metrics.jsonl").write_text(
         '{"epoch": 1, "train_loss": 1.0, "loss": 0.9, "dice": 0.5, "dice_positive": 0.1}\n'
         '{"epoch": 2, "train_loss": 0.8, "loss": 0.8, "dice": 0.6, "dice_positive": 0.2}\n'
     )
-    page = evaluate.run(task(tmp_path, "evaluate", words, fold=0))["report"]
+    page = evaluate.run(task(tmp_path, "evaluate", overrides, fold=0))["report"]
     with Browser(tmp_path / "profile") as browser:
         browser.open(page)
         assert browser.run("document.querySelectorAll('figure svg').length") == 6

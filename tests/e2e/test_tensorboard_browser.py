@@ -13,7 +13,7 @@ import pytest
 from pneumo_dist import stages
 from pneumo_dist.model.resnet import ResNet34Encoder
 from pneumo_dist.model.unet import ResNet34UNet
-from pneumo_dist.reports import tensorboard as board
+from pneumo_dist.reports import tensorboard
 from tests.browser import CHROMIUM, Browser
 from tests.dist import small_run
 
@@ -23,9 +23,9 @@ LIMIT_S = 120  # several megabytes of scripts, on a machine that may be busy
 IMAGES = "[...document.querySelectorAll('image-card img')]"
 # Custom scalars are web components: their charts lie in shadow trees.
 CHARTS = """(function count(root) {
-    let found = root.querySelectorAll('vz-line-chart2').length;
-    for (const node of root.querySelectorAll('*')) if (node.shadowRoot) found += count(node.shadowRoot);
-    return found;
+    let charts = root.querySelectorAll('vz-line-chart2').length;
+    for (const node of root.querySelectorAll('*')) if (node.shadowRoot) charts += count(node.shadowRoot);
+    return charts;
 })(document)"""
 
 
@@ -34,8 +34,8 @@ def run_dir(tmp_path_factory):
     channels, widths = ResNet34Encoder.channels, ResNet34UNet.widths
     small_run.thin()
     try:
-        words = ("stages=1,swa", "stage1.epochs=2", "train.log_every=1")
-        run_dir = small_run.prepare(tmp_path_factory.mktemp("made"), *words)
+        overrides = ("stages=1,swa", "stage1.epochs=2", "train.log_every=1")
+        run_dir = small_run.prepare(tmp_path_factory.mktemp("run"), *overrides)
         for stage in ("1", "swa", "evaluate"):
             stages.run_stage(stage, run_dir, fold=0)
     finally:
@@ -47,9 +47,9 @@ def job(folder, run_dir, port):
     """Return command and environment of the script as on a node, where SLURM gives the latter."""
     (folder / "scontrol").write_text("#!/bin/sh\necho localhost\n")
     (folder / "scontrol").chmod(0o755)
-    place = {"SLURM_JOB_ID": str(port), "SLURM_JOB_NODELIST": "localhost", "SLURM_SUBMIT_HOST": "login1"}
+    slurm = {"SLURM_JOB_ID": str(port), "SLURM_JOB_NODELIST": "localhost", "SLURM_SUBMIT_HOST": "login1"}
     search = {"PYTHON": sys.executable, "PATH": f"{folder}:{os.environ['PATH']}"}
-    return ["bash", "slurm/tensorboard.sbatch", str(run_dir)], {**os.environ, **place, **search}
+    return ["bash", "slurm/tensorboard.sbatch", str(run_dir)], {**os.environ, **slurm, **search}
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def served(run_dir, tmp_path):
     port = next(p for p in range(30000, 40000) if socket.socket().connect_ex(("127.0.0.1", p)))
     command, environment = job(tmp_path, run_dir, port)
     log = tmp_path / "log"
-    with open(log, "w") as output:
+    with log.open("w") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
         limit = time.monotonic() + 60
@@ -86,9 +86,9 @@ def test_scalars_images_and_the_first_page_load(run_dir, served, tmp_path):
         browser.until(f"{CELLS}.includes('fold0/stage1/tensorboard')", LIMIT_S)
         browser.until(f"{CELLS}.includes('{scores['dice_all_empty']:.4g}')", LIMIT_S)
         browser.until(f"{IMAGES}.length > 1 && {IMAGES}.every(image => image.complete)", LIMIT_S)
-        assert set(browser.run(f"{IMAGES}.map(image => image.naturalWidth)")) == {3 * board.PANEL_PX}
+        assert set(browser.run(f"{IMAGES}.map(image => image.naturalWidth)")) == {3 * tensorboard.PANEL_PX}
         browser.call("Page.navigate", url=f"{address}#custom_scalars")
-        browser.until(f"{CHARTS} >= {len(board.layout(False, False)['Does it learn?'])}", LIMIT_S)
+        browser.until(f"{CHARTS} >= {len(tensorboard.layout(False, False)['Learning'])}", LIMIT_S)
         assert all(url.startswith((address, "data:", "blob:", "chrome:", "about:")) for url in browser.requests)
 
 

@@ -1,5 +1,7 @@
 """Probabilities, film size and records: one forward pass, whose bits depend on the film and the models only."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -41,10 +43,10 @@ def test_flips_are_averaged_before_any_threshold(model):
     with torch.inference_mode():
         plain = torch.sigmoid(model(normalise(images)))[:, 0]
         mirrored = torch.sigmoid(model(normalise(images.flip(-1)))).flip(-1)[:, 0]
-    found = Predictor([model], 32, tta="hflip").probabilities(images)
-    assert found.dtype == torch.float32 and found.shape == (3, 32, 32)
+    probabilities = Predictor([model], 32, tta="hflip").probabilities(images)
+    assert probabilities.dtype == torch.float32 and probabilities.shape == (3, 32, 32)
     # The reference forwards the batch as a whole: other kernels, other rounding.
-    torch.testing.assert_close(found, (plain + mirrored) / 2, atol=1e-5, rtol=0)
+    torch.testing.assert_close(probabilities, (plain + mirrored) / 2, atol=1e-5, rtol=0)
     assert not torch.allclose(plain, mirrored, atol=1e-3)
 
 
@@ -57,7 +59,7 @@ def test_a_films_bits_depend_on_neither_batch_nor_threads(model, size):
         whole = predictor.probabilities(images)
         assert torch.get_num_threads() == 2  # the caller's setting stays
         for cut in ([0, 6], [0, 1, 6], [0, 2, 4, 6], [0, 5, 6]):
-            parts = [predictor.probabilities(images[a:b]) for a, b in zip(cut, cut[1:], strict=False)]
+            parts = [predictor.probabilities(images[a:b]) for a, b in itertools.pairwise(cut)]
             assert torch.equal(torch.cat(parts), whole)
         torch.set_num_threads(1)
         assert torch.equal(predictor.probabilities(images.flip(0)).flip(0), whole)

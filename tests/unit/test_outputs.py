@@ -43,9 +43,9 @@ def test_a_valid_submission_has_no_problems(folder, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "wanted"),
     [
-        ([("a", GOOD), ("b", "-1")], "1 films have no row, the first is broken"),
-        ([("a", GOOD), ("a", GOOD), ("b", "-1"), ("broken", "-1")], "a is answered twice"),
-        ([("a", GOOD), ("b", "-1"), ("broken", "-1"), ("c", "-1")], "c is not among the films"),
+        ([("a", GOOD), ("b", "-1")], "1 films have no row (first: broken)"),
+        ([("a", GOOD), ("a", GOOD), ("b", "-1"), ("broken", "-1")], "a has a second row"),
+        ([("a", GOOD), ("b", "-1"), ("broken", "-1"), ("c", "-1")], "c is not one of the films"),
         ([("a", "1199 1"), ("b", "-1"), ("broken", "-1")], None),  # the last pixel of 40 x 30
         ([("a", "1199 2"), ("b", "-1"), ("broken", "-1")], "past the 40 x 30 film"),
         ([("a", "-1"), ("b", "1000 1"), ("broken", "-1")], "past the 20 x 50 film"),
@@ -56,7 +56,7 @@ def test_a_valid_submission_has_no_problems(folder, tmp_path):
         ([("a", " 3 2"), ("b", "-1"), ("broken", "-1")], "shortest form"),
         ([("a", ""), ("b", "-1"), ("broken", "-1")], "empty cell"),
         ([("a", " -1"), ("b", "-1"), ("broken", "-1")], "shortest form"),
-        ([("a", "-1"), ("b", "-1"), ("broken", GOOD)], "broken cannot be read, so its answer must be -1"),
+        ([("a", "-1"), ("b", "-1"), ("broken", GOOD)], "broken cannot be read, so its row must be -1"),
         ([("a", "-1,x"), ("b", "-1"), ("broken", "-1")], "3 cells"),
     ],
 )
@@ -169,7 +169,7 @@ def test_an_overlay_shows_film_contour_and_caption(shape):
     drawn = pictures.overlay(grey, mask, ["PNEUMOTHORAX  score 0.97", "film"])
     bar = drawn.shape[0] - shape[0]
     assert drawn.shape[1:] == (shape[1], 3) and bar > 0
-    orange = np.abs(drawn.astype(int) - pictures.FOUND).max(2) < 40
+    orange = np.abs(drawn.astype(int) - pictures.PREDICTION).max(2) < 40
     assert orange[bar:].any()  # the contour
     inside = drawn[bar + int(shape[0] * 0.37), int(shape[1] * 0.37)]
     assert inside.tolist() == [90, 90, 90]  # the film itself is not covered

@@ -1,4 +1,4 @@
-"""The report pages as text: self-contained, escaped, deterministic, with what they promise. A browser test is in e2e."""
+"""The report pages as text: self-contained, escaped, deterministic, complete. tests/e2e opens them in a browser."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from pneumo_dist.reports import page, plots
 from pneumo_dist.scoring.metrics import Records
 from tests.films import make_shards, task, write_model
 
-WORDS = [
+OVERRIDES = [
     "phantom.films=14",
     "phantom.size=96",
     "stages=1",
@@ -27,9 +27,9 @@ WORDS = [
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
-    make_shards(run, WORDS)
+    make_shards(run, OVERRIDES)
     write_model(run / "fold0" / "stage1" / "best.pt")
-    evaluate.run(task(run, "evaluate", WORDS, fold=0))
+    evaluate.run(task(run, "evaluate", OVERRIDES, fold=0))
     return run / "fold0" / "evaluate"
 
 
@@ -86,8 +86,9 @@ def test_the_evaluation_report_has_every_part(evaluated):
     text = (evaluated / "report.html").read_text()
     assert_self_contained(text)
     for part in (
-        "fixed threshold 0.55", "fixed threshold 0.5", "tuned on other patients", "tuned in-sample (optimistic)", "every film called empty",
-        "Weights side by side", "ROC, by film", "precision-recall", "Calibration", "Threshold search", "by size of the annotated mask",
+        "fixed threshold 0.55", "fixed threshold 0.5", "thresholds tuned by cross-fitting", "tuned on the scored films (optimistic)", "all empty (baseline)",
+        "Comparison of weights", "ROC, by film", "precision-recall", "Reliability diagram (diagonal: perfectly calibrated)",
+        "Threshold search on the scored films (optimistic)", "by size of the annotated mask",
         "Subgroups", "sex F", "Worst films with pneumothorax", "Best films with pneumothorax", "evaluate.mask_thresholds",
     ):  # fmt: skip
         assert part in text, part
@@ -95,21 +96,21 @@ def test_the_evaluation_report_has_every_part(evaluated):
     assert links and links == {f"overlays/{path.name}" for path in (evaluated / "overlays").iterdir()}
 
 
-def records_of(truth, found):
+def records_of(truth, predicted):
     n = len(truth)
     zeros = np.zeros(n, np.int64)
     return Records(
         ids=np.array([f"f{i}" for i in range(n)]), groups=zeros, folds=zeros, truth_px=np.array(truth), film_px=zeros + 1000,
-        top=np.ones(n, np.float32), thresholds=np.array([0.5]), areas=np.array(found)[:, None],
-        hits=np.minimum(truth, found)[:, None], views=np.array([""] * n), sexes=np.array([""] * n),
+        top=np.ones(n, np.float32), thresholds=np.array([0.5]), areas=np.array(predicted)[:, None],
+        hits=np.minimum(truth, predicted)[:, None], views=np.array([""] * n), sexes=np.array([""] * n),
     )  # fmt: skip
 
 
-def test_the_films_shown_are_the_telling_ones():
+def test_the_galleries_show_the_worst_the_best_and_the_largest_false_positives():
     chosen = pick(records_of([100, 100, 0, 0, 0, 100], [10, 90, 0, 5, 50, 100]), 0.5)
     assert chosen["Worst films with pneumothorax"] == [0, 1, 5]
     assert chosen["Best films with pneumothorax"] == [5, 1, 0]
-    assert chosen["Largest false alarms"] == [4, 3]
+    assert chosen["Largest false positives"] == [4, 3]
 
 
 def test_plots_of_degenerate_data_do_not_fail():
@@ -127,4 +128,4 @@ def test_plots_of_degenerate_data_do_not_fail():
 
 def test_cells_are_escaped_and_rounded():
     text = page.table(("a", "b"), [("", ["<x>", 0.123456]), ("", ["y", None])])
-    assert "&lt;x&gt;" in text and "0.1235" in text and "–" in text
+    assert "&lt;x&gt;" in text and "0.1235" in text and "<td>-</td>" in text

@@ -1,4 +1,4 @@
-"""TensorBoard says what happened, once, whatever was interrupted; it names no patient and changes no bit of a training."""
+"""TensorBoard shows every step once, also over interruptions; it names no patient and changes no bit of a training."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from pneumo_dist.data.films.rle import encode_rle
 from pneumo_dist.data.loaders import fold_cases
 from pneumo_dist.model.resnet import ResNet34Encoder
 from pneumo_dist.model.unet import ResNet34UNet
-from pneumo_dist.reports import tensorboard as board
+from pneumo_dist.reports import tensorboard
 from pneumo_dist.runtime import history
 from pneumo_dist.runtime.runlog import RunLog
 from pneumo_dist.runtime.stopping import Stopped, StopSignal
@@ -33,19 +33,20 @@ WORDS = ("stages=1,swa", "stage1.epochs=3", "train.log_every=1", "evaluate.thres
 STEPS, EPOCH_ENDS = list(range(1, 7)), [2, 4, 6]  # 10 training films in batches of 4
 STEP_TAGS = {"loss/step", "loss/step_bce", "loss/step_dice", "train/lr", "train/grad_norm",
              "speed/images_per_s", "speed/wait_share"}  # fmt: skip
-SCORE_TAGS = {f"evaluation/{name}" for name in board.SCORES}
+SCORE_TAGS = {f"evaluation/{name}" for name in tensorboard.SCORES}
 EPOCH_TAGS = {"loss/train", "loss/validation", "loss/validation_bce", "loss/validation_dice", "evaluation/best_dice",
               "threshold/fixed", "speed/epoch_images_per_s", "speed/epoch_wait_share"} | SCORE_TAGS  # fmt: skip
 
 
 def events(folder):
-    """Everything in a folder of events, as TensorBoard's own Python reader sees it; nothing is sampled away."""
-    found = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
-    return found.Reload()
+    """All events of a folder, read by TensorBoard's own Python reader without sampling."""
+    return EventAccumulator(
+        str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0}
+    ).Reload()
 
 
-def points(found, tag):
-    return {e.step: e.value for e in found.Scalars(tag)}
+def points(accumulator, tag):
+    return {e.step: e.value for e in accumulator.Scalars(tag)}
 
 
 def stop_at(monkeypatch, run_dir, step):
@@ -111,8 +112,8 @@ def test_a_restart_is_visible(trained):
     assert [(e.step, e.value) for e in trained.Scalars("run/attempt")] == [
         (0, 1), (1, 1), (2, 1), (3, 1), (3, 2), (4, 2), (5, 2), (6, 2),
     ]  # fmt: skip
-    said = [t.tensor_proto.string_val[0].decode() for t in trained.Tensors("run/attempts/text_summary")]
-    assert [text[:26] for text in said] == ["attempt 1 from batch 0 on,", "attempt 2 from batch 3 on,"]
+    texts = [t.tensor_proto.string_val[0].decode() for t in trained.Tensors("run/attempts/text_summary")]
+    assert [text[:26] for text in texts] == ["attempt 1 from batch 0 on,", "attempt 2 from batch 3 on,"]
 
 
 def test_the_values_are_those_of_the_training(run_dir, trained):
@@ -120,7 +121,7 @@ def test_the_values_are_those_of_the_training(run_dir, trained):
     rows = history.read(run_dir / "fold0" / "stage1" / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     for i, row in enumerate(rows):
-        shown = {name: row[name] for name in board.SCORES} | {"best_dice": row["best_dice"]}
+        shown = {name: row[name] for name in tensorboard.SCORES} | {"best_dice": row["best_dice"]}
         for name, value in shown.items():
             assert points(trained, f"evaluation/{name}")[EPOCH_ENDS[i]] == pytest.approx(value), name
         for tag, name in (("train", "train_loss"), ("validation", "loss"), ("validation_bce", "loss_bce")):
@@ -142,7 +143,7 @@ def test_the_values_are_those_of_the_training(run_dir, trained):
 
 def test_the_same_films_are_drawn_at_every_epoch_and_at_the_end(run_dir, trained, evaluated):
     _, cases = fold_cases(read_cases(run_dir / "shards"), 0)
-    chosen = board.fixed_films(cases)
+    chosen = tensorboard.fixed_films(cases)
     assert {"overlay/mask_1_largest", "overlay/mask_3_median", "overlay/no_mask_1"} <= set(chosen)
     assert set(trained.Tags()["images"]) == set(chosen)
     assert {tag for tag in evaluated.Tags()["images"] if not tag.startswith("worst/")} == set(chosen)
@@ -151,7 +152,7 @@ def test_the_same_films_are_drawn_at_every_epoch_and_at_the_end(run_dir, trained
         shown = trained.Images(tag)[-1]
         picture = cv2.imdecode(np.frombuffer(shown.encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
         assert picture.shape[:2] == (shown.height, shown.width)
-        film, truth, _ = np.split(picture[-board.PANEL_PX :].astype(int), 3, axis=1)
+        film, truth, _ = np.split(picture[-tensorboard.PANEL_PX :].astype(int), 3, axis=1)
         assert np.abs(film - film[:, :, :1]).max() < 40  # grey: no contour on the film itself (JPEG blurs colours)
         coloured = np.abs(truth - truth[:, :, :1]).max() > 60
         assert coloured == bool(case.label)
@@ -160,14 +161,14 @@ def test_the_same_films_are_drawn_at_every_epoch_and_at_the_end(run_dir, trained
 
 
 def test_the_ranking_of_the_films_is_a_precision_recall_curve(trained, evaluated):
-    for found, steps in ((trained, EPOCH_ENDS), (evaluated, [0])):
-        curves = found.Tensors("films by highest score")
+    for accumulator, steps in ((trained, EPOCH_ENDS), (evaluated, [0])):
+        curves = accumulator.Tensors("films by highest score")
         assert [c.step for c in curves] == steps
         curve = np.array(
             curves[-1].tensor_proto.float_val or np.frombuffer(curves[-1].tensor_proto.tensor_content, np.float32)
         )
         true_positives, false_positives = curve.reshape(6, -1)[:2]
-        assert (true_positives[0], false_positives[0]) == (4, 6)  # at threshold 0 every validation film is called
+        assert (true_positives[0], false_positives[0]) == (4, 6)  # at threshold 0 every validation film is positive
 
 
 def test_no_patient_is_named(run_dir):
@@ -177,8 +178,8 @@ def test_no_patient_is_named(run_dir):
 
 
 def test_settings_stand_beside_the_last_scores(trained, evaluated):
-    for found, stage in ((trained, "1"), (evaluated, "evaluate")):
-        content = found.SummaryMetadata(hparams_metadata.SESSION_START_INFO_TAG).plugin_data.content
+    for accumulator, stage in ((trained, "1"), (evaluated, "evaluate")):
+        content = accumulator.SummaryMetadata(hparams_metadata.SESSION_START_INFO_TAG).plugin_data.content
         values = hparams_metadata.parse_session_start_info_plugin_data(content).hparams
         assert values["stage"].string_value == stage and values["fold"].string_value == "0"
         assert values["stage1.epochs"].number_value == 3 and values["stages"].string_value == "1,swa"
@@ -198,7 +199,7 @@ def test_every_chart_of_the_first_page_has_something_to_show(trained):
     for chart in charts:
         for pattern in chart.multiline.tag:
             assert any(re.match(pattern, tag) for tag in trained.Tags()["scalars"]), (chart.title, pattern)
-    more = board.layout(cuda=True, scaled=True)["Does it run well?"].values()
+    more = tensorboard.layout(cuda=True, scaled=True)["Throughput and stability"].values()
     assert ["speed/gpu_memory_mib"] in more and ["train/amp_scale"] in more
 
 
@@ -206,7 +207,7 @@ def test_the_evaluation_shows_what_scores_json_says(run_dir, evaluated):
     scores = json.loads((run_dir / "fold0" / "evaluate" / "scores.json").read_text())
     learned = json.loads((run_dir / "fold0" / "evaluate" / "thresholds.json").read_text())["triplet"]
     tags = {tag: points(evaluated, tag)[0] for tag in evaluated.Tags()["scalars"]}
-    for name in board.SCORES:
+    for name in tensorboard.SCORES:
         assert tags[f"evaluation/{name}"] == pytest.approx(scores["headline"]["fixed"][name])
     assert tags["rule/cross_fitted/dice"] == pytest.approx(scores["headline"]["cross_fitted"]["dice"])
     assert tags["rule/in_sample_optimistic/dice"] == pytest.approx(scores["optimistic"]["in_sample_triplet"]["dice"])
@@ -284,12 +285,12 @@ def film(name, area):
 
 def test_fixed_films_are_large_median_small_and_empty_ones():
     cases = [film("a", 0), film("b", 5), film("c", 300), film("d", 0), film("e", 40), film("f", 100), film("g", 7)]
-    chosen = {tag.removeprefix("overlay/"): case.id for tag, case in board.fixed_films(cases).items()}
+    chosen = {tag.removeprefix("overlay/"): case.id for tag, case in tensorboard.fixed_films(cases).items()}
     assert chosen == {"mask_1_largest": "c", "mask_2_second": "f", "mask_3_median": "e", "mask_4_smallest": "b",
                       "no_mask_1": "a", "no_mask_2": "d"}  # fmt: skip
-    assert board.fixed_films(cases[::-1]) == board.fixed_films(cases)
+    assert tensorboard.fixed_films(cases[::-1]) == tensorboard.fixed_films(cases)
     for few in ([], [film("a", 0)], [film("b", 5)], [film("b", 5), film("c", 9)], [film("a", 0), film("b", 5)]):
-        assert sorted(case.id for case in board.fixed_films(few).values()) == [case.id for case in few]
+        assert sorted(case.id for case in tensorboard.fixed_films(few).values()) == [case.id for case in few]
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -18,7 +18,7 @@ TOPS, AREAS = (0.0, 0.4, 0.6, 0.8, 0.95), (0, 500, 2000, 20_000)
 
 
 def make_records(n: int, seed: int, thresholds: tuple[float, ...] = GRID, coarse: bool = True) -> Records:
-    """Counts as a model of middling skill gives them; `coarse` puts many films exactly on grid values."""
+    """Counts like those of a moderately good model; `coarse` puts many films exactly on grid values."""
     rng = np.random.default_rng(seed)
     positive = rng.random(n) < 0.3
     film_px = rng.choice([1024 * 1024, 512 * 512, 900 * 1100], n)
@@ -68,7 +68,7 @@ def test_equal_triplets_are_decided_towards_the_fewest_emptied_films() -> None:
 
 
 def test_a_tie_is_a_tie_though_its_sums_differ_in_the_last_bit() -> None:
-    """Films of Dice 0.7, 0.2, 0.1 gain what an empty film called positive loses; in floating point 1e-16 less."""
+    """Films of Dice 0.7, 0.2, 0.1 gain what a negative film predicted positive loses; in floating point 1e-16 less."""
     records = Records(
         ids=np.array(list("abcd")), groups=np.arange(4), folds=np.zeros(4, np.int64),
         truth_px=np.array([100, 100, 100, 0]), film_px=np.full(4, 1024**2), top=np.full(4, 0.5, np.float32),
@@ -90,7 +90,7 @@ def test_no_films_and_unrecorded_thresholds_are_refused() -> None:
     records = make_records(20, seed=4)
     with pytest.raises(ValueError, match="no films"):
         search(records.select(np.arange(0)), TOPS, AREAS)
-    with pytest.raises(ValueError, match="0.42 was not recorded"):
+    with pytest.raises(ValueError, match=r"0\.42 was not recorded"):
         search(records, TOPS, AREAS, (0.42,))
 
 
@@ -101,11 +101,11 @@ def test_cross_fit_decides_each_film_by_the_triplet_of_the_other_parts(by: str) 
     assert fit is not None
     assert len(fit.triplets) == (5 if by == "fold" else 4) == len(np.unique(fit.part))
     for p, triplet in enumerate(fit.triplets):
-        mine = fit.part == p
-        assert triplet == search(records.select(~mine), TOPS, AREAS)[0]
-        own = decide(records.select(mine), triplet)
-        np.testing.assert_array_equal(fit.decisions.area[mine], own.area)
-        np.testing.assert_array_equal(fit.decisions.hits[mine], own.hits)
+        held_out = fit.part == p
+        assert triplet == search(records.select(~held_out), TOPS, AREAS)[0]
+        decisions = decide(records.select(held_out), triplet)
+        np.testing.assert_array_equal(fit.decisions.area[held_out], decisions.area)
+        np.testing.assert_array_equal(fit.decisions.hits[held_out], decisions.hits)
 
 
 def test_cross_fit_keeps_a_patient_in_one_part_and_spreads_the_positives() -> None:
@@ -123,23 +123,23 @@ def test_cross_fit_keeps_a_patient_in_one_part_and_spreads_the_positives() -> No
 def test_a_films_own_truth_does_not_reach_its_triplet() -> None:
     records = make_records(200, seed=7)
     fit = cross_fit(records, TOPS, AREAS, by="fold")
-    mine = records.folds == 2
+    held_out = records.folds == 2
     changed = replace(
-        records, truth_px=np.where(mine, 0, records.truth_px), hits=np.where(mine[:, None], 0, records.hits)
+        records, truth_px=np.where(held_out, 0, records.truth_px), hits=np.where(held_out[:, None], 0, records.hits)
     )
     again = cross_fit(changed, TOPS, AREAS, by="fold")
     assert fit is not None and again is not None
     assert fit.triplets[2] == again.triplets[2]
-    np.testing.assert_array_equal(fit.decisions.area[mine], again.decisions.area[mine])
+    np.testing.assert_array_equal(fit.decisions.area[held_out], again.decisions.area[held_out])
 
 
 def test_cross_fit_is_deterministic_by_seed() -> None:
     records = make_records(200, seed=8)
-    one, two, other = (cross_fit(records, TOPS, AREAS, seed=s) for s in (1, 1, 2))
-    assert one is not None and two is not None and other is not None
-    np.testing.assert_array_equal(one.part, two.part)
-    np.testing.assert_array_equal(one.decisions.hits, two.decisions.hits)
-    assert (one.part != other.part).any()
+    first, repeated, reseeded = (cross_fit(records, TOPS, AREAS, seed=s) for s in (1, 1, 2))
+    assert first is not None and repeated is not None and reseeded is not None
+    np.testing.assert_array_equal(first.part, repeated.part)
+    np.testing.assert_array_equal(first.decisions.hits, repeated.decisions.hits)
+    assert (first.part != reseeded.part).any()
 
 
 def test_one_patient_or_one_fold_cannot_be_cross_fitted() -> None:
