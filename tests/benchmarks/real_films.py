@@ -151,7 +151,7 @@ def cell(entry: dict[str, Any], name: str) -> str:
 def report(parts: dict[str, list[Path]], config: configuration.Config) -> dict[str, Any]:
     """Pool the folds of each arm, print the table, and return every score."""
     result: dict[str, Any] = {}
-    head = f"{'arm and decision':40}" + "".join(f"{title:>22}" for title in SHOWN.values())
+    head = f"{'arm and decision':52}" + "".join(f"{title:>22}" for title in SHOWN.values())
     for arm, files in parts.items():
         records = Records.concatenate(Records.load(path) for path in files)
         tuned = scorecard.tune(records, config.evaluate, by="fold")
@@ -163,11 +163,11 @@ def report(parts: dict[str, list[Path]], config: configuration.Config) -> dict[s
             print(head)
             empty = scores["headline"]["fixed"]
             print(
-                f"{'every film empty':40}{cell(empty, 'dice_all_empty'):>22}{0:>22.3f}{0.5:>22.3f}{0:>22.3f}{1:>22.3f}"
+                f"{scorecard.ALL_EMPTY:52}{cell(empty, 'dice_all_empty'):>22}{0:>22.3f}{0.5:>22.3f}{0:>22.3f}{1:>22.3f}"
             )
             head = ""
         for label, entry in scorecard.headline_lines(scores):
-            print(f"{arm + ': ' + label:40}" + "".join(f"{cell(entry, name):>22}" for name in SHOWN))
+            print(f"{arm + ': ' + label:52}" + "".join(f"{cell(entry, name):>22}" for name in SHOWN))
     return result
 
 
