@@ -9,7 +9,8 @@ from launch.monitor.outcome import print_result
 from launch.planning import checks
 from launch.planning.arguments import Request
 from launch.planning.estimates import estimates
-from launch.planning.plan import Plan, check_recipe, make_plan, missing_line, resolve, title
+from launch.planning.plan import Plan, check_recipe, make_plan, missing_line, title
+from launch.planning.recipe import resolve
 from launch.planning.site import choose_site
 from pneumo_dist.config import ConfigError
 

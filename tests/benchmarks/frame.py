@@ -6,6 +6,7 @@ No torch in here: the start-up benchmark must not pay for it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import importlib.metadata
@@ -18,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-import contextlib
 
 Values = dict[str, list[float]]
 PACKAGES = (

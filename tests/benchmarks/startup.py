@@ -9,6 +9,7 @@ first point in that file. Parts by these marks; a training start is repeated wit
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -21,7 +22,6 @@ from pathlib import Path
 from tests.benchmarks import frame
 from tests.benchmarks.environment import ROOT
 from tests.benchmarks.frame import Table
-import itertools
 
 SPY = """
 import json, os, sys, time

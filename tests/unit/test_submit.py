@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,7 +25,6 @@ from pneumo_dist import done
 from pneumo_dist.config import ConfigError
 from pneumo_dist.run import RunFolder
 from tests.unit.squeue import squeue
-import contextlib
 
 ROOT = Path(__file__).resolve().parents[2]
 
