@@ -1,6 +1,6 @@
 #!/bin/bash
-# From nothing to scores on one machine: .venv, requirements, then the whole chain on synthetic films with two
-# worker processes. Needs no SLURM, no GPU and no data; further words go to submit.py.
+# Quick start on one machine: make .venv, install the requirements, run the whole chain on synthetic films with two
+# worker processes. Needs no SLURM, GPU or data. Arguments are passed on to submit.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup_env.sh

@@ -47,7 +47,7 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     shared = Parser(add_help=False)
-    root = Path(bootstrap.ROOT, "runs")
+    root = bootstrap.ROOT / "runs"
     shared.add_argument("--run-root", default=str(root), help="folder that holds the runs (default runs/)")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     commands.add_parser("list", parents=[shared], help="list all runs")

@@ -1,6 +1,6 @@
 #!/bin/bash
-# The virtual environment .venv with requirements.txt. Run it (`bash launch/setup_env.sh`), or source it and call
-# ensure_venv. Does nothing when all is in place; installs nowhere else. PYTHON=... chooses the interpreter.
+# Make the virtual environment .venv and install requirements.txt in it, unless that is done. Installs nowhere else.
+# Run it (`bash launch/setup_env.sh`), or source it and call ensure_venv. PYTHON=... selects the interpreter.
 
 ensure_venv() {
     local root python candidate wanted stamp
@@ -15,7 +15,7 @@ ensure_venv() {
             if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$candidate; break; fi
         done
         if [ -z "$python" ]; then
-            echo "error: Python 3.11 or newer is needed (found: $(python3 --version 2>&1)): install it, or name one with PYTHON=..." >&2
+            echo "error: Python 3.11 or newer is required (python3 is $(python3 --version 2>&1)): install it, or name one with PYTHON=..." >&2
             return 2
         fi
         echo "making .venv with $("$python" --version)"
@@ -25,9 +25,9 @@ ensure_venv() {
             return 2
         fi
     fi
-    echo "installing requirements.txt into .venv (once; minutes)"
+    echo "installing requirements.txt into .venv (once; takes minutes)"
     if ! "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt"; then
-        echo "error: pip could not install requirements.txt (see above): correct it and repeat" >&2
+        echo "error: pip could not install requirements.txt (see above): correct the cause and run this again" >&2
         return 2
     fi
     echo "$wanted" >"$stamp"

@@ -1,4 +1,4 @@
-"""`--wait`: follow submitted jobs until they have ended, and say how. Cancels nothing, whatever happens here."""
+"""`--wait`: follow submitted jobs until they have ended, and return their result. Never cancels a job."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from launch.state import slurm_client as slurm
 from pneumo_dist import done
 from pneumo_dist.chain import closing
 
-POLL_S = (2.0, 10.0)  # first and longest pause between two looks
+POLL_S = (2.0, 10.0)  # first and longest pause between two queries
 SETTLE_S = 20.0  # how long a shared file system may take to show the last DONE.json
 
 
 def _state(rows: list[slurm.JobState]) -> str:
-    """Return a few words for a job, or for all elements of an array."""
+    """Return the state of a job, or of all tasks of an array, as text."""
     names = sorted({row.state for row in rows}, key=lambda name: (name not in slurm.LIVE, name))
     live = [row for row in rows if row.live]
     text = "+".join(names) if names else "ENDED"
@@ -32,39 +32,39 @@ def _state(rows: list[slurm.JobState]) -> str:
 
 
 def follow(plan: Plan, submitted: dict[str, str]) -> int:
-    """Print every change of the jobs until none is left, and return 0 when all of the plan is done, else 1."""
+    """Print every change of state until all jobs have ended; return 0 (all done), 1 (not all), 130 (Ctrl-C)."""
     display = Display()
     began = time.time()
-    pause, quiet_looks, complained = POLL_S[0], 0, False
-    told: dict[str, str] = {}
+    pause, idle_queries, reported_error = POLL_S[0], 0, False
+    shown: dict[str, str] = {}
     try:
-        while quiet_looks < 2:  # a job that is being requeued may be missing from one look
+        while idle_queries < 2:  # one query may miss a job that is being requeued
             time.sleep(pause)
             pause = min(POLL_S[1], pause * 1.2)
             try:
                 rows = slurm.queued(submitted.values())
             except slurm.SlurmError as error:
-                if not complained:
+                if not reported_error:
                     display.say(f"{error}: waiting for SLURM to answer again")
-                complained = True
+                reported_error = True
                 continue
-            complained = False
+            reported_error = False
             running = {}
             for node in plan.todo:
                 job_id = submitted[node.key]
-                mine = [row for row in rows if row.parent == job_id]
-                state = _state(mine)
-                if told.get(node.key) != state:
-                    told[node.key] = state
+                tasks = [row for row in rows if row.parent == job_id]
+                state = _state(tasks)
+                if shown.get(node.key) != state:
+                    shown[node.key] = state
                     display.say(f"{time.strftime('%H:%M:%S')} {node.key:18} {job_id:>8} {state}")
-                if any(row.state == "RUNNING" for row in mine):
+                if any(row.state == "RUNNING" for row in tasks):
                     running[node.key] = progress.of(plan.run, node, began)
-            display.progress({key: (at.share, str(at)) for key, at in running.items() if at})
-            quiet_looks = 0 if any(row.live for row in rows) else quiet_looks + 1
+            display.progress({key: (now.share, str(now)) for key, now in running.items() if now})
+            idle_queries = 0 if any(row.live for row in rows) else idle_queries + 1
     except KeyboardInterrupt:
-        display.close()  # it would take away what is written below it
+        display.close()  # before the next lines: it would erase them
         print(
-            f"\nno longer waiting; the jobs go on (python launch/runs.py cancel {plan.runs_argument} stops them)",
+            f"\nno longer waiting; the jobs continue (python launch/runs.py cancel {plan.runs_argument} cancels them)",
             file=sys.stderr,
         )
         return 130
@@ -74,6 +74,7 @@ def follow(plan: Plan, submitted: dict[str, str]) -> int:
 
 
 def _result(plan: Plan, submitted: dict[str, str]) -> int:
+    """Print the result, or why a job failed, and return the exit status."""
     deadline = time.monotonic() + SETTLE_S
     while True:
         undone = [node for node in plan.todo if done.differences(plan.run, closing(node.stage), node.fold) != []]
@@ -84,11 +85,11 @@ def _result(plan: Plan, submitted: dict[str, str]) -> int:
             states = slurm.states(submitted.values())
         except slurm.SlurmError:
             states = {}
-        ended_well = all(row.state == "COMPLETED" for row in states.values())
-        if not ended_well or time.monotonic() > deadline:
+        completed = all(row.state == "COMPLETED" for row in states.values())
+        if not completed or time.monotonic() > deadline:
             break
         time.sleep(1)
     answer = query_slurm([plan.run])
-    said = trouble([row for row in job_rows(plan.run, answer) if row.node.key in submitted])
-    print(f"error: {said or answer.note or f'{undone[-1].key} ended without a result'}", file=sys.stderr)
+    failures = trouble([row for row in job_rows(plan.run, answer) if row.node.key in submitted])
+    print(f"error: {failures or answer.note or f'{undone[-1].key} ended without a result'}", file=sys.stderr)
     return 1

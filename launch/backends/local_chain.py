@@ -132,10 +132,8 @@ class _LocalChain:
         index, status = outcome.failed or (0, 1)
         end = f"was killed by signal {-status}" if status < 0 else f"exited with {status}"
         # The worker that failed first comes first: the others may only report that it is gone.
-        line, log = failure_line([group[index].log, *(worker.log for worker in group)]) or (
-            "no message",
-            group[index].log,
-        )
+        logs = [group[index].log, *(worker.log for worker in group)]
+        line, log = failure_line(logs) or ("no message", logs[0])
         print(f"error: {title}: process {index} {end}: {line}", file=sys.stderr)
         print(f"log: {log}; after correcting the cause, the same command continues", file=sys.stderr)
 

@@ -125,7 +125,7 @@ def _setup_lines(spec: JobSpec) -> list[str]:
     return [
         *spec.profile.setup,
         f"export PYTHONPATH={shlex.quote(str(spec.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        # `python -m` puts the current directory first: a job submitted in the checkout would run that code.
+        # `python -m` searches the current directory first: in the checkout it would not run the copy.
         "export PYTHONSAFEPATH=1",
         # srun of SLURM 22.05 to 23.02 does not inherit --cpus-per-task from the job.
         "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",

@@ -112,7 +112,7 @@ def outcome_text(run: Run, folds: tuple[int, ...]) -> str:
         pass  # no folder to infer on
     paths = [f"{name:14}{short_path(path)}" for name, path in results if path.exists()]
     if any(run.folder.glob("fold*/*/tensorboard")):
-        program = short_path(Path(bootstrap.ROOT) / "launch" / "runs.py")
+        program = short_path(bootstrap.ROOT / "launch" / "runs.py")
         paths.append(f"{'TensorBoard':14}python {program} tensorboard {short_path(run.folder)}")
     blocks = ["\n".join(block) for block in (scores, paths) if block]
     return "\n" + "\n\n".join(blocks) if blocks else ""
