@@ -16,10 +16,10 @@ from pneumo_dist import config as configuration
 from pneumo_dist.chain import STAGES, job_key, upstream
 from pneumo_dist.config import Config, ConfigError
 from pneumo_dist.data.cases import find_films
+from pneumo_dist.model.start import start_path
 from pneumo_dist.run import Run, pooled_thresholds
 from pneumo_dist.runtime.files import read_json, sha256_file, sha256_text, write_json
 from pneumo_dist.runtime.task import Task
-from pneumo_dist.model.start import start_path
 
 log = logging.getLogger(__name__)
 

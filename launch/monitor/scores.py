@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pneumo_dist.runtime.files import read_json
+from pneumo_dist.scoring.scorecard import ALL_EMPTY, CROSS_FITTED
 from pneumo_dist.scoring.submission_csv import score_submission, validate_submission
 
 COLUMNS = {
@@ -14,7 +15,7 @@ COLUMNS = {
     "sensitivity": "sensitivity",
     "specificity": "specificity",
 }
-LABEL_WIDTH = 34  # "thresholds tuned by cross-fitting" and a space
+LABEL_WIDTH = len(CROSS_FITTED) + 1  # the longest label
 SUBMISSION_SCORES = (
     "dice",
     "dice_all_empty",
@@ -39,10 +40,10 @@ def score_table(folder: Path) -> list[str]:
         return []
     rows = [("validation films", list(COLUMNS.values()))]
     for name, entry in scores["headline"].items():
-        fixed = f"fixed threshold {entry['mask_threshold']:g}" if name != "cross_fitted" else ""
+        label = CROSS_FITTED if name == "cross_fitted" else f"fixed threshold {entry['mask_threshold']:g}"
         cells = ["-" if entry[column] is None else f"{entry[column]:.4f}" for column in COLUMNS]
-        rows.append((fixed or "thresholds tuned by cross-fitting", cells))
-    rows.append(("all empty (baseline)", [f"{scores['dice_all_empty']:.4f}", "0.0000", "0.0000", "1.0000"]))
+        rows.append((label, cells))
+    rows.append((ALL_EMPTY, [f"{scores['dice_all_empty']:.4f}", "0.0000", "0.0000", "1.0000"]))
     lines = [f"{label:{LABEL_WIDTH}}" + "".join(f"{cell:>14}" for cell in cells) for label, cells in rows]
     return [f"{scores['films']} films of {scores['patients']} patients, {scores['positive']} with pneumothorax", *lines]
 

@@ -15,7 +15,7 @@ import numpy as np
 from pneumo_dist.config import Augment
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it would look for updates over the network while being imported
-import albumentations  # noqa: E402
+import albumentations
 
 
 class Augmenter:

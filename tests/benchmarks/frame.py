@@ -6,6 +6,7 @@ No torch in here: the start-up benchmark must not pay for it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import importlib.metadata
@@ -118,10 +119,8 @@ def versions() -> dict[str, str]:
     """Return the versions of Python, torch and the peers that are installed here."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
     return found
 
 

@@ -54,7 +54,7 @@ def plain_loop(folder: Path, job: FilmJob) -> None:
 def contestants(folder: Path, jobs: list[FilmJob]) -> dict[str, Callable[[], object]]:
     """Return what is measured by name; each call handles every film once and keeps none of them."""
     frames = [get_frame(pydicom.dcmread(folder / job.path).PixelData, 0, number_of_frames=1) for job in jobs]
-    half = [dict(min_height=pixels.shape[0] // 2, min_width=pixels.shape[1] // 2) for pixels in map(_exact, frames)]
+    half = [{"min_height": pixels.shape[0] // 2, "min_width": pixels.shape[1] // 2} for pixels in map(_exact, frames)]
     images = {size: np.empty((size, size), np.uint8) for size in SIZES}
 
     def each(handle: Callable[..., object], *items: Sequence[object]) -> Callable[[], object]:

@@ -20,22 +20,22 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn.functional import binary_cross_entropy_with_logits  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.utils.data import DataLoader
 
-from pneumo_dist import config as configuration  # noqa: E402
-from pneumo_dist.data.augment import Augmenter  # noqa: E402
-from pneumo_dist.data.cases import Case, read_cases  # noqa: E402
-from pneumo_dist.data.loaders import FilmDataset, TrainBatches, fold_cases, make_loader  # noqa: E402
-from pneumo_dist.model.pretrained import import_torchvision  # noqa: E402
-from pneumo_dist.prediction.forward import Predictor, predict_records  # noqa: E402
-from pneumo_dist.runtime.files import write_json, write_text  # noqa: E402
-from pneumo_dist.runtime.ranks import Ranks  # noqa: E402
+from pneumo_dist import config as configuration
+from pneumo_dist.data.augment import Augmenter
+from pneumo_dist.data.cases import Case, read_cases
+from pneumo_dist.data.loaders import FilmDataset, TrainBatches, fold_cases, make_loader
+from pneumo_dist.model.pretrained import import_torchvision
+from pneumo_dist.prediction.forward import Predictor, predict_records
+from pneumo_dist.runtime.files import write_json, write_text
+from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.scoring import scorecard
-from pneumo_dist.scoring.records import Records, record_thresholds  # noqa: E402
-from pneumo_dist.stages import run_stage  # noqa: E402
+from pneumo_dist.scoring.records import Records, record_thresholds
+from pneumo_dist.stages import run_stage
 
 ARMS = ("ours", "peer")
 SHOWN = {"dice": "Dice", "dice_positive": "on positives", "auc": "AUC", "sensitivity": "sens.", "specificity": "spec."}

@@ -9,6 +9,7 @@ first point in that file. Parts by these marks; a training start is repeated wit
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -90,7 +91,7 @@ def split(folder: Path, run: list[str]) -> list[float]:
             worker.setdefault(mark, when)
     events = folder / "runs" / "start" / "fold0" / "stage1" / "tensorboard"
     times = [typed, worker["start"], worker["torch"], worker["cases."], worker["events"], first_point(events)]
-    return [b - a for a, b in zip(times, times[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(times)]
 
 
 def training_start(folder: Path, size: int, rounds: int) -> Table:

@@ -20,9 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pneumo_dist import config as configuration  # noqa: E402
-from pneumo_dist.runtime.files import write_json, write_text  # noqa: E402
-from pneumo_dist.stages import run_stage  # noqa: E402
+from pneumo_dist import config as configuration
+from pneumo_dist.runtime.files import write_json, write_text
+from pneumo_dist.stages import run_stage
 
 Curve = list[dict[str, float]]  # one point an epoch: megapixels so far, validation scores
 

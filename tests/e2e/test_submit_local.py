@@ -1,4 +1,4 @@
-"""The chain on this machine as a person runs it: start, repeat, Ctrl-C, kill -9, continue. Synthetic films, tiny."""
+"""The chain on this machine as a user runs it: start, repeat, Ctrl-C, kill -9, continue. Few, small synthetic films."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def run(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 def workers_of(root: Path) -> list[int]:
     """The processes of this machine that work in a run root."""
-    found = []
+    pids = []
     for entry in os.listdir("/proc"):
         try:
-            words = Path(f"/proc/{entry}/cmdline").read_bytes().decode().split("\0") if entry.isdigit() else []
-            state = Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()[0] if words else "Z"
+            arguments = Path(f"/proc/{entry}/cmdline").read_bytes().decode().split("\0") if entry.isdigit() else []
+            state = Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()[0] if arguments else "Z"
         except OSError:
             continue
-        if "pneumo_dist.stages" in words and any(word.startswith(str(root)) for word in words) and state != "Z":
-            found.append(int(entry))
-    return found
+        if "pneumo_dist.stages" in arguments and any(a.startswith(str(root)) for a in arguments) and state != "Z":
+            pids.append(int(entry))
+    return pids
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
 
 
 def test_the_chain_ends_with_scores_and_places(chain: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    root, done = chain
+    _root, done = chain
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("no data configured: synthetic phantom films\n")
     for word in ("all empty (baseline)", "on positives", "submission", "overlays", "TensorBoard"):
@@ -89,10 +89,10 @@ def test_verify_finds_a_changed_shard(chain: tuple[Path, subprocess.CompletedPro
     kept = shard.read_bytes()
     shard.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
     try:
-        found = run(root, "--stage", "preprocess", "--verify")
+        verified = run(root, "--stage", "preprocess", "--verify")
     finally:
         shard.write_bytes(kept)
-    assert found.returncode == 1 and shard.name in found.stderr
+    assert verified.returncode == 1 and shard.name in verified.stderr
 
 
 def test_the_table_of_the_run(chain: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

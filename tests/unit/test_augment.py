@@ -16,7 +16,7 @@ from tests.film_files import grey
 
 IMAGE = grey(48, 48)
 MASK = (IMAGE > 200).astype(np.uint8)
-NONE = dict(hflip=0.0, tone=0.0)
+NONE = {"hflip": 0.0, "tone": 0.0}
 
 
 def all_of(augmenter: Augmenter, count: int = 200) -> list[np.ndarray]:

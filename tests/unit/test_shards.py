@@ -110,13 +110,11 @@ def test_a_shard_without_a_readable_film_is_written_all_the_same(tmp_path):
 
 
 def test_an_interrupted_writer_leaves_nothing_behind(tmp_path):
-    with pytest.raises(KeyError):
-        with ShardWriter(tmp_path, 0, 1, SIZES, 3) as writer:
-            writer.add({size: grey(size, size) for size in SIZES}, None)
-            raise KeyError
-    with pytest.raises(RuntimeError, match="without finish"):
-        with ShardWriter(tmp_path, 0, 1, SIZES, 3):
-            pass
+    with pytest.raises(KeyError), ShardWriter(tmp_path, 0, 1, SIZES, 3) as writer:
+        writer.add({size: grey(size, size) for size in SIZES}, None)
+        raise KeyError
+    with pytest.raises(RuntimeError, match="without finish"), ShardWriter(tmp_path, 0, 1, SIZES, 3):
+        pass
     assert os.listdir(tmp_path) == []
 
 

@@ -120,7 +120,10 @@ def test_a_stage_waits_for_a_live_one_of_its_run(
     (tools / "queue").write_text(squeue("1|stage1-fold0.a|RUNNING|None|n1") + "\n")
     assert submit(tmp_path, "--stage", "2") == 0
     assert "--dependency=afterok:1\n" in script(tmp_path / "a", 2)
-    assert submit(tmp_path, "--stage", "1") == 2 and "stage 1 of this run is already queued or running as SLURM job 1:" in capfd.readouterr().err
+    assert (
+        submit(tmp_path, "--stage", "1") == 2
+        and "stage 1 of this run is already queued or running as SLURM job 1:" in capfd.readouterr().err
+    )
 
 
 def test_after_stands_for_what_is_missing(tools: Path, tmp_path: Path) -> None:

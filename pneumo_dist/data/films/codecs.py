@@ -159,7 +159,7 @@ def decode_dataset(dataset: Dataset, uid: str) -> tuple[np.ndarray, str, bool]:
         name = _name(uid) if re.fullmatch(r"[0-9.]{1,64}", uid) else "of the header"
         raise FilmError(f"transfer syntax {name} is not supported: convert the film") from None
     # Of JPEG Extended only 12 bits come here, and Pillow, which pydicom would ask, has 8.
-    if not decoder.is_available or uid == JPEG_8BIT[1] and first not in decoder.available_plugins:
+    if not decoder.is_available or (uid == JPEG_8BIT[1] and first not in decoder.available_plugins):
         raise FilmError(f"no decoder for {_name(uid)}: install {package or 'one that pydicom knows'}")
     plugin = first if first in decoder.available_plugins else ""
     try:

@@ -323,7 +323,7 @@ def _window(dataset: Any, warnings: list[str]) -> tuple[float, float] | None:
         return None
     centre, width = (float(value if isinstance(value, (int, float)) else value[0]) for value in (centre, width))
     exact = _text(dataset, "VOILUTFunction") in ("LINEAR_EXACT", "SIGMOID")
-    if not (math.isfinite(centre) and math.isfinite(width)) or width < 1 and not (exact and width > 0):
+    if not (math.isfinite(centre) and math.isfinite(width)) or (width < 1 and not (exact and width > 0)):
         warnings.append("unusable window ignored")
         return None
     return centre, width
