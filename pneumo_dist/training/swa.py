@@ -23,10 +23,10 @@ from pneumo_dist.data.loaders import FilmDataset, deal, epoch_order, fixed_batch
 from pneumo_dist.model.modelfile import load_model, portable, save_model
 from pneumo_dist.model.precision import amp_dtype, autocast
 from pneumo_dist.model.unet import IMAGENET_MEAN, IMAGENET_STD, normalise
+from pneumo_dist.runtime.processor import set_threads
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.runtime.stopping import Stopped, StopSignal
 from pneumo_dist.runtime.task import Task
-from pneumo_dist.training.machine import set_threads
 
 log = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from pneumo_dist.model.modelfile import save_model
 from pneumo_dist.model.start import start_model
 from pneumo_dist.runtime import history
 from pneumo_dist.runtime import ranks as ranks_module
+from pneumo_dist.runtime.processor import set_threads, warn_if_bits_may_differ
 from pneumo_dist.runtime.runlog import RunLog
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.runtime.task import Task
@@ -30,7 +31,6 @@ from pneumo_dist.training.agreement import Agreement, NonFiniteLosses, Requests
 from pneumo_dist.training.batches import StageFilms, check_batch
 from pneumo_dist.training.checkpoint import CheckpointStore
 from pneumo_dist.training.events import TrainingEvents, log_throughput
-from pneumo_dist.training.machine import set_threads, warn_if_bits_may_differ
 from pneumo_dist.training.schedule import Plateau, learning_rate, swa_due
 from pneumo_dist.training.step import Stepper, StepResult
 from pneumo_dist.training.validation import Validation, validate

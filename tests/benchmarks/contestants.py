@@ -20,8 +20,8 @@ from pneumo_dist import config as configuration
 from pneumo_dist.model.pretrained import import_torchvision
 from pneumo_dist.model.unet import ResNet34UNet, normalise
 from pneumo_dist.runtime.processes import keep_memory
+from pneumo_dist.runtime.processor import set_threads
 from pneumo_dist.runtime.ranks import Ranks
-from pneumo_dist.training.machine import set_threads
 from pneumo_dist.training.step import Stepper
 
 Run = Callable[[int], float]  # steps -> seconds

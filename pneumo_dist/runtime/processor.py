@@ -28,7 +28,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def describe_machine() -> dict[str, str | int]:
+def describe_processor() -> dict[str, str | int]:
     """Return the facts that a resume compares."""
     return {
         "processor": _processor(),
@@ -40,7 +40,7 @@ def describe_machine() -> dict[str, str | int]:
 
 
 def set_threads(train: Train) -> dict[str, str | int]:
-    """Set torch's threads and determinism for this rank; return `describe_machine()`."""
+    """Set torch's threads and determinism for this rank; return `describe_processor()`."""
     share = train.threads or int(os.environ.get("OMP_NUM_THREADS") or os.environ.get("SLURM_CPUS_PER_TASK") or 0)
     torch.set_num_threads(share or len(os.sched_getaffinity(0)))
     if not torch.cuda.is_available():
@@ -50,7 +50,7 @@ def set_threads(train: Train) -> dict[str, str | int]:
     # On by default with deterministic algorithms: a debugging aid that takes 6 % of a step and changes no result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not train.deterministic
-    return describe_machine()
+    return describe_processor()
 
 
 def warn_if_bits_may_differ(
