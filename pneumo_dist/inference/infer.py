@@ -27,7 +27,7 @@ from pneumo_dist.runtime.task import Task
 log = logging.getLogger(__name__)
 
 
-def run_part(task: Task) -> dict[str, Path]:
+def infer_parts(task: Task) -> dict[str, Path]:
     """Run this array element's parts: part j belongs to element j mod N; finished ones are kept."""
     made = ensure_film_plan(task.run)
     index, count = task.part

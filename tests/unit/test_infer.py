@@ -58,7 +58,7 @@ def run(run_dir: Path, films: Path, model: Path, *overrides: str, tasks: int = 1
     words = [f"infer.dir={films}", f"infer.models={model}", "infer.label=it", "infer.part_size=4", *overrides]
     write_film_plan(task(run_dir, "infer", words).run)
     for index in range(tasks):
-        infer.run_part(task(run_dir, "infer", words, part=(index, tasks)))
+        infer.infer_parts(task(run_dir, "infer", words, part=(index, tasks)))
     if merge:
         infer.merge(task(run_dir, "merge", words))
     return run_dir / "infer" / "it"
@@ -177,7 +177,7 @@ def test_a_stop_keeps_finished_parts_and_the_same_command_goes_on(reference, fil
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pneumo_dist.inference.stream.finish_part", finish_and_stop)
         with pytest.raises(Stopped):
-            infer.run_part(one)
+            infer.infer_parts(one)
     done = sorted(path.name for path in (tmp_path / "infer" / "it" / "parts").glob("part-*"))
     assert done == ["part-00000"]
     assert answers(run(tmp_path, films, model, EVERYTHING)) == answers(reference)
@@ -249,7 +249,7 @@ def test_a_runs_folds_use_the_pooled_triplet(films, tmp_path):
     (tmp_path / "evaluate").mkdir()
     (tmp_path / "evaluate" / "thresholds.json").write_text(json.dumps({"triplet": {**RULE, "min_area": 777}}))
     words = [f"infer.dir={films}", "infer.label=it", "infer.part_size=50"]
-    infer.run_part(task(tmp_path, "infer", words))
+    infer.infer_parts(task(tmp_path, "infer", words))
     infer.merge(task(tmp_path, "merge", words))
     settings = json.loads((tmp_path / "infer" / "it" / "inference.json").read_text())
     assert settings["triplet"]["min_area"] == 777 and settings["triplet_from"] == "pooled out-of-fold evaluation"
@@ -325,7 +325,7 @@ def test_a_plan_in_place_is_kept_with_its_date_and_a_grown_folder_makes_a_new_on
     write_dicom(folder / "new.dcm", picture(3))
     assert write_film_plan(one.run).created == 1800000000
     with pytest.raises(ConfigError, match="infer.part_size"):
-        infer.run_part(task(tmp_path, "infer", [*words, "infer.part_size=3"]))
+        infer.infer_parts(task(tmp_path, "infer", [*words, "infer.part_size=3"]))
 
 
 def test_films_that_came_later_redo_only_the_parts_they_are_in(films, model, tmp_path):

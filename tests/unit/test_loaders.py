@@ -47,7 +47,7 @@ def shards(tmp_path_factory) -> Path:
     settings = small_set(folder, films=24)
     small = ["data.shards=3", "data.folds=2", "data.workers=2", "stage1.size=32", "stage2.size=64"]
     task = Task(run=Run(folder, configuration.load(None, [*words(settings), *small])), stage="preprocess")
-    preprocess.run_part(task)
+    preprocess.write_shards(task)
     preprocess.finalize(task)
     return folder / "shards"
 
