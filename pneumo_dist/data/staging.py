@@ -46,7 +46,7 @@ def stage_shards(shard_dir: Path, stage_dir: Path, size: int | None = None) -> P
             if not (copy / COMPLETE).exists():
                 _copy(shard_dir, copy, hashes)
     except OSError as error:
-        raise ConfigError(f"data.stage_dir={stage_dir}: cannot copy the shards there ({error.strerror})") from None
+        raise ConfigError(f"data.stage_dir={stage_dir}: cannot copy the shards to it ({error.strerror})") from None
     return copy
 
 

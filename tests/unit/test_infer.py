@@ -66,12 +66,8 @@ def run(run_dir: Path, films: Path, model: Path, *overrides: str, tasks: int = 1
 
 def answers(folder: Path) -> dict[str, bytes]:
     """Every output of an inference by name, without the parts; DICOM SEG included, since its date is the plan's."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and not name.startswith("parts/"):
-            found[name] = path.read_bytes()
-    return found
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in paths.items() if not name.startswith("parts/")}
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +132,9 @@ def test_the_number_of_tasks_changes_no_byte(reference, films, model, tmp_path, 
 
 @pytest.mark.parametrize("overrides", [["infer.batch_size=1"], ["infer.batch_size=3", "infer.part_size=5"]])
 def test_batch_and_part_size_change_no_answer(reference, films, model, tmp_path, overrides):
-    found, wanted = answers(run(tmp_path, films, model, EVERYTHING, *overrides)), answers(reference)
-    found.pop("plan.json"), wanted.pop("plan.json")  # it tells the part size
-    assert found == wanted
+    outputs, expected = answers(run(tmp_path, films, model, EVERYTHING, *overrides)), answers(reference)
+    outputs.pop("plan.json"), expected.pop("plan.json")  # it contains the part size
+    assert outputs == expected
 
 
 def test_the_order_of_files_and_their_place_change_no_answer(reference, films, model, tmp_path):
@@ -191,9 +187,9 @@ def test_a_film_that_kills_its_decoder_costs_one_row(reference, films, model, tm
             os.kill(os.getpid(), signal.SIGKILL)
         return read(path, max_pixels)
 
-    monkeypatch.setattr(reading, "read_film", deadly)  # the helpers are forked from here
+    monkeypatch.setattr(reading, "read_film", deadly)  # the readers are forked from here
     rows, wanted = rows_of(run(tmp_path, films, model, EVERYTHING)), rows_of(reference)
-    assert rows["c"]["status"] == "unreadable" and rows["c"]["reason"] == "the decoder crashed on it"
+    assert rows["c"]["status"] == "unreadable" and rows["c"]["reason"] == "the decoder crashed"
     assert all(rows[name] == wanted[name] for name in wanted if name != "c")
 
 
@@ -282,10 +278,10 @@ def test_merge_refuses(films, model, tmp_path, damage):
     path = out / "parts" / "part-00001" / "part.json"
     part = json.loads(path.read_text())
     wanted = {
-        "gap": "films without an answer",
-        "twice": "answered twice",
+        "gap": "films have no row",
+        "twice": "have two rows",
         "foreign": "not in the plan",
-        "missing part": "1 of 3 parts are not there (1)",
+        "missing part": "1 of 3 parts are missing (1)",
         "other model": "made with other models",
     }[damage]
     if damage == "gap":
@@ -354,9 +350,9 @@ def test_check_source_says_what_is_missing(films, model, tmp_path):
     (tmp_path / "nothing").mkdir()
     for words, wanted in [
         ((f"infer.dir={tmp_path / 'gone'}",), "is not a folder"),
-        ((f"infer.dir={tmp_path / 'nothing'}",), "holds no films"),
+        ((f"infer.dir={tmp_path / 'nothing'}",), "contains no films"),
         ((), "give infer.dir=DIR"),
-        ((f"infer.dir={films}", f"infer.models={tmp_path / 'gone.pt'}"), "gone.pt is not there"),
+        ((f"infer.dir={films}", f"infer.models={tmp_path / 'gone.pt'}"), "gone.pt does not exist"),
     ]:
         with pytest.raises(ConfigError) as error:
             check(*words)

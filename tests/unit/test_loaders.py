@@ -225,7 +225,7 @@ def test_workers_ignore_the_signals_of_their_rank(shards):
     films = dataset(shards)
     batches = iter(make_loader(films, TrainBatches(len(films), 4, 0, 200), 2, 0))
     next(batches)
-    children = [child for child in multiprocessing.active_children()]
+    children = list(multiprocessing.active_children())
     assert len(children) == 2
     for child in children:
         for name in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):

@@ -314,9 +314,8 @@ def _grey_table(dataset: Any, stored: np.ndarray, bits: int, signed: bool, warni
     if window:
         return _to_bytes(_windowed(shown, *window, function=_text(dataset, "VOILUTFunction")))
     if bits == 8 and "ModalityLUTSequence" not in dataset:
-        low, high = sorted(
-            (shown[values.argmin()], shown[values.argmax()])
-        )  # the full range of 8 bits is meant, not the film's own
+        # The values of 8 bits refer to their full range, not to the range of the film.
+        low, high = sorted((shown[values.argmin()], shown[values.argmax()]))
     else:
         used = np.bincount(stored.ravel(), minlength=1 << bits) > 0
         padding = dataset.get("PixelPaddingValue")

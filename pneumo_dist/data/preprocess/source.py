@@ -73,12 +73,12 @@ def read_source(run: Run) -> Source:
             f"{len(unannotated)} films have no row in {csv} (first: {unannotated[0]}): "
             "annotate them, or set data.unannotated=drop or negative"
         )
-    wanted = films if config.data.unannotated == "negative" else [f for f in films if f[0] in annotations.rows]
-    if not wanted:
+    chosen = films if config.data.unannotated == "negative" else [f for f in films if f[0] in annotations.rows]
+    if not chosen:
         raise ConfigError(f"{csv}: no row belongs to any of the {len(films)} films in {folder}: check data.rle_csv")
-    count = min(config.data.shards, len(wanted))
-    edges = [len(wanted) * j // count for j in range(count + 1)]
-    jobs = [[_job(annotations, *film) for film in wanted[start:end]] for start, end in pairwise(edges)]
+    count = min(config.data.shards, len(chosen))
+    edges = [len(chosen) * j // count for j in range(count + 1)]
+    jobs = [[_job(annotations, *film) for film in chosen[start:end]] for start, end in pairwise(edges)]
     orphans = sorted(annotations.rows.keys() - ids)
     return Source(folder, jobs, annotations, unannotated, orphans, ignored)
 
@@ -97,7 +97,7 @@ def _job(annotations: Annotations, name: str, path: str) -> FilmJob:
 
 
 def check_source(run: Run) -> None:
-    """Check paths, csv headers, that there is a film, and the free space. Raises ConfigError."""
+    """Check the paths, the csv headers, the films and the free disk space. Raises ConfigError."""
     config, source = run.config, read_source(run)
     patients = run.source("patient_map")
     if patients is not None:
