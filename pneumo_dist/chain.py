@@ -68,14 +68,14 @@ def _rows() -> Iterator[Stage]:
     preprocess, training = "pneumo_dist.data.preprocess.", "pneumo_dist.training."
     evaluation, inference = "pneumo_dist.evaluation.evaluate:", "pneumo_dist.inference.infer:"
     yield Stage("phantom", "pneumo_dist.data.phantom:run", "single", ("phantom.",))
-    yield Stage("preprocess", preprocess + "preprocess:run_part", "array", _SHARDS)
+    yield Stage("preprocess", preprocess + "preprocess:write_shards", "array", _SHARDS)
     yield Stage("finalize", preprocess + "finalize:finalize", "single", _SHARDS, closes="preprocess")
     yield Stage("1", training + "trainer:run", "ranks", (*_TRAINING, "stage1."), per_fold=True)
     yield Stage("2", training + "trainer:run", "ranks", (*_TRAINING, "stage2."), per_fold=True)
     yield Stage("swa", training + "swa:run", "ranks", ("swa.bn_batches", "train.seed", "train.amp"), per_fold=True)
     yield Stage("evaluate", evaluation + "run", "ranks", (*_SCORES, "train.amp"), per_fold=True)
     yield Stage("pool", evaluation + "pool", "single", _SCORES)
-    yield Stage("infer", inference + "run_part", "array", _INFER)
+    yield Stage("infer", inference + "infer_parts", "array", _INFER)
     yield Stage("merge", inference + "merge", "single", _INFER, closes="infer")
 
 

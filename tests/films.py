@@ -87,5 +87,5 @@ def make_shards(run_dir: Path, overrides: list[str]) -> None:
     from pneumo_dist.data.preprocess import preprocess
 
     phantom.run(task(run_dir, "phantom", overrides))
-    preprocess.run_part(task(run_dir, "preprocess", overrides))
+    preprocess.write_shards(task(run_dir, "preprocess", overrides))
     preprocess.finalize(task(run_dir, "finalize", overrides))

@@ -1,1 +1,1 @@
-"""Films, annotations, shards and batches: everything up to the tensors a rank receives."""
+"""Films, annotations, shards and batches, up to the tensors of a rank."""

@@ -1,6 +1,6 @@
-"""The recipe's four augmentations, as a pure function of (seed, epoch, index): no worker or rank changes a pixel.
+"""The recipe's four augmentations as a pure function of (seed, epoch, index), independent of workers and ranks.
 
-albumentations draws from generators of its own; they are set anew for every sample, or epochs would repeat.
+albumentations draws from generators of its own. They are seeded again for every sample, or epochs would repeat.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ import numpy as np
 
 from pneumo_dist.config import Augment
 
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it would look for updates over the network while being imported
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # its import would look for updates over the network
 import albumentations
 
 
 class Augmenter:
-    """Flips, and changes one of contrast, brightness and gamma, with the configured probabilities and limits."""
+    """Flip, and change one of contrast, brightness and gamma, with the configured probabilities and limits."""
 
     def __init__(self, config: Augment, seed: int) -> None:
         self.config, self.seed = config, seed
         self._compose = _build(config)
-        # One pair of generators for all transforms: `set_random_seed` would give each its own, seeded alike, and the
-        # draws would be the same numbers: whatever is not flipped would never change its tone.
+        # One pair of generators for all transforms. `set_random_seed` would give each transform its own, equally
+        # seeded: all would draw the same numbers, and an image that is not flipped would never change its tone.
         self._bits, self._random = np.random.PCG64(0), random.Random(0)
         self._compose.set_random_state(np.random.Generator(self._bits), self._random)
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the augmented (image, mask), both uint8 (size, size) as given; the inputs are left as they are."""
+        """Return the augmented (image, mask), both uint8 (size, size); the inputs are not modified."""
         digest = hashlib.blake2b(f"{self.seed} {epoch} {index}".encode(), digest_size=24).digest()
         self._random.seed(int.from_bytes(digest[:8], "little"))
         state: Any = {"state": int.from_bytes(digest[8:], "little"), "inc": 1}
         self._bits.state = {"bit_generator": "PCG64", "state": state, "has_uint32": 0, "uinteger": 0}
-        done = self._compose(image=image, mask=mask)
-        return np.ascontiguousarray(done["image"]), np.ascontiguousarray(done["mask"])
+        augmented = self._compose(image=image, mask=mask)
+        return np.ascontiguousarray(augmented["image"]), np.ascontiguousarray(augmented["mask"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "seed": self.seed}
@@ -46,16 +46,16 @@ class Augmenter:
 
 
 def _build(config: Augment) -> Any:
-    """Build the pipeline; a limit of 0 leaves its augmentation without effect."""
+    """Build the pipeline; a limit of 0 disables its augmentation."""
     contrast, brightness, gamma = config.contrast, config.brightness, config.gamma
-    darkest = max(1, round(100 * (1 - gamma)))  # albumentations counts gamma in per cent, from 1 on
+    lowest = max(1, round(100 * (1 - gamma)))  # albumentations takes gamma in per cent, at least 1
     return albumentations.Compose(
         [
             albumentations.HorizontalFlip(p=config.hflip),
             albumentations.OneOf(
                 [
                     albumentations.RandomBrightnessContrast(brightness_limit=0, contrast_limit=contrast, p=1),
-                    albumentations.RandomGamma(gamma_limit=(darkest, max(darkest, round(100 * (1 + gamma)))), p=1),
+                    albumentations.RandomGamma(gamma_limit=(lowest, max(lowest, round(100 * (1 + gamma)))), p=1),
                     albumentations.RandomBrightnessContrast(brightness_limit=brightness, contrast_limit=0, p=1),
                 ],
                 p=config.tone,

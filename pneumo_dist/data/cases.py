@@ -1,6 +1,6 @@
-"""Which films there are and what is known of each: folders, annotation lists, patient maps, cases.csv.
+"""Read the lists of films: folders, annotation lists, patient maps, cases.csv.
 
-Standard library and numpy only: submit.py reads this. Patient keys serve to make groups and are never written.
+Standard library and numpy only, since submit.py imports this. Patient keys only form groups and are never written.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pneumo_dist.data.films.rle import RleError, runs
 from pneumo_dist.runtime.files import write_text
 
 HOLDOUT = -1  # the fold of films kept for a final evaluation
-FIELD_BYTES = 1 << 24  # of one csv cell: the mask of a whole film fits, a damaged file does not eat the memory
+FIELD_BYTES = 1 << 24  # of one csv cell: room for the mask of a whole film, and a bound for damaged files
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +45,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Annotations:
-    """The annotation list as read: texts per image id in file order, each with its line number."""
+    """An annotation list: per image id its (line number, text) rows in file order."""
 
     path: str
     rows: dict[str, tuple[tuple[int, str], ...]]
-    broken: dict[str, str]  # id -> "file:line: what is wrong" of its first unusable row
-    problems: tuple[str, ...]  # every unusable row, "file:line: what is wrong"
+    broken: dict[str, str]  # id -> "file:line: reason" of its first unusable row
+    problems: tuple[str, ...]  # "file:line: reason" of every unusable row
 
     def texts(self, film_id: str) -> list[str]:
         """Return the run-length texts of one image."""
@@ -61,32 +61,32 @@ class Annotations:
         return [f"{Path(self.path).name}:{line}" for line, _ in self.rows.get(film_id, ())]
 
     def digest(self, film_id: str) -> str:
-        """Return the sha256 of an image's texts: what a shard depends on."""
+        """Return the sha256 of the texts of one image, from which a changed annotation is detected."""
         return hashlib.sha256("\n".join(self.texts(film_id)).encode()).hexdigest()
 
 
 def find_films(folder: Path) -> tuple[list[tuple[str, str]], int]:
-    """Return ([(id, path relative to `folder`)] sorted by id, count of the files that are no films).
+    """Return ([(id, path relative to `folder`)] sorted by id, number of files that are not films).
 
-    An id is the file's stem, or the relative path for files whose stems repeat. Hidden files are no films.
+    An id is the file's stem, or the relative path of files whose stems repeat. Hidden files are not films.
     """
     paths, ignored = [], 0
     for path in _files(str(folder)):
         name = path.rpartition("/")[2]
-        # Not UTF-8, or control characters: no csv could name it.
+        # A name with control characters or bytes that are not UTF-8 cannot be written to a csv file.
         if name.isprintable() and not name.startswith(".") and looks_like_film(os.path.join(folder, path)):
             paths.append(path)
         else:
             ignored += 1
     counts = Counter(map(film_stem, paths))
-    # The stems are in use as names even where they repeat: a relative path must not equal another film's stem.
-    found = [(stem if counts[stem := film_stem(path)] == 1 else path, path) for path in paths]
-    taken = Counter(name for name, _ in found)
-    return sorted((name if taken[name] == 1 else path, path) for name, path in found), ignored
+    films = [(stem if counts[stem := film_stem(path)] == 1 else path, path) for path in paths]
+    # The relative path of one film may equal the stem of another ("x.dcm" and "x.dcm.png"): both then take their path.
+    names = Counter(name for name, _ in films)
+    return sorted((name if names[name] == 1 else path, path) for name, path in films), ignored
 
 
 def _files(folder: str) -> Iterator[str]:
-    """Yield relative paths, through links as well, each real directory once. Strings: pathlib costs more than stat."""
+    """Yield relative paths, following links, each real directory once. Strings: pathlib takes longer than stat."""
     seen = set()
     for parent, names, files in os.walk(folder, followlinks=True):
         status = os.stat(parent)
@@ -95,11 +95,11 @@ def _files(folder: str) -> Iterator[str]:
             continue
         seen.add((status.st_dev, status.st_ino))
         names.sort()
-        below = "" if parent == folder else parent[len(folder) :].lstrip("/") + "/"
-        yield from (below + name for name in sorted(files) if os.path.isfile(os.path.join(parent, name)))
+        prefix = "" if parent == folder else parent[len(folder) :].lstrip("/") + "/"
+        yield from (prefix + name for name in sorted(files) if os.path.isfile(os.path.join(parent, name)))
 
 
-def _table(path: Path, columns: tuple[str, str], what: str) -> Iterator[tuple[int, list[str]]]:
+def _table(path: Path, columns: tuple[str, str], kind: str) -> Iterator[tuple[int, list[str]]]:
     """Yield (line number, stripped cells) of a csv file after checking its header."""
     path = Path(path)
     try:
@@ -108,34 +108,34 @@ def _table(path: Path, columns: tuple[str, str], what: str) -> Iterator[tuple[in
             data = gzip.decompress(data)
         text = data.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"{path}: cannot read the {what} ({getattr(error, 'strerror', None) or error})") from None
+        raise ConfigError(f"{path}: cannot read the {kind} ({getattr(error, 'strerror', None) or error})") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: the {what} is not UTF-8 text (byte {error.start}): save it as UTF-8 csv") from None
+        raise ConfigError(f"{path}: the {kind} is not UTF-8 text (byte {error.start}): save it as UTF-8 csv") from None
     csv.field_size_limit(FIELD_BYTES)
     reader = csv.reader(io.StringIO(text, newline=""))
     expected = ",".join(columns)
     try:
         header = next(reader, None)
         if header is None:
-            raise ConfigError(f"{path}: the {what} is empty: its first line must be {expected}")
+            raise ConfigError(f"{path}: the {kind} is empty: its first line must be {expected}")
         names = [name.strip().lower() for name in header]
         if names != [name.lower() for name in columns]:
-            raise ConfigError(f"{path}:1: the {what} starts with {','.join(header)[:80]!r}, not with {expected}")
+            raise ConfigError(f"{path}:1: the {kind} starts with {','.join(header)[:80]!r}, not with {expected}")
         for cells in reader:
             if any(cell.strip() for cell in cells):
                 yield reader.line_num, [cell.strip() for cell in cells]
     except csv.Error as error:
-        raise ConfigError(f"{path}:{reader.line_num}: the {what} cannot be read as csv ({error})") from None
+        raise ConfigError(f"{path}:{reader.line_num}: the {kind} cannot be read as csv ({error})") from None
 
 
 def read_annotations(path: Path) -> Annotations:
-    """Read an annotation list in any dialect seen: BOM, spaces around names and values, `-1`, several rows per image.
+    """Read an annotation list in any known dialect: BOM, spaces around names and values, `-1`, several rows per image.
 
-    Unusable rows are reported, not raised: they quarantine their own film only. Runs past the end of a film show
-    when its size is known, in preprocessing.
+    Unusable rows are reported, not raised: each quarantines its own film only. Runs past the end of a film are found
+    in preprocessing, where its size is known.
 
     Raises:
-        ConfigError: no such file, not UTF-8, not csv, another header, not one row.
+        ConfigError: the file is missing, is not UTF-8 or csv, has another header, or has no row.
     """
     rows: dict[str, list[tuple[int, str]]] = {}
     broken: dict[str, str] = {}
@@ -144,7 +144,7 @@ def read_annotations(path: Path) -> Annotations:
         where, name = f"{Path(path).name}:{line}", cells[0]
         try:
             if len(cells) != 2 or not name:
-                raise RleError(f"{len(cells)} cells, not an image id and its runs" if name else "no image id")
+                raise RleError(f"{len(cells)} cells, expected image id and runs" if name else "no image id")
             runs(cells[1])
         except RleError as error:
             problems.append(f"{where}: {error}")
@@ -154,26 +154,26 @@ def read_annotations(path: Path) -> Annotations:
     broken.pop("", None)
     if not rows:
         raise ConfigError(f"{path}: the annotation list has no rows")
-    return Annotations(str(path), {name: tuple(found) for name, found in rows.items()}, broken, tuple(problems))
+    return Annotations(str(path), {name: tuple(texts) for name, texts in rows.items()}, broken, tuple(problems))
 
 
 def read_patient_map(path: Path) -> dict[str, str]:
     """Read `ImageId,PatientKey` rows as {image id: key}.
 
     Raises:
-        ConfigError: unreadable, another header, a row without a key, two keys for one image.
+        ConfigError: the file is unreadable, has another header, a row without a key, or two keys for one image.
     """
     keys: dict[str, str] = {}
     for line, cells in _table(path, ("ImageId", "PatientKey"), "patient map"):
         if len(cells) != 2 or not all(cells):
-            raise ConfigError(f"{path}:{line}: a row of the patient map is ImageId,PatientKey")
+            raise ConfigError(f"{path}:{line}: the row is not ImageId,PatientKey")
         if keys.setdefault(cells[0], cells[1]) != cells[1]:
-            raise ConfigError(f"{path}:{line}: image {cells[0]} has two different patient keys: keep the right one")
+            raise ConfigError(f"{path}:{line}: image {cells[0]} has two different patient keys: remove the wrong one")
     return keys
 
 
 def read_ids(path: Path) -> list[str]:
-    """Read a file with one image id a line (blank lines and `#` comments skipped)."""
+    """Read a file with one image id per line; blank lines and `#` comments are skipped."""
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -198,20 +198,18 @@ def read_cases(shard_dir: Path) -> list[Case]:
     """Read cases.csv of a finished shard directory, sorted by id.
 
     Raises:
-        ConfigError: there is none, or it is not one of ours.
+        ConfigError: it is missing or damaged.
     """
     path = Path(shard_dir) / "cases.csv"
     csv.field_size_limit(FIELD_BYTES)
     try:
-        with open(path, newline="", encoding="utf-8") as handle:
+        with path.open(newline="", encoding="utf-8") as handle:
             table = list(csv.DictReader(handle))
         numbers = [item.name for item in fields(Case) if item.type == "int"]
         rows: list[dict[str, Any]] = [row | {name: int(row[name]) for name in numbers} for row in table]
         cases = [Case(**row) for row in rows]
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no finished shards here: run --stage preprocess first") from None
+        raise ConfigError(f"{path}: no finished shards in this folder: run --stage preprocess first") from None
     except (OSError, TypeError, ValueError, KeyError, csv.Error) as error:
-        raise ConfigError(
-            f"{path}: not a case list of this program ({type(error).__name__}): preprocess again"
-        ) from None
+        raise ConfigError(f"{path}: damaged or not a case list ({type(error).__name__}): preprocess again") from None
     return sorted(cases, key=lambda case: case.id)

@@ -1,6 +1,7 @@
-"""Batches: which films in which order on which rank, and the loader that reads them.
+"""Batches: the order of films, their split over ranks, and the loader that reads them.
 
-Orders are pure functions of (seed, epoch), never of ranks or workers; nothing here draws from a global generator.
+Orders are pure functions of (seed, epoch), never of ranks or workers. Nothing in this module draws from a global
+generator.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ T = TypeVar("T")
 
 
 def fold_cases(cases: Sequence[Case], fold: int) -> tuple[list[Case], list[Case]]:
-    """Return (training, validation) films of a fold, each in the order given; the hold-out is in neither.
+    """Return (training, validation) films of a fold, each in the given order; neither includes the hold-out.
 
     Raises:
-        ConfigError: a patient is on both sides, or a side is empty.
+        ConfigError: a patient is in both, or one of them is empty.
     """
     check_folds([case.group for case in cases], [case.fold for case in cases])
     train = [case for case in cases if case.fold not in (fold, HOLDOUT)]
@@ -55,7 +56,7 @@ def fold_cases(cases: Sequence[Case], fold: int) -> tuple[list[Case], list[Case]
 
 
 def share_at(shares: Sequence[float], epoch: int, epochs: int) -> float:
-    """Return the share of positive films in `epoch` on the line from shares[0] (first epoch) to shares[1] (last)."""
+    """Return the share of positive films in `epoch`, linear from shares[0] (first epoch) to shares[1] (last epoch)."""
     first, last = shares
     return first + (last - first) * (epoch / (epochs - 1) if epochs > 1 else 0.0)
 
@@ -65,8 +66,8 @@ def epoch_order(
 ) -> np.ndarray:
     """Return the order of an epoch: int64 (n,), a permutation of 0 to n - 1.
 
-    With a share (and labels, (n,)) positives and negatives are drawn anew, each without repeats until all have been
-    drawn: round(share * n) positives. A class without films is left to the other.
+    With a share (and labels, (n,)), round(share * n) films are positive; in each class no film repeats before all have
+    been drawn. If a class has no films, the other fills the epoch.
     """
     generator = np.random.default_rng([seed, epoch])
     if positive_share is None:
@@ -74,30 +75,30 @@ def epoch_order(
     if labels is None or len(labels) != n:
         raise ValueError("a share of positives needs the label of each film")
     classes = [np.flatnonzero(np.asarray(labels) != 0), np.flatnonzero(np.asarray(labels) == 0)]
-    wanted = [round(positive_share * n), n - round(positive_share * n)]
+    counts = [round(positive_share * n), n - round(positive_share * n)]
     if not len(classes[0]):
-        wanted = [0, n]
+        counts = [0, n]
     elif not len(classes[1]):
-        wanted = [n, 0]
+        counts = [n, 0]
     drawn = []
-    for members, count in zip(classes, wanted, strict=True):
+    for members, count in zip(classes, counts, strict=True):
         rounds = -(-count // max(len(members), 1))
         drawn += [generator.permutation(members)[: count - i * len(members)] for i in range(rounds)]
     return generator.permutation(np.concatenate(drawn)).astype(np.int64)
 
 
 def split_batch(batch: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
-    """Return this rank's slice of a global batch; the first ranks take one more: 14 on 4 ranks are 4, 4, 3, 3."""
+    """Return this rank's slice of a global batch; the first ranks take the remainder: 14 on 4 ranks are 4, 4, 3, 3."""
     each, more = divmod(len(batch), world_size)
     start = rank * each + min(rank, more)
     return batch[start : start + each + (rank < more)]
 
 
 class TrainBatches:
-    """A batch sampler over all epochs that are left: this rank's (epoch, index) keys of each global batch.
+    """A batch sampler over all remaining epochs: this rank's (epoch, index) keys of each global batch.
 
     The k-th global batch is the same set of films for every number of ranks. The last incomplete batch of an epoch
-    is dropped. `shares` is (first epoch, last epoch), see `share_at`; it needs `labels`.
+    is dropped. `shares` is (first epoch, last epoch), see `share_at`, and needs `labels`.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class TrainBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole global batches in an epoch."""
+        """The number of complete global batches in an epoch."""
         return self.n // self.batch_size
 
     def __len__(self) -> int:
@@ -140,32 +141,35 @@ class TrainBatches:
 
 
 def fixed_batches(n: int, batch_size: int) -> list[list[int]]:
-    """Cut 0 to n - 1 into batches in order; the last may be shorter. Never cut by rank: bits depend on batch sizes."""
+    """Cut 0 to n - 1 into batches in order; the last may be shorter.
+
+    Ranks share whole batches: the last bits of a film's result can depend on the size of its batch.
+    """
     return [list(range(start, min(start + batch_size, n))) for start in range(0, n, batch_size)]
 
 
 def deal(batches: Sequence[T], rank: int, world_size: int) -> list[T]:
-    """Return batch j of those with j mod world_size == rank."""
+    """Return the batches j with j mod world_size == rank."""
     return list(batches[rank::world_size])
 
 
 class FilmDataset(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
     """Films of one size. The key (epoch, index) gives (image, mask, index): uint8 (1, size, size) each, mask 0 or 1.
 
-    Opens nothing until the first key is asked for in each process, and pickles small.
+    It opens files at the first use in each process, so that it pickles small.
     """
 
     def __init__(self, shard_dir: Path, size: int, cases: Sequence[Case], augmenter: Augmenter | None = None) -> None:
         self.size, self.augmenter = size, augmenter
         self._reader = ShardReader(shard_dir, size)
-        self._where = np.array([(case.shard, case.row) for case in cases], dtype=np.int32).reshape(-1, 2)
+        self._positions = np.array([(case.shard, case.row) for case in cases], dtype=np.int32).reshape(-1, 2)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._positions)
 
     def _arrays(self, key: Key) -> tuple[np.ndarray, np.ndarray]:
         epoch, index = key
-        shard, row = (int(value) for value in self._where[index])
+        shard, row = (int(value) for value in self._positions[index])
         image, mask = self._reader.image(shard, row), self._reader.mask(shard, row)
         return self.augmenter(image, mask, epoch, index) if self.augmenter else (image, mask)
 
@@ -174,7 +178,7 @@ class FilmDataset(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
         return torch.from_numpy(image)[None], torch.from_numpy(mask)[None], key[1]
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        """Return a whole batch, written once into its final place: (N, 1, size, size) twice, and the indices (N,)."""
+        """Return a whole batch, each film written directly into it: twice (N, 1, size, size), and the indices (N,)."""
         shape = (len(keys), 1, self.size, self.size)
         images, masks = _empty(shape), _empty(shape)
         for at, key in enumerate(keys):
@@ -183,14 +187,16 @@ class FilmDataset(Dataset[tuple[torch.Tensor, torch.Tensor, int]]):
 
 
 def _empty(shape: tuple[int, ...]) -> torch.Tensor:
-    """Return an uninitialised uint8 tensor; in a worker in shared memory, as torch's own collate function does.
+    """Return an uninitialised uint8 tensor; in a worker it is in shared memory, as in torch's own collate function.
 
-    Otherwise the way to the main process would cost another copy of every batch.
+    Otherwise the transfer to the main process would copy every batch again.
     """
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
+    tensor = torch.empty(0, dtype=torch.uint8)
+    tensor.set_(storage, 0, shape)  # type: ignore[call-overload]
+    return tensor
 
 
 def _as_is(batch: Batch) -> Batch:
@@ -198,11 +204,11 @@ def _as_is(batch: Batch) -> Batch:
 
 
 @functools.cache
-def _let_nobody_wait_for_workers() -> None:
-    """Kill workers that are left when this process ends.
+def _shut_down_workers_at_exit() -> None:
+    """Register a handler that kills the remaining workers when this process ends.
 
-    After an error the traceback keeps the loader's iterator alive, so that its workers are not told to leave; to the
-    SIGTERM that Python then sends them they are deaf, and it would wait for them for ever.
+    After an error the traceback keeps the loader's iterator alive, so that it does not stop its workers. They ignore
+    the SIGTERM that Python then sends, and Python would wait for them for ever.
     """
 
     def kill() -> None:
@@ -214,15 +220,15 @@ def _let_nobody_wait_for_workers() -> None:
 
 
 class _StartWorker:
-    """Set up one loader worker: it ends with its parent and only then, and leaves the other cores alone."""
+    """Set up one loader worker: it ends only with its parent, and uses one core."""
 
     def __init__(self) -> None:
         self.parent = os.getpid()
-        _let_nobody_wait_for_workers()
+        _shut_down_workers_at_exit()
 
     def __call__(self, worker: int) -> None:
         stopping.ignore()
-        if os.getppid() == self.parent:  # under forkserver the parent is another process
+        if os.getppid() == self.parent:  # false under forkserver, where the parent is the server
             die_with_parent(self.parent)
         keep_memory()
         import cv2
@@ -242,9 +248,9 @@ def make_loader(
     """Return a loader over lists of keys (a sampler, or a list of lists); it never draws from the global generator.
 
     Args:
-        workers: processes; 0 reads in this one, with the same result.
-        pin: put the batches into pinned memory, for copies to a GPU beside its work.
-        timeout_s: how long a worker may take for a batch before that is an error; 0: for ever.
+        workers: number of processes; 0 reads in this process, with the same result.
+        pin: put the batches into pinned memory, so that copies to a GPU overlap its work.
+        timeout_s: time limit for one batch of a worker; 0: no limit.
     """
     return DataLoader(
         dataset,  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""Synthetic chest films with a pneumothorax or without: for demonstration and tests, never for a real model.
+"""Synthetic chest films with or without pneumothorax, for demonstration and tests, never for a real model.
 
-Every file says that it is synthetic. The same (films, size, seed) gives the same bytes.
+Every file states that it is synthetic. The same (films, size, seed) gives the same bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NOTICE = "SYNTHETIC PHANTOM FILM - NOT A PATIENT - FOR SOFTWARE TESTS ONLY"
 UID_ROOT = "1.2.826.0.1.3680043.8.498."  # pydicom's, for generated UIDs
 POSITIVE_SHARE = 0.4
 QUALITY = 90
-DRAWN = 320  # pixels
+DRAWN = 320  # pixels; larger films are enlarged, since drawing takes time with the area
 
 
 @dataclass(frozen=True)
@@ -40,33 +40,33 @@ def _grid(size: int) -> _Grid:
 
 
 def _step(value: np.ndarray, width: float) -> np.ndarray:
-    """A soft edge: 0 below -width, 1 above width."""
+    """Return a soft step: 0 below -width, 1 above width."""
     t = np.clip(value / (2 * width) + 0.5, 0, 1)
-    return t * t * (3 - 2 * t)
+    return np.asarray(t * t * (3 - 2 * t))
 
 
 def _clouds(random: np.random.Generator, size: int, cells: int) -> np.ndarray:
-    """Smooth noise of mean 0 and deviation about 1, with features of size / cells pixels."""
+    """Return smooth noise of mean 0 and deviation about 1, with features of size / cells pixels."""
     import cv2
 
     coarse = random.standard_normal((cells, cells)).astype(np.float32)
-    return cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
+    return np.asarray(cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC))
 
 
 def _lung(grid: _Grid, side: int, lean: float, scale: float) -> np.ndarray:
-    """Level function of one lung, below 1 inside: narrow at the apex, cut by the diaphragm at the bottom."""
+    """Return the level function of one lung, below 1 inside: narrow at the apex, limited below by the diaphragm."""
     x = side * grid.x - 0.40 - lean
     y = grid.y + 0.05
     half_width = (0.32 + 0.07 * np.clip(y, -1, 0.4)) * scale
     body = (np.abs(x + 0.04 * y) / half_width) ** 2.4 + (np.abs(y) / (0.72 * scale)) ** 3.0
     diaphragm = (grid.y - 0.60 * scale + 0.22 * np.cos(4.5 * x)) / 0.30 + 1
-    return np.maximum(body, diaphragm)
+    return np.asarray(np.maximum(body, diaphragm))
 
 
 def draw_film(size: int, seed: int, number: int, positive: bool) -> tuple[np.ndarray, np.ndarray]:
     """Draw one film; return (uint8 pixels (size, size), bool mask (size, size)).
 
-    Large films are drawn at DRAWN px and enlarged; their grain is as fine as their pixels.
+    Large films are drawn at DRAWN px and enlarged; their noise is drawn at full size.
     """
     import cv2
 
@@ -82,7 +82,7 @@ def draw_film(size: int, seed: int, number: int, positive: bool) -> tuple[np.nda
 
 
 def _draw(random: np.random.Generator, size: int, positive: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the chest without grain; return (brightness about 0 to 1, float32 (size, size); bool mask (size, size))."""
+    """Draw the chest without noise; return (brightness about 0 to 1, float32 (size, size); bool mask (size, size))."""
     grid = _grid(size)
     tilt, dx, dy = random.uniform(-0.05, 0.05), random.uniform(-0.05, 0.05), random.uniform(-0.04, 0.06)
     grid = _Grid(grid.x + tilt * grid.y + np.float32(dx), grid.y - tilt * grid.x + np.float32(dy))
@@ -92,7 +92,7 @@ def _draw(random: np.random.Generator, size: int, positive: bool) -> tuple[np.nd
     levels = {side: _lung(grid, side, random.uniform(-0.02, 0.02), scale) for side in (-1, 1)}
     air = np.maximum(*(_step(1 - level, 0.10) for level in levels.values()))
     fine = _clouds(random, size, max(8, size // 12))
-    # Vessels: bright ridges of noise, denser near the hilum, gone where air is outside the lung.
+    # Vessels: bright ridges of noise, denser near the hilum, absent in the air outside the lung.
     hilum = np.exp(-(((np.abs(grid.x) - 0.16) / 0.30) ** 2) - ((grid.y + 0.02) / 0.45) ** 2)
     wide, narrow = (np.exp(-((_clouds(random, size, cells) / width) ** 2)) for cells, width in ((20, 0.35), (40, 0.3)))
     vessels = (0.05 + 0.13 * hilum) * (wide + 0.7 * narrow) + 0.025 * fine + 0.05 + 0.03 * _clouds(random, size, 10)
@@ -112,11 +112,11 @@ def _draw(random: np.random.Generator, size: int, positive: bool) -> tuple[np.nd
 def _collapse(
     random: np.random.Generator, grid: _Grid, levels: dict[int, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Let one lung fall in from apex and side; return (mask, pleural line 0..1, air outside the lung 0..1)."""
+    """Collapse one lung from apex and side; return (mask, pleural line 0..1, air outside the lung 0..1)."""
     side = int(random.choice([-1, 1]))
     depth = random.uniform(0.30, 0.70)
     apical = random.uniform(0.7, 1.3)
-    # Distance from the outer and upper wall in units of the half lung, by shifting the lung's own shape.
+    # The collapsed lung is the shape of the lung itself, shifted from the outer and upper wall.
     x, y = side * grid.x, grid.y
     shifted = _Grid(side * (x + 0.34 * depth), y - 0.45 * depth * apical)
     inner = np.maximum(_lung(shifted, side, 0.0, 1.0 - 0.18 * depth), levels[side] * 0.9)
@@ -129,20 +129,20 @@ def _collapse(
 
 
 def mask_near(mask: np.ndarray) -> np.ndarray:
-    """Return the mask widened by about 2 % of the film, as float32 0 or 1."""
+    """Return the mask dilated by about 2 % of the film, as float32 0 or 1."""
     import cv2
 
     width = max(3, mask.shape[0] // 50) | 1
-    return cv2.dilate(mask.astype(np.uint8), np.ones((width, width), np.uint8)).astype(np.float32)
+    return np.asarray(cv2.dilate(mask.astype(np.uint8), np.ones((width, width), np.uint8)), np.float32)
 
 
 def _ribs(random: np.random.Generator, grid: _Grid) -> np.ndarray:
-    """Bright curved bands, about eleven a side."""
+    """Return bright curved bands, about eleven per side."""
     phase = random.uniform(0, 2 * np.pi)
     back = np.cos(2 * np.pi * 5.6 * (grid.y + 0.34 * (np.abs(grid.x) - 0.15) ** 2 - 0.10 * np.abs(grid.x)) + phase)
     front = np.cos(2 * np.pi * 4.2 * (grid.y - 0.55 * np.abs(grid.x)) + phase)
     inside = _step(0.86 - np.abs(grid.x), 0.06) * _step(0.75 - np.abs(grid.y), 0.2)
-    return (_step(back - 0.45, 0.25) + 0.5 * _step(front - 0.6, 0.25)) * inside
+    return np.asarray((_step(back - 0.45, 0.25) + 0.5 * _step(front - 0.6, 0.25)) * inside)
 
 
 def _uid(*parts: object) -> str:
@@ -151,7 +151,7 @@ def _uid(*parts: object) -> str:
 
 
 def _dicom(pixels: np.ndarray, uids: tuple[str, str, str], view: str, sex: str, name: str) -> bytes:
-    """Return the bytes of a JPEG Baseline film as in SIIM-ACR: Secondary Capture class, modality CR."""
+    """Return the bytes of a JPEG Baseline film as in SIIM-ACR: Secondary Capture, modality CR."""
     from PIL import Image
     from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
     from pydicom.encaps import encapsulate
@@ -164,10 +164,8 @@ def _dicom(pixels: np.ndarray, uids: tuple[str, str, str], view: str, sex: str, 
     meta.MediaStorageSOPInstanceUID = uids[2]
     meta.TransferSyntaxUID = JPEGBaseline8Bit
     film: Any = FileDataset("", Dataset(), file_meta=meta, preamble=b"\0" * 128)
-    film.SOPClassUID, film.StudyInstanceUID, film.SeriesInstanceUID, film.SOPInstanceUID = (
-        meta.MediaStorageSOPClassUID,
-        *uids,
-    )
+    film.SOPClassUID = SecondaryCaptureImageStorage
+    film.StudyInstanceUID, film.SeriesInstanceUID, film.SOPInstanceUID = uids
     film.StudyDate, film.StudyTime, film.AccessionNumber, film.Modality = "19010101", "000000.00", "", "CR"
     film.ConversionType, film.ReferringPhysicianName = "WSD", ""
     film.SeriesDescription = "SYNTHETIC PHANTOM"
@@ -186,21 +184,21 @@ def _dicom(pixels: np.ndarray, uids: tuple[str, str, str], view: str, sex: str, 
 
 
 def _rows(mask: np.ndarray, several: bool) -> list[str]:
-    """Return the mask's annotation rows: one, or two that overlap, as the competition has them."""
+    """Return the annotation rows of the mask: one, or two overlapping ones, as in the competition."""
     if not several:
         return [encode_rle(mask)]
     inside = np.flatnonzero(mask.any(axis=1))
-    at, more = inside[len(inside) // 2], max(1, len(inside) // 8)
+    at, overlap = inside[len(inside) // 2], max(1, len(inside) // 8)
     upper, lower = mask.copy(), mask.copy()
-    upper[at + more :], lower[:at] = False, False
+    upper[at + overlap :], lower[:at] = False, False
     return [encode_rle(upper), encode_rle(lower)]
 
 
 def make_phantom(folder: Path, films: int, size: int, seed: int = 0) -> dict[str, Path]:
-    """Write `films` films of size x size pixels in the layout of SIIM-ACR; return the two lists.
+    """Write `films` films of size x size pixels in the layout of SIIM-ACR; return the paths of the two lists.
 
-    About 40 % have a pneumothorax; every fifth of these has two overlapping annotation rows. One to three films are
-    of one patient, which only patients.csv tells. From 8 films on the last one has no annotation.
+    About 40 % have a pneumothorax; every fifth of these has two overlapping annotation rows. A patient has one to three
+    films, which only patients.csv shows. With 8 or more films, the last one has no annotation.
     """
     folder = Path(folder)
     random = np.random.default_rng([seed, 2**31])
@@ -216,7 +214,7 @@ def make_phantom(folder: Path, films: int, size: int, seed: int = 0) -> dict[str
         pixels, mask = draw_film(size, seed, number, bool(labels[number]))
         uids = (_uid(seed, size, patient, number, 2), _uid(seed, size, patient, number, 3), _uid(seed, size, number, 4))
         sex = "MF"[int(hashlib.sha256(f"{seed}/{patient}".encode()).digest()[0]) % 2]
-        # As in SIIM-ACR, name and id of the patient are unique to the image and hide that patients repeat.
+        # As in SIIM-ACR, name and id of the patient are unique to the image and hide repeated patients.
         data = _dicom(pixels, uids, "PA" if random.random() < 0.6 else "AP", sex, f"PHANTOM-{number:05d}")
         write_bytes(folder / "dicom-images-train" / uids[0] / uids[1] / f"{uids[2]}.dcm", data)
         patients.append((uids[2], f"P{patient:05d}"))
@@ -224,22 +222,22 @@ def make_phantom(folder: Path, films: int, size: int, seed: int = 0) -> dict[str
             continue
         positives += bool(mask.any())
         table += [(uids[2], f" {row}") for row in _rows(mask, bool(mask.any()) and positives % 5 == 0)]
-    found = {}
+    lists = {}
     for name, header, rows in (
         ("train-rle.csv", ("ImageId", " EncodedPixels"), table),
         ("patients.csv", ("ImageId", "PatientKey"), patients),
     ):
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([header, *sorted(rows)])
-        found[name] = folder / name
+        lists[name] = folder / name
         write_text(folder / name, text.getvalue())
-    return found
+    return lists
 
 
 def run(task: Task) -> dict[str, Path]:
-    """Make the run's phantom films; return the two lists (the films follow from the settings)."""
+    """Write the run's phantom films; return the two lists (the settings determine the films)."""
     phantom = task.config.phantom
     if not phantom.films:
-        raise ConfigError("phantom.films=0: this run has no phantom films to make")
-    found = make_phantom(task.out, phantom.films, phantom.size, phantom.seed)
-    return {"rle_csv": found["train-rle.csv"], "patients": found["patients.csv"]}
+        raise ConfigError("phantom.films=0: this run has no phantom films to write")
+    lists = make_phantom(task.out, phantom.films, phantom.size, phantom.seed)
+    return {"rle_csv": lists["train-rle.csv"], "patients": lists["patients.csv"]}

@@ -1,6 +1,6 @@
-"""Shard files: film to square image, streaming writer, lazy memory-mapped reader.
+"""Shard files: resizing of films, streaming writer, lazy memory-mapped reader.
 
-Nothing appears under its final name unless it is whole, and nothing in here depends on time, host or process count:
+A file takes its final name only when it is complete. Its content does not depend on time, host or number of processes:
 writing a shard again gives the same bytes.
 """
 
@@ -21,30 +21,30 @@ import numpy as np
 from pneumo_dist.config import ConfigError
 from pneumo_dist.runtime.files import atomic_path, read_json, sha256_file
 
-HEADER_BYTES = 128  # of every .npy file in here
-FLUSH_BYTES = 16 << 20  # are sent to the disk beside the decoding: the fsync at the end would wait for a whole shard
-# What a killed writer leaves behind (runtime/files.py).
+HEADER_BYTES = 128  # of each .npy file of a shard
+FLUSH_BYTES = 16 << 20  # flushed while decoding goes on; else the fsync at the end would wait for the whole shard
+# Temporary files that a killed writer leaves (see runtime/files.py).
 TEMPORARY = re.compile(r"^\.(?P<stem>.+)\.[0-9a-f]{8}\.tmp(\.\w+)?$")
 OURS = re.compile(r"^(images|masks|size)-(\d+)-(\d{5})-of-(\d{5})\.(npy|json)$|^films-(\d{5})-of-(\d{5})\.json$")
 
 
 def image_name(size: int, shard: int, count: int) -> str:
-    """The file of one shard's images: uint8 (n, size, size)."""
+    """Return the file name of the images of one shard: uint8 (n, size, size)."""
     return f"images-{size}-{shard:05d}-of-{count:05d}.npy"
 
 
 def mask_name(size: int, shard: int, count: int) -> str:
-    """The file of one shard's masks: uint8 (positive films, size * size / 8), one bit a pixel."""
+    """Return the file name of the masks of one shard: uint8 (positive films, size * size / 8), one bit per pixel."""
     return f"masks-{size}-{shard:05d}-of-{count:05d}.npy"
 
 
 def size_name(size: int, shard: int, count: int) -> str:
-    """The part manifest of one size of one shard, written last: its presence means that the shard is done."""
+    """Return the name of the part manifest of a shard and size. It is written last: its presence marks completion."""
     return f"size-{size}-{shard:05d}-of-{count:05d}.json"
 
 
 def films_name(shard: int, count: int) -> str:
-    """What is known of one shard's films, independent of any size."""
+    """Return the name of the list of the films of one shard, which does not depend on sizes."""
     return f"films-{shard:05d}-of-{count:05d}.json"
 
 
@@ -53,44 +53,44 @@ def to_sizes(
 ) -> dict[int, np.ndarray]:
     """Return {size: uint8 (size, size)} of a uint8 (rows, columns) film; the aspect ratio is not kept.
 
-    Halved by 2 x 2 means as long as both sides are even and at least twice the target, the rest by area (linear
-    where a side grows). The levels of a larger size are those of a smaller one, so each is computed once; against
-    one direct area mean a pixel differs by at most one grey level per halving beyond the first.
+    The film is halved by 2 x 2 means while both sides are even and at least twice the target, then resized by area
+    (linearly if a side grows). Sizes share their halvings, so each is computed once. Compared with one direct area
+    mean, a pixel differs by at most one grey level per halving beyond the first.
 
     Args:
-        into: arrays to write the results to, by size, which saves a copy where they are to lie in a certain place.
+        into: arrays for the results, by size; saves a copy into shared memory.
     """
-    import cv2  # here: submit.py reads file names without loading OpenCV
+    import cv2  # not at the top: submit.py imports the file names without loading OpenCV
 
-    level, found = pixels, {}
+    level, resized = pixels, {}
     for size in sorted(set(sizes), reverse=True):
-        place = into[size] if into else np.empty((size, size), np.uint8)
+        target = into[size] if into else np.empty((size, size), np.uint8)
         while min(level.shape) >= 2 * size and level.shape[0] % 2 == level.shape[1] % 2 == 0:
             half = level.shape[1] // 2, level.shape[0] // 2
-            level = cv2.resize(level, half, place if half == (size, size) else None, interpolation=cv2.INTER_AREA)
+            level = cv2.resize(level, half, target if half == (size, size) else None, interpolation=cv2.INTER_AREA)
         if level.shape == (size, size):
-            if level is not place:
-                place[:] = level
+            if level is not target:
+                target[:] = level
         else:
-            way = cv2.INTER_AREA if min(level.shape) >= size else cv2.INTER_LINEAR
-            cv2.resize(level, (size, size), place, interpolation=way)
-        found[size] = place
-    return found
+            interpolation = cv2.INTER_AREA if min(level.shape) >= size else cv2.INTER_LINEAR
+            cv2.resize(level, (size, size), target, interpolation=interpolation)
+        resized[size] = target
+    return resized
 
 
 def to_size(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Return a uint8 (rows, columns) film as uint8 (size, size): the one way a film becomes an input of the network."""
+    """Return a uint8 (rows, columns) film as uint8 (size, size), the input of the network."""
     return to_sizes(pixels, [size])[size]
 
 
 def masks_to_sizes(mask: np.ndarray, sizes: Iterable[int]) -> dict[int, np.ndarray]:
-    """Return {size: bool (size, size)} of a (rows, columns) mask: inside where at least half a pixel is.
+    """Return {size: bool (size, size)} of a (rows, columns) mask: true where at least half of a pixel is inside.
 
-    The mask is bool, or uint8 with 255 inside, which saves a pass.
+    The mask is bool, or uint8 with 255 inside, which saves a conversion.
     """
     import cv2
 
-    # By columns, as decoded masks lie in memory: transposing the small results is cheaper.
+    # Decoded masks are column-major in memory: transposing the small results is cheaper.
     grey = np.ascontiguousarray(mask.T)
     if grey.dtype == bool:
         grey = grey.view(np.uint8) * np.uint8(255)
@@ -98,11 +98,11 @@ def masks_to_sizes(mask: np.ndarray, sizes: Iterable[int]) -> dict[int, np.ndarr
 
 
 class _NpyStream:
-    """A .npy file written row by row; hashed on the way, and again only if fewer rows came than announced."""
+    """A .npy file written row by row and hashed meanwhile; hashed again only if fewer rows came than announced."""
 
     def __init__(self, path: Path, rows: int, shape: tuple[int, ...]) -> None:
         self._path, self._announced, self._shape, self.rows = path, rows, shape, 0
-        self._file: BinaryIO = open(path, "wb")
+        self._file: BinaryIO = path.open("wb")
         self._hash = hashlib.sha256()
         self._flusher = ThreadPoolExecutor(1, "flush")
         self._flush: Future[None] | None = None
@@ -125,7 +125,7 @@ class _NpyStream:
             self._flush, self._unflushed = self._flusher.submit(os.fdatasync, self._file.fileno()), 0
 
     def _wait(self) -> None:
-        """Wait for what is being flushed; a disk's error counts as one of writing."""
+        """Wait for the flush in progress; raise its disk error."""
         if self._flush is not None:
             self._flush.result()
 
@@ -137,7 +137,7 @@ class _NpyStream:
     def close(self) -> str:
         """Finish the file and return its sha256."""
         if self.rows != self._announced:
-            # numpy pads headers for growing first axes: the length stays, the rows need not move.
+            # numpy pads headers so that the first axis may grow: the new header has the same length.
             self._file.seek(0)
             self._file.write(self._header(self.rows))
         self._wait()
@@ -151,19 +151,14 @@ class _NpyStream:
 
 
 class ShardWriter:
-    """Writes one shard in all sizes at once; use as a context manager, then `finish` inside it.
+    """Write one shard in all sizes at once. Use as a context manager and call `finish` inside it.
 
-    Leaving without `finish`, by an error or a stop, leaves nothing behind.
+    Without `finish`, after an error or a stop, no file remains.
     """
 
     def __init__(self, folder: Path, shard: int, count: int, sizes: Iterable[int], films: int) -> None:
-        self._folder, self._shard, self._count, self._sizes, self._films = (
-            Path(folder),
-            shard,
-            count,
-            list(sizes),
-            films,
-        )
+        self._folder, self._sizes = Path(folder), list(sizes)
+        self._shard, self._count, self._films = shard, count, films
         self._stack = ExitStack()
         self._images: dict[int, _NpyStream] = {}
         self._masks: dict[int, list[bytes]] = {size: [] for size in self._sizes}
@@ -180,7 +175,7 @@ class ShardWriter:
         return self
 
     def add(self, images: dict[int, np.ndarray], masks: dict[int, bytes] | None) -> None:
-        """Append one film: uint8 (size, size) per size, and for a positive film its packed masks."""
+        """Append one film: uint8 (size, size) per size, and the packed masks of a positive film."""
         if masks is not None:
             self._positives.append(self._images[self._sizes[0]].rows)
         for size in self._sizes:
@@ -189,7 +184,7 @@ class ShardWriter:
                 self._masks[size].append(masks[size])
 
     def finish(self) -> dict[int, dict[str, Any]]:
-        """Close the files; return per size what its part manifest says. They get their names when the block ends."""
+        """Close the files and return the part manifest of each size. The block's end renames the files."""
         parts = {}
         for size in self._sizes:
             images, masks = image_name(size, self._shard, self._count), mask_name(size, self._shard, self._count)
@@ -213,20 +208,22 @@ class ShardWriter:
         for stream in self._images.values():
             stream.abort()
         if kind is None and not self._done:
-            value = RuntimeError("a shard was left without finish()")
+            value = RuntimeError("ShardWriter was left without finish()")
             self._stack.__exit__(RuntimeError, value, None)
             raise value
         self._stack.__exit__(kind, value, trace)
 
 
 def map_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Map a uint8 .npy file read-only; its size is checked first, for a short file would be a SIGBUS later.
+    """Map a uint8 .npy file read-only.
+
+    numpy checks the length first: reading past the end of a truncated file would end the process with SIGBUS.
 
     Raises:
-        ConfigError: missing, of another shape, or cut short.
+        ConfigError: the file is missing, truncated or of another shape.
     """
     try:
-        array = np.load(path, mmap_mode="r")
+        array: np.ndarray = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(
             f"{path}: cannot map the shard ({error}): check it with --stage preprocess --verify"
@@ -237,19 +234,18 @@ def map_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class ShardReader:
-    """Reads images and masks of one size out of a finished shard directory.
+    """Read images and masks of one size from a finished shard directory.
 
-    Files are mapped at first use in each process, and the maps are left out of a pickle: a pickled memmap would
-    be a full copy.
+    Files are mapped at first use in each process. A pickle excludes the maps, since a pickled memmap is a full copy.
     """
 
     def __init__(self, shard_dir: Path, size: int) -> None:
-        """Open the directory. Raises ConfigError where it is unfinished or has no such size."""
+        """Open the directory. Raises ConfigError if it is unfinished or lacks this size."""
         self.shard_dir, self.size = Path(shard_dir), size
         try:
             self.count = int(read_json(self.shard_dir / f"manifest-{size}.json")["shards"])
         except (OSError, ValueError, KeyError, TypeError):
-            raise ConfigError(f"{shard_dir}: no finished shards of {size} px here: run --stage preprocess") from None
+            raise ConfigError(f"{shard_dir}: no finished shards of {size} px: run --stage preprocess") from None
         self._images: dict[int, np.ndarray] = {}
         self._masks: dict[int, tuple[np.ndarray, dict[int, int]]] = {}
 
@@ -257,7 +253,7 @@ class ShardReader:
         return self.__dict__ | {"_images": {}, "_masks": {}}
 
     def _part(self, shard: int) -> dict[str, Any]:
-        return read_json(self.shard_dir / size_name(self.size, shard, self.count))
+        return dict(read_json(self.shard_dir / size_name(self.size, shard, self.count)))
 
     def image(self, shard: int, row: int) -> np.ndarray:
         """Return one image, uint8 (size, size), a copy."""

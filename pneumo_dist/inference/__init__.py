@@ -1,1 +1,1 @@
-"""Batch inference: a folder of films to predictions, masks, overlays and a worklist."""
+"""Batch inference: from a folder of films to predictions, masks, overlays and a worklist."""

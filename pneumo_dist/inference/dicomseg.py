@@ -1,7 +1,7 @@
-"""One mask as a DICOM Segmentation that points at its source film. The only output that carries patient attributes.
+"""Write a mask as a DICOM Segmentation that references its source film: the only output with patient attributes.
 
-They are copied from the source because the standard wants the object in the same patient and study; nothing else
-of the header is read, and nothing of it is ever logged. Equal inputs give equal bytes: no clock, no random UID.
+The standard requires the object to be in the same patient and study, so these attributes are copied. No other
+attribute is read and none is logged. Equal inputs give equal bytes: no clock, no random UID.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pneumo_dist import __version__
 
-# What the Patient, General Study and image reference modules need; those of type 2 may be empty but must be there.
+# Attributes of the Patient, General Study and image reference modules; those of type 2 must exist but may be empty.
 IDENTITY = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Rows", "Columns")
 TYPE_2 = (
     "PatientName",
@@ -41,21 +41,21 @@ TYPE_3 = (
 
 
 class SegError(Exception):
-    """No Segmentation can be made for this film; the message holds no header text."""
+    """No Segmentation is possible for this film; the message contains no header text."""
 
 
 @dataclass(frozen=True)
 class SegJob:
     """One Segmentation to write."""
 
-    film: str  # the film's id: two files with one SOP instance UID must not give one Segmentation UID
-    source: str  # the film's file
-    target: str  # the file to write
+    film: str  # id of the film, part of the UIDs: two files may share one SOP instance UID
+    source: str  # path of the film
+    target: str  # path of the Segmentation
     rows: int
     columns: int
     packed: bytes  # np.packbits of the mask
-    label: str  # of the inference, for the series description
-    answer: str  # hash of what determines the answers: models, triplet, flips
+    label: str  # label of the inference, for the series description
+    answer: str  # hash of the settings that determine the result: models, triplet, flips
     models: tuple[str, ...]  # sha256 of the model files
     created: int  # epoch seconds: the content date
 
@@ -64,7 +64,7 @@ def write_seg(job: SegJob) -> tuple[int, str]:
     """Write one Segmentation and return (bytes, sha256) of the file.
 
     Raises:
-        SegError: the film is no DICOM file, or its header lacks what a reference to it needs.
+        SegError: the film is not a DICOM file, or its header lacks an attribute that a reference needs.
     """
     mask = np.unpackbits(np.frombuffer(job.packed, np.uint8), count=job.rows * job.columns).reshape(
         job.rows, job.columns
@@ -75,69 +75,51 @@ def write_seg(job: SegJob) -> tuple[int, str]:
 
 
 def try_write_seg(job: SegJob) -> tuple[int, str] | str:
-    """Write one Segmentation; whatever prevents it comes back as a reason without header text."""
+    """Write one Segmentation; return the reason, without header text, if it is not possible."""
     try:
         return write_seg(job)
     except SegError as error:
         return str(error)
     except OSError:
-        raise  # a full disk is no property of the film
-    except Exception as error:  # highdicom quotes values in its messages
-        return f"cannot be made ({type(error).__name__})"
+        raise  # a full disk concerns all films, not this one
+    except Exception as error:  # the type only: highdicom quotes header values in its messages
+        return f"not possible ({type(error).__name__})"
 
 
 def seg_bytes(source: Path, mask: NDArray[np.bool_], job: SegJob) -> bytes:
-    """Return the DICOM file of a binary Segmentation with one segment, pixel for pixel on its source film.
+    """Return the DICOM file of a binary Segmentation with one segment and the matrix of its source film.
 
     A film without FrameOfReferenceUID (every SIIM-ACR film, most secondary captures) gives a Segmentation without
-    one: PS3.3 A.51 wants that module only where the source has it. No position, orientation or spacing is made up;
-    the tie to the film is the reference to its SOP instance and the equal matrix. Pixel spacing is not copied
-    either: films with a resampled matrix keep the spacing of the original one.
+    one: PS3.3 A.51 requires that module only if the source has it. Position, orientation and spacing are not invented:
+    the Segmentation refers to the film by its SOP instance and has the same matrix. Pixel spacing is not copied
+    either, since resampled films may carry the spacing of the original matrix.
 
     Raises:
         SegError: as `write_seg`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they quote patient names
-        return _made(_header(source), mask, job)
+        return _encode(_header(source), mask, job)
 
 
-def _made(header: Any, mask: NDArray[np.bool_], job: SegJob) -> bytes:
+def _encode(header: Any, mask: NDArray[np.bool_], job: SegJob) -> bytes:
     import highdicom as hd
-    from highdicom.sr.coding import CodedConcept
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
     if (header.Rows, header.Columns) != mask.shape:
         raise SegError(
-            f"the header says {header.Rows} x {header.Columns}, the film has {mask.shape[0]} x {mask.shape[1]}"
+            f"the header says {header.Rows} x {header.Columns}, the mask has {mask.shape[0]} x {mask.shape[1]}"
         )
     entropy = ["pneumo_dist", __version__, job.label, job.answer]
-    when = datetime.fromtimestamp(job.created, UTC)
 
-    def uid(what: str, source: str) -> str:
-        return str(generate_uid(entropy_srcs=[what, str(source), "" if what == "series" else job.film, *entropy]))
+    def uid(kind: str, source: str) -> str:
+        return str(generate_uid(entropy_srcs=[kind, str(source), "" if kind == "series" else job.film, *entropy]))
 
-    algorithm = hd.AlgorithmIdentificationSequence(
-        name="pneumo_dist ResNet34-UNet",
-        version=f"{__version__} model {'+'.join(digest[:8] for digest in job.models)}"[:64],
-        family=CodedConcept("123109", "DCM", "Artificial Intelligence"),
-    )
-    segment = hd.seg.SegmentDescription(
-        segment_number=1,
-        segment_label="Pneumothorax",
-        segmented_property_category=CodedConcept("49755003", "SCT", "Morphologically Abnormal Structure"),
-        segmented_property_type=CodedConcept("36118008", "SCT", "Pneumothorax"),
-        algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-        algorithm_identification=algorithm,
-        tracking_uid=uid("tracking", header.SOPInstanceUID),
-        tracking_id="pneumothorax",
-        anatomic_regions=[CodedConcept("43799004", "SCT", "Thoracic cavity")],
-    )
-    made = hd.seg.Segmentation(
+    segmentation = hd.seg.Segmentation(
         source_images=[header],
         pixel_array=mask.astype(np.uint8),
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[segment],
+        segment_descriptions=[_segment(job, uid("tracking", header.SOPInstanceUID))],
         series_instance_uid=uid("series", header.SeriesInstanceUID),
         series_number=900,
         sop_instance_uid=uid("instance", header.SOPInstanceUID),
@@ -152,16 +134,39 @@ def _made(header: Any, mask: NDArray[np.bool_], job: SegJob) -> bytes:
         omit_empty_frames=False,
         series_description=f"Pneumothorax (pneumo_dist {job.label})"[:64],
     )
-    _fix_clock_and_uids(made, when, uid("dimensions", header.SOPInstanceUID))
-    made.ContentCreatorName = ""
-    made.PatientOrientation = header.get("PatientOrientation") or ""  # of type 2C where there is no image plane
+    _set_date_and_uids(segmentation, job.created, uid("dimensions", header.SOPInstanceUID))
+    segmentation.ContentCreatorName = ""
+    segmentation.PatientOrientation = header.get("PatientOrientation") or ""  # type 2C without an image plane
     file = BytesIO()
-    made.save_as(file)
+    segmentation.save_as(file)
     return file.getvalue()
 
 
+def _segment(job: SegJob, tracking_uid: str) -> Any:
+    """Describe the segment: pneumothorax in the thoracic cavity, found by this program and its models."""
+    import highdicom as hd
+    from highdicom.sr.coding import CodedConcept
+
+    algorithm = hd.AlgorithmIdentificationSequence(
+        name="pneumo_dist ResNet34-UNet",
+        version=f"{__version__} model {'+'.join(digest[:8] for digest in job.models)}"[:64],
+        family=CodedConcept("123109", "DCM", "Artificial Intelligence"),
+    )
+    return hd.seg.SegmentDescription(
+        segment_number=1,
+        segment_label="Pneumothorax",
+        segmented_property_category=CodedConcept("49755003", "SCT", "Morphologically Abnormal Structure"),
+        segmented_property_type=CodedConcept("36118008", "SCT", "Pneumothorax"),
+        algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=algorithm,
+        tracking_uid=tracking_uid,
+        tracking_id="pneumothorax",
+        anatomic_regions=[CodedConcept("43799004", "SCT", "Thoracic cavity")],
+    )
+
+
 def _header(path: Path) -> Any:
-    """Read what the Segmentation needs; empty where a type 2 attribute is missing, an error where a type 1 is."""
+    """Read the attributes that the Segmentation needs: a missing one of type 2 is empty, of type 1 raises SegError."""
     import pydicom
     from pydicom.dataset import Dataset
 
@@ -174,8 +179,8 @@ def _header(path: Path) -> Any:
         for name in (*IDENTITY, *TYPE_2, *TYPE_3):
             if name in read and (read[name].value not in (None, "") or name in TYPE_2):
                 header.add(read[name])
-    except Exception as error:  # damaged headers raise anything, and quote what they found
-        raise SegError(f"its header cannot be read ({type(error).__name__})") from None
+    except Exception as error:  # the type only: errors of damaged headers quote values
+        raise SegError(f"its header is unreadable ({type(error).__name__})") from None
     missing = [name for name in IDENTITY if not header.get(name)]
     if missing:
         raise SegError(
@@ -185,14 +190,15 @@ def _header(path: Path) -> Any:
         if name not in header:
             setattr(header, name, "")
     if not re.fullmatch(r"\d{3}[DWMY]", str(header.get("PatientAge", "000Y"))):
-        del header.PatientAge  # "58" without a unit, as SIIM-ACR has it, would make our object invalid
+        del header.PatientAge  # "58" without a unit, as in SIIM-ACR, would make the Segmentation invalid
     if "Modality" not in header:
         header.Modality = "OT"
     return header
 
 
-def _fix_clock_and_uids(dataset: Any, when: datetime, dimensions: str) -> None:
-    """Replace what highdicom takes from the clock and from the random generator."""
+def _set_date_and_uids(dataset: Any, created: int, dimensions: str) -> None:
+    """Replace the values that highdicom takes from the clock and from the random generator."""
+    when = datetime.fromtimestamp(created, UTC)
     day, time = when.strftime("%Y%m%d"), when.strftime("%H%M%S")
     for name in ("InstanceCreation", "Content", "Series"):
         if f"{name}Date" in dataset:

@@ -1,6 +1,6 @@
-"""What one inference will do, decided before its array starts: films, ids, file names, parts, models. No torch.
+"""The plan of one inference, plan before its array starts: films, ids, file names, parts. No torch.
 
-Parts are a function of the plan alone, never of the number of tasks; nothing in here opens a film.
+Parts depend on the plan only, never on the number of tasks. This module opens no film.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,7 @@ FORMAT = "pneumo_dist.plan/1"
 
 @dataclass(frozen=True, slots=True)
 class PlannedFilm:
-    """One film: its id in the answers, its path below the source folder, its size on disk, the stem of its files."""
+    """One film: its id in the outputs, its path below the source folder, its size on disk, the stem of its files."""
 
     id: str
     path: str
@@ -40,26 +41,26 @@ class FilmPlan:
     label: str
     part_size: int
     created: int
-    ignored: int  # files in the folder that are no films
+    ignored: int  # number of files in the folder that are not films
     films: tuple[PlannedFilm, ...]
 
     @property
     def parts(self) -> int:
-        """The number of parts."""
+        """Return the number of parts."""
         return -(-len(self.films) // self.part_size)
 
     def part(self, index: int) -> tuple[PlannedFilm, ...]:
-        """The films of one part."""
+        """Return the films of one part."""
         return self.films[index * self.part_size : (index + 1) * self.part_size]
 
     @property
     def listing_hash(self) -> str:
-        """The hash of the films' ids, paths and sizes, as DONE.json records it."""
+        """Return the hash of the films' ids, paths and sizes, as recorded in DONE.json."""
         return sha256_text("".join(f"{film.id}\t{film.path}\t{film.bytes}\n" for film in self.films))
 
     @cached_property
     def hash(self) -> str:
-        """What the answers depend on: label, part size and films, not the time of the plan."""
+        """Return the hash of label, part size and films, without the time of the plan."""
         return sha256_text(json.dumps([self.label, self.part_size, [_row(film) for film in self.films]]))
 
 
@@ -68,7 +69,7 @@ def _row(film: PlannedFilm) -> list[Any]:
 
 
 def file_name(film_id: str) -> str:
-    """Return a safe, unique file stem for an id: the id itself, or with a hash where it holds other characters."""
+    """Return a safe, unique file stem for an id: the id itself, or a cleaned form with a hash of the id."""
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", film_id).lstrip(".")
     if plain == film_id and len(plain) <= 120:
         return plain
@@ -78,23 +79,23 @@ def file_name(film_id: str) -> str:
 def make_film_plan(run: Run) -> FilmPlan:
     """List the films of `infer.dir` (or of the training data).
 
-    `created` is the current time, or SOURCE_DATE_EPOCH where that is set (reproducible-builds.org): it is the only
-    date that reaches an output.
+    `created` is the current time, or SOURCE_DATE_EPOCH if that is set (reproducible-builds.org). Outputs contain no
+    other date.
 
     Raises:
-        ConfigError: no such folder, or not one film in it.
+        ConfigError: the folder does not exist or contains no film.
     """
     folder = run.infer_source
     if folder is None:
-        raise ConfigError("no films to infer on: give infer.dir=DIR")
+        raise ConfigError("no films for inference: give infer.dir=DIR")
     if not folder.is_dir():
         raise ConfigError(f"infer.dir={folder} is not a folder: give a folder of DICOM, PNG or JPEG films")
-    found, ignored = find_films(folder)
-    if not found:
+    listed, ignored = find_films(folder)
+    if not listed:
         raise ConfigError(
-            f"infer.dir={folder} holds no films (*.dcm, *.dicom, *.png, *.jpg, *.jpeg, or DICM at byte 128)"
+            f"infer.dir={folder} contains no films (*.dcm, *.dicom, *.png, *.jpg, *.jpeg, or DICM at byte 128)"
         )
-    films = tuple(PlannedFilm(name, path, _size(folder / path), file_name(name)) for name, path in found)
+    films = tuple(PlannedFilm(name, path, _size(folder / path), file_name(name)) for name, path in listed)
     created = int(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
     return FilmPlan(run.infer_dir.name, run.config.infer.part_size, created, ignored, films)
 
@@ -103,11 +104,11 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError:
-        return -1  # reading it will give the reason
+        return -1  # the reader reports the reason
 
 
 def read_film_plan(folder: Path) -> FilmPlan | None:
-    """Read plan.json of an inference folder; None where there is none."""
+    """Read plan.json of an inference folder; None if there is none."""
     path = folder / "plan.json"
     try:
         tree = read_json(path)
@@ -122,73 +123,74 @@ def read_film_plan(folder: Path) -> FilmPlan | None:
 
 
 def write_film_plan(run: Run) -> FilmPlan:
-    """Decide and write plan.json; an equal plan in place is kept, with its date. Called once, at submission."""
+    """Write and return plan.json; an equal existing plan is kept, with its date. Called once, at submission."""
     folder = run.infer_dir
-    made, there = make_film_plan(run), read_film_plan(folder)
-    if there is not None and there.hash == made.hash:
-        return there
-    write_bytes(folder / "plan.json", _encode(made))
-    return made
+    plan, existing = make_film_plan(run), read_film_plan(folder)
+    if existing is not None and existing.hash == plan.hash:
+        return existing
+    write_bytes(folder / "plan.json", _encode(plan))
+    return plan
 
 
 def ensure_film_plan(run: Run) -> FilmPlan:
-    """Return the plan in place; where none was made at submission, the first task to come writes it for all.
+    """Return the existing plan; if submission wrote none (plain scripts), the first task writes it for all.
 
     Raises:
-        ConfigError: the plan in place was cut with another infer.part_size.
+        ConfigError: the existing plan has another infer.part_size.
     """
     folder = run.infer_dir
-    there = read_film_plan(folder)
-    if there is None:
+    plan = read_film_plan(folder)
+    if plan is None:
         folder.mkdir(parents=True, exist_ok=True)
-        own = folder / f".plan.{os.getpid()}.{os.uname().nodename}.tmp"
-        own.write_bytes(_encode(make_film_plan(run)))
+        temporary = folder / f".plan.{os.getpid()}.{os.uname().nodename}.tmp"
+        temporary.write_bytes(_encode(make_film_plan(run)))
         try:
-            os.link(own, folder / "plan.json")  # fails where another task was first: then theirs holds
-        except FileExistsError:
-            pass
+            with suppress(FileExistsError):  # another task was first: its plan holds
+                os.link(temporary, folder / "plan.json")
         finally:
-            own.unlink()
-        there = read_film_plan(folder)
-        assert there is not None
-    if there.part_size != run.config.infer.part_size:
+            temporary.unlink()
+        plan = read_film_plan(folder)
+        assert plan is not None
+    if plan.part_size != run.config.infer.part_size:
         raise ConfigError(
-            f"{folder / 'plan.json'} was cut into parts of {there.part_size} films, infer.part_size is "
+            f"{folder / 'plan.json'} has parts of {plan.part_size} films, but infer.part_size is "
             f"{run.config.infer.part_size}: submit again, or give another infer.label"
         )
-    return there
+    return plan
 
 
-def _encode(made: FilmPlan) -> bytes:
+def _encode(plan: FilmPlan) -> bytes:
     head = {
         "format": FORMAT,
-        "label": made.label,
-        "part_size": made.part_size,
-        "created": made.created,
-        "ignored": made.ignored,
+        "label": plan.label,
+        "part_size": plan.part_size,
+        "created": plan.created,
+        "ignored": plan.ignored,
     }
-    rows = ",\n".join(json.dumps(_row(film)) for film in made.films)
+    rows = ",\n".join(json.dumps(_row(film)) for film in plan.films)
     return f'{json.dumps(head)[:-1]}, "films": [\n{rows}\n]}}\n'.encode()
 
 
-def signature(made: FilmPlan, index: int, settings: dict[str, Any]) -> str:
-    """Return the hash of what determines a part: label, its films, and the settings with the models' hashes in them.
+def signature(plan: FilmPlan, index: int, settings: dict[str, Any]) -> str:
+    """Return the hash of the inputs of a part: label, its films, and the settings with the hashes of the models.
 
-    Not the whole plan: where a few films have come to an archive, parts without them are kept.
+    It does not cover the whole plan: when films are added to an archive, parts without new films are kept.
     """
-    films = [_row(film) for film in made.part(index)]
-    return sha256_text(json.dumps([made.label, films, settings], sort_keys=True))
+    films = [_row(film) for film in plan.part(index)]
+    return sha256_text(json.dumps([plan.label, films, settings], sort_keys=True))
 
 
 def check_films(run: Run) -> str:
-    """Check before submission that there are films, and the models that are named; return what was found, one line.
+    """Check before submission that films and named models exist; return their counts as one line.
 
     Raises:
-        ConfigError: what is missing. This run's own models may still be to come, from the same chain.
+        ConfigError: films or a named model are missing. The run's own models may come later from the same chain.
     """
-    made = make_film_plan(run)
+    plan = make_film_plan(run)
     if run.config.infer.models:
         for path in run.model_paths():
             if not path.is_file():
-                raise ConfigError(f"infer.models: {path} is not there: give a model.pt, or a run with fold<k>/model.pt")
-    return f"{len(made.films)} films in {made.parts} parts, {made.ignored} other files ignored"
+                raise ConfigError(
+                    f"infer.models: {path} does not exist: give a model.pt, or a run with fold<k>/model.pt"
+                )
+    return f"{len(plan.films)} films in {plan.parts} parts, {plan.ignored} other files ignored"

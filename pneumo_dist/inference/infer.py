@@ -1,6 +1,6 @@
-"""Batch inference: an array of parts, then one merge. Every film is answered once, whatever is killed on the way.
+"""Batch inference: an array of parts, then one merge. Every film gets one result, whichever processes are killed.
 
-Imports no torch until a part runs; `merge` only joins files.
+torch is imported only when a part runs; `merge` only joins files.
 """
 
 from __future__ import annotations
@@ -14,12 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pneumo_dist.config import ConfigError
-from pneumo_dist.inference.film_plan import (
-    FilmPlan,
-    ensure_film_plan,
-    read_film_plan,
-    signature,
-)
+from pneumo_dist.inference.film_plan import FilmPlan, ensure_film_plan, read_film_plan, signature
 from pneumo_dist.inference.parts import part_folder, read_part
 from pneumo_dist.runtime.files import sha256_file, write_json, write_text
 from pneumo_dist.runtime.task import Task
@@ -27,116 +22,121 @@ from pneumo_dist.runtime.task import Task
 log = logging.getLogger(__name__)
 
 
-def run_part(task: Task) -> dict[str, Path]:
-    """Run this array element's parts: part j belongs to element j mod N; finished ones are kept."""
-    made = ensure_film_plan(task.run)
+def infer_parts(task: Task) -> dict[str, Path]:
+    """Infer the parts of array task i of N, those with j mod N == i; finished ones are kept."""
+    plan = ensure_film_plan(task.run)
     index, count = task.part
-    mine = [j for j in range(made.parts) if j % count == index]
-    if mine:
-        from pneumo_dist.inference.stream import run_parts
+    indices = range(index, plan.parts, count)
+    if indices:
+        from pneumo_dist.inference.stream import stream_parts
 
-        run_parts(task, made, mine)
+        stream_parts(task, plan, indices)
     return {}
 
 
 def merge(task: Task) -> dict[str, Path]:
-    """Join the parts into the answers of the whole inference.
+    """Join the parts into the outputs of the whole inference; return their paths.
 
     Raises:
-        ConfigError: a part is missing or outdated, or a film has no row, two rows, or is not in the plan.
+        ConfigError: a part is missing or outdated, or a film has no row, has two rows, or is not in the plan.
     """
+    from pneumo_dist.inference.outputs import FOLDERS, write_predictions
+    from pneumo_dist.inference.worklist import write_worklist
+
     out = task.out
-    made = read_film_plan(out)
-    if made is None:
+    plan = read_film_plan(out)
+    if plan is None:
         raise ConfigError(f"{out} has no plan.json: run --stage infer")
-    if task.inputs.get("films", made.listing_hash) != made.listing_hash:
+    if task.inputs.get("films", plan.listing_hash) != plan.listing_hash:
         raise ConfigError(
             f"the films in {task.run.infer_source} have changed since they were planned: run --stage infer again"
         )
-    rows, settings = _joined(out, made)
+    rows, settings = _joined(out, plan)
     if settings["models"] != [sha256_file(path) for path in task.run.model_paths()]:
-        raise ConfigError(f"{out / 'parts'}: made with other models than the ones there now: run --stage infer again")
-    from pneumo_dist.inference.outputs import FOLDERS, write_predictions
-    from pneumo_dist.inference.worklist import write_worklist
+        raise ConfigError(f"{out / 'parts'}: made with other models than the current ones: run --stage infer again")
+    task.check_attempt()
+    _write_submission(out / "submission.csv", rows)
+    write_predictions(out / "predictions.csv", rows, settings)
+    current = {part_folder(out, j) for j in range(plan.parts)}
+    for stale in set((out / "parts").iterdir()) - current:  # of a longer plan, or left by a killed task
+        shutil.rmtree(stale, ignore_errors=True)
+    _gather_files(out, plan, rows, ["thumbs", *FOLDERS.values()])
+    hashes = sorted((name, digest) for row in rows for name, (_, digest) in row["files"].items())
+    write_text(out / "files.sha256", "".join(f"{digest}  {name}\n" for name, digest in hashes))
+    counts = _counts(rows) | {"ignored_files": plan.ignored}
+    inference = {"label": plan.label, **counts, **settings}
+    write_json(out / "inference.json", inference)
+    write_worklist(out / "report.html", rows, inference)
+    log.info("%s: %s", out, ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in counts.items()))
+    return {
+        "submission": out / "submission.csv",
+        "predictions": out / "predictions.csv",
+        "files": out / "files.sha256",
+        "inference": out / "inference.json",
+        "plan": out / "plan.json",
+        "report": out / "report.html",
+    }
+
+
+def _write_submission(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write submission.csv and validate it against the sizes of the films."""
     from pneumo_dist.scoring.submission_csv import problems_of, read_rows, write_submission
 
-    task.check_attempt()
-    write_submission(out / "submission.csv", ((row["film"], row["rle"]) for row in rows))
+    write_submission(path, ((row["film"], row["rle"]) for row in rows))
     sizes = {row["film"]: (row["rows"], row["columns"]) if row["status"] == "ok" else None for row in rows}
-    problems = problems_of(read_rows(out / "submission.csv"), sizes, sizes.get)
+    problems = problems_of(read_rows(path), sizes, sizes.get)
     if problems:
-        raise RuntimeError(
-            f"{out / 'submission.csv'} is not valid: {problems[0]}"
-            + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
-        )
-    write_predictions(out / "predictions.csv", rows, settings)
-    kept = {part_folder(out, j) for j in range(made.parts)}
-    for stale in set((out / "parts").iterdir()) - kept:  # of a longer plan, or left by a killed task
-        shutil.rmtree(stale, ignore_errors=True)
-    _gather_files(out, made, rows, ["thumbs", *FOLDERS.values()])
-    listed = sorted((name, digest) for row in rows for name, (_, digest) in row["files"].items())
-    write_text(out / "files.sha256", "".join(f"{digest}  {name}\n" for name, digest in listed))
-    counts = {
+        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+        raise RuntimeError(f"{path} is not valid: {problems[0]}{more}")
+
+
+def _counts(rows: list[dict[str, Any]]) -> dict[str, int]:
+    return {
         "films": len(rows),
         "positive": sum(row["decision"] == "positive" for row in rows),
         "negative": sum(row["decision"] == "negative" for row in rows),
         "unreadable": sum(row["status"] != "ok" for row in rows),
-        "ignored_files": made.ignored,
     }
-    inference = {"label": made.label, **counts, **settings}
-    write_json(out / "inference.json", inference)
-    write_worklist(out / "report.html", rows, inference)
-    log.info("%s: %s", out, ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in counts.items()))
-    names = {
-        "submission": "submission.csv", "predictions": "predictions.csv", "files": "files.sha256",
-        "inference": "inference.json", "plan": "plan.json", "report": "report.html",
-    }  # fmt: skip
-    return {name: out / file for name, file in names.items()}
 
 
-def _joined(out: Path, made: FilmPlan) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the rows of all parts in the plan's order, and their settings; each film has exactly one row."""
-    parts = [read_part(part_folder(out, j)) for j in range(made.parts)]
+def _joined(out: Path, plan: FilmPlan) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the rows of all parts in the order of the plan, and their settings; each film has exactly one row."""
+    parts = [read_part(part_folder(out, j)) for j in range(plan.parts)]
     missing = [j for j, part in enumerate(parts) if part is None]
     if missing:
         shown = ", ".join(map(str, missing[:10])) + (", ..." if missing[10:] else "")
         raise ConfigError(
-            f"{out}: {len(missing)} of {made.parts} parts are not there ({shown}): "
-            "run --stage infer again, it does only these"
+            f"{out}: {len(missing)} of {plan.parts} parts are missing ({shown}): "
+            "run --stage infer again, it infers only these"
         )
-    whole = [part for part in parts if part is not None]
-    settings = whole[0]["settings"]
-    if any(part["settings"] != settings for part in whole):
-        raise ConfigError(
-            f"{out / 'parts'}: parts of different settings or models lie side by side: run --stage infer again"
-        )
-    rows = [row for part in whole for row in part["rows"]]
-    wanted = [film.id for film in made.films]
-    if [row["film"] for row in rows] != wanted:
-        raise ConfigError(
-            f"{out / 'parts'}: {_mismatch([row['film'] for row in rows], wanted)}: "
-            "remove parts/ and run --stage infer again"
-        )
-    if any(part["signature"] != signature(made, j, settings) for j, part in enumerate(whole)):
+    finished = [part for part in parts if part is not None]
+    settings = finished[0]["settings"]
+    if any(part["settings"] != settings for part in finished):
+        raise ConfigError(f"{out / 'parts'}: parts have different settings or models: run --stage infer again")
+    rows = [row for part in finished for row in part["rows"]]
+    ids, planned = [row["film"] for row in rows], [film.id for film in plan.films]
+    if ids != planned:
+        raise ConfigError(f"{out / 'parts'}: {_mismatch(ids, planned)}: remove parts/ and run --stage infer again")
+    if any(part["signature"] != signature(plan, j, settings) for j, part in enumerate(finished)):
         raise ConfigError(f"{out / 'parts'}: made for an earlier plan: run --stage infer again")
     return rows, settings
 
 
-def _mismatch(found: list[str], wanted: list[str]) -> str:
-    gaps, foreign = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-    twice = sorted(name for name, count in Counter(found).items() if count > 1)
-    for names, what in ((gaps, "without an answer"), (foreign, "not in the plan"), (twice, "answered twice")):
+def _mismatch(ids: list[str], planned: list[str]) -> str:
+    missing, foreign = sorted(set(planned) - set(ids)), sorted(set(ids) - set(planned))
+    twice = sorted(name for name, count in Counter(ids).items() if count > 1)
+    for names, problem in ((missing, "have no row"), (foreign, "are not in the plan"), (twice, "have two rows")):
         if names:
-            return f"{len(names)} films {what}, the first is {names[0]}"
+            return f"{len(names)} films {problem} (first: {names[0]})"
     return "the films are not in the order of the plan"
 
 
-def _gather_files(out: Path, made: FilmPlan, rows: list[dict[str, Any]], folders: list[str]) -> None:
-    """Bring the parts' files together, each folder replaced as a whole: links where the file system has them."""
+def _gather_files(out: Path, plan: FilmPlan, rows: list[dict[str, Any]], folders: list[str]) -> None:
+    """Collect the files of the parts, replacing each folder as a whole; hard links if the file system has them."""
     for folder in folders:
         fresh, final = out / f".{folder}.new", out / folder
         shutil.rmtree(fresh, ignore_errors=True)
-        for name, source in _files_of(out, made, rows, folder):
+        for name, source in _files_of(out, plan, rows, folder):
             fresh.mkdir(exist_ok=True)
             try:
                 os.link(source, fresh / name)
@@ -147,8 +147,8 @@ def _gather_files(out: Path, made: FilmPlan, rows: list[dict[str, Any]], folders
             fresh.rename(final)
 
 
-def _files_of(out: Path, made: FilmPlan, rows: list[dict[str, Any]], folder: str) -> Iterator[tuple[str, Path]]:
+def _files_of(out: Path, plan: FilmPlan, rows: list[dict[str, Any]], folder: str) -> Iterator[tuple[str, Path]]:
     for i, row in enumerate(rows):
         for name in row["files"]:
             if name.startswith(folder + "/"):
-                yield name.split("/", 1)[1], part_folder(out, i // made.part_size) / name
+                yield name.split("/", 1)[1], part_folder(out, i // plan.part_size) / name

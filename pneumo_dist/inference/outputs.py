@@ -1,6 +1,6 @@
-"""What one film leaves behind: its row and its files. No model, no order of films, no decision but the one given.
+"""The outputs of one film: its row and its files, in the folder of its part.
 
-Files go into a part's own folder, which becomes visible as a whole; no patient name or id but in a DICOM SEG.
+Only a DICOM SEG contains the name or id of a patient.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
     "write_predictions", "write_submission",
 ]  # fmt: skip
 
-# Output name -> its folder. Thumbnails belong to the report and are always written.
+# Output -> its folder. Thumbnails belong to the worklist and are always written.
 FOLDERS = {"masks": "masks", "overlays": "overlays", "dicomseg": "seg", "probs": "probs"}
 
 PREDICTION_COLUMNS = (
@@ -43,15 +43,15 @@ Segment = Callable[[PlannedFilm, NDArray[np.bool_], Path], tuple[int, str] | str
 
 @dataclass(frozen=True)
 class FilmWriter:
-    """Turn one film's probabilities into a row and files below `folder`."""
+    """Turn the probabilities of one film into a row and files below `folder`."""
 
     folder: Path
     outputs: tuple[str, ...]
     triplet: Triplet
-    segment: Segment | None = None  # writes a DICOM SEG and returns (bytes, sha256), or says why there is none
+    segment: Segment | None = None  # writes a DICOM SEG and returns (bytes, sha256), or returns the reason for none
 
     def write(self, film: PlannedFilm, read: ReadFilm, prob: NDArray[np.float32]) -> Row:
-        """Decide, write the files asked for, and return the row.
+        """Decide, write the configured files, and return the row.
 
         Args:
             prob: float32 (rows, columns), the mean probability at film size.
@@ -89,7 +89,7 @@ class FilmWriter:
                 f"{film.name}.png",
                 pictures.png(pictures.overlay(read.picture, mask, caption(row)), 1),
             )
-        if self.segment is not None and area:  # an object without a finding would only be clutter in a PACS
+        if self.segment is not None and area:  # a PACS has no use for an empty segmentation
             self._put_segmentation(files, row, film, mask)
         row["files"] = files
         return row
@@ -115,32 +115,36 @@ class FilmWriter:
 
 def caption(row: Mapping[str, Any]) -> list[str]:
     """Return the two lines above an overlay."""
+    verdict = f"{row['decision']}, score {row['top_score']:.2f}"
     if row["decision"] == "positive":
-        digits = 1 if row["share"] >= 0.001 else 2
-        verdict = f"PNEUMOTHORAX  score {row['top_score']:.2f}  {100 * row['share']:.{digits}f} % of the film"
-    else:
-        verdict = f"nothing found  score {row['top_score']:.2f}"
+        percent = 100 * row["share"]
+        size = "under 0.01" if percent < 0.01 else f"{percent:.{1 if percent >= 0.1 else 2}f}"
+        verdict += f"; mask area {size} % of the image"
     return [verdict, str(row["film"]).encode("ascii", "replace").decode()[-72:]]
 
 
 def unreadable_row(film: PlannedFilm, reason: str) -> Row:
-    """Return the row of a film that could not be read: answered as empty, with the reason."""
-    empty: Row = {
+    """Return the row of an unreadable film: an empty mask and the reason."""
+    return {
         "film": film.id,
         "status": "unreadable",
         "decision": "",
         "top_score": None,
         "area_px": 0,
         "share": None,
+        "reason": reason,
+        "rows": None,
+        "columns": None,
+        "sha256": "",
+        "warnings": "",
+        "rle": EMPTY,
+        "name": film.name,
+        "files": {},
     }
-    return empty | {
-        "reason": reason, "rows": None, "columns": None, "sha256": "", "warnings": "",
-        "rle": EMPTY, "name": film.name, "files": {},
-    }  # fmt: skip
 
 
 def csv_text(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return rows as csv text; None becomes an empty cell, floats keep every digit of a float32."""
+    """Return rows as csv text: None is an empty cell, a float has all digits of a float32."""
 
     def cell(value: Any) -> Any:
         if isinstance(value, float):
@@ -156,7 +160,7 @@ def csv_text(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def write_predictions(path: Path, rows: Iterable[Row], settings: Mapping[str, Any]) -> None:
-    """Write predictions.csv: one row per film, with what decided it; `settings` as `Ensemble.settings` has them."""
+    """Write predictions.csv: one row per film with the decision rule; `settings` is `Ensemble.settings`."""
     triplet = settings["triplet"]
     shared = {
         "threshold_top_score": triplet["top_score"],

@@ -1,4 +1,4 @@
-"""The parts of one inference on disk: the unit that is restarted. A part is visible as a whole or not at all."""
+"""The parts of one inference on disk, the unit of a restart. A part becomes visible only when it is complete."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pneumo_dist.runtime.files import read_json, write_bytes
 
 
 def part_folder(out: Path, index: int) -> Path:
-    """The folder of one finished part."""
+    """Return the folder of one finished part."""
     return out / "parts" / f"part-{index:05d}"
 
 
-def read_part(folder: Path, wanted: str | None = None) -> dict[str, Any] | None:
-    """Return a finished part, or None where it is missing, damaged, or (with `wanted`) of another signature.
+def read_part(folder: Path, expected: str | None = None) -> dict[str, Any] | None:
+    """Return a finished part, or None if it is missing, damaged, or does not have the `expected` signature.
 
-    A file whose size is not the recorded one (a node that lost power) makes the whole part missing.
+    A file of another size than recorded (its node lost power) makes the whole part count as missing.
     """
     try:
         part = read_json(folder / "part.json")
-        if wanted is not None and part["signature"] != wanted:
+        if expected is not None and part["signature"] != expected:
             return None
         for row in part["rows"]:
             for name, (size, _) in row["files"].items():
@@ -36,7 +36,7 @@ def read_part(folder: Path, wanted: str | None = None) -> dict[str, Any] | None:
 
 
 def begin_part(out: Path, index: int) -> Path:
-    """Return an empty working folder for a part; what a killed task left of it is removed."""
+    """Return an empty working folder for a part; remove those of killed tasks."""
     parent = out / "parts"
     parent.mkdir(parents=True, exist_ok=True)
     for stale in parent.glob(f".part-{index:05d}.*"):
@@ -47,7 +47,7 @@ def begin_part(out: Path, index: int) -> Path:
 
 
 def finish_part(out: Path, index: int, working: Path, part: dict[str, Any]) -> None:
-    """Make a part visible as a whole, in place of an outdated one."""
+    """Move a complete part to its final name; it replaces an outdated one."""
     write_bytes(working / "part.json", (json.dumps(part, sort_keys=True) + "\n").encode())
     final = part_folder(out, index)
     if final.exists():

@@ -1,6 +1,6 @@
-"""Films for inference, read and resized in helper processes. A file that kills its decoder costs one row, not the run.
+"""Read and resize films for inference in reader processes. A crash or a hang of a decoder costs one film only.
 
-Nothing leaves a helper but pixels, hashes and reasons: no header text.
+Readers return pixels, hashes and reasons, but no header text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PICTURE_PX = 1024  # longer side of an overlay
 
 @dataclass(frozen=True)
 class ReadJob:
-    """What a reader is asked for."""
+    """One film to read."""
 
     path: str
     sizes: tuple[int, ...]  # inputs of the models
@@ -33,20 +33,19 @@ class ReadJob:
 
 @dataclass(frozen=True)
 class ReadFilm:
-    """One film as inference needs it; `reason` is empty for a readable one."""
+    """One film as inference needs it; `reason` is empty if it is readable."""
 
     reason: str = ""
     rows: int = 0
     columns: int = 0
     inputs: dict[int, NDArray[np.uint8]] = field(default_factory=dict)  # size -> (size, size)
     picture: NDArray[np.uint8] | None = None  # (rows, columns) within picture_px
-    sop_uid: str = ""
     sha256: str = ""
     warnings: tuple[str, ...] = ()
 
 
 def fit(pixels: NDArray[np.uint8], longest: int) -> NDArray[np.uint8]:
-    """Return the picture reduced by area so that its longer side is at most `longest`; smaller ones as they are."""
+    """Return the picture, reduced by area if its longer side exceeds `longest`."""
     import cv2
 
     scale = longest / max(pixels.shape)
@@ -57,7 +56,7 @@ def fit(pixels: NDArray[np.uint8], longest: int) -> NDArray[np.uint8]:
 
 
 def read_job(job: ReadJob) -> ReadFilm:
-    """Read one film; whatever is wrong with it comes back as a reason."""
+    """Read one film; return the reason if it is unreadable."""
     try:
         film = read_film(Path(job.path), job.max_pixels)
         rows, columns = film.pixels.shape
@@ -67,18 +66,18 @@ def read_job(job: ReadJob) -> ReadFilm:
         return ReadFilm(reason=str(error))
     except MemoryError:
         return ReadFilm(reason="not enough memory to decode it")
-    except Exception as error:  # only the type: a message could quote the header
+    except Exception as error:  # the type only: the message could quote the header
         return ReadFilm(reason=f"cannot be decoded ({type(error).__name__})")
-    return ReadFilm("", rows, columns, inputs, picture, film.sop_uid, film.sha256, film.warnings)
+    return ReadFilm("", rows, columns, inputs, picture, film.sha256, film.warnings)
 
 
 def _prepare() -> None:
-    warnings.simplefilter("ignore")  # pydicom's and highdicom's quote header values
+    warnings.simplefilter("ignore")  # those of pydicom and highdicom quote header values
     for name in ("pydicom", "highdicom"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     import cv2
 
-    cv2.setNumThreads(0)
+    cv2.setNumThreads(0)  # one reader per core already
 
 
 def start_readers(count: int) -> Pool:
@@ -87,5 +86,5 @@ def start_readers(count: int) -> Pool:
 
 
 def read_ahead(readers: Pool, job: ReadJob) -> Answer[ReadJob, ReadFilm]:
-    """Have one film read; return at once."""
+    """Submit one film to the readers without waiting."""
     return readers.submit(read_job, [job], lambda _, reason: ReadFilm(reason=reason))

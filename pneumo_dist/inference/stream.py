@@ -1,6 +1,6 @@
-"""The parts of one array element as a stream of batches: read, forward, write at once, with bounded memory.
+"""Infer the parts of one array task as a stream of batches: reading, forward pass and writing overlap.
 
-A film's answer depends on the film and the models only: batches are cut from the plan, never from what is left to do.
+The result of a film depends on the film and the models only: batches are cut from the plan, not from the films left.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class OpenPart:
-    """A part under way: its working folder and the rows written so far."""
+    """An unfinished part: its working folder and the rows written so far."""
 
     index: int
     films: int
@@ -52,17 +52,17 @@ class OpenPart:
 
 @dataclass(frozen=True)
 class FilmBatch:
-    """Films that are forwarded together; all of one part."""
+    """Films of one part that are forwarded together."""
 
     part: OpenPart
     films: Sequence[PlannedFilm]
 
 
-def run_parts(task: Task, made: FilmPlan, indices: Sequence[int]) -> None:
-    """Do the parts of `indices` that are missing or outdated."""
+def stream_parts(task: Task, plan: FilmPlan, indices: Sequence[int]) -> None:
+    """Infer the parts of `indices` that are missing or outdated."""
     config, device = task.config, ranks.discover().device
     _preload("dicomseg" in config.infer.outputs)
-    helpers = start_readers(_helpers(config.data.workers, device))  # before CUDA and threads
+    readers = start_readers(_reader_count(config.data.workers, device))  # forked before CUDA and threads start
     predictor: Predictor | None = None
     try:
         if device.type == "cpu":
@@ -73,51 +73,51 @@ def run_parts(task: Task, made: FilmPlan, indices: Sequence[int]) -> None:
         ensemble = load_ensemble(paths, device, config.infer.tta, config.train.amp, pooled, given)
         predictor = ensemble.predictor
         settings = ensemble.settings | {"outputs": sorted({"csv", *config.infer.outputs})}
-        todo = [j for j in indices if read_part(part_folder(task.out, j), signature(made, j, settings)) is None]
-        films = sum(len(made.part(j)) for j in todo)
-        log.info("%d of %d parts are done already, %d films to do", len(indices) - len(todo), len(indices), films)
-        _stream(task, made, todo, helpers, ensemble, settings)
+        todo = [j for j in indices if read_part(part_folder(task.out, j), signature(plan, j, settings)) is None]
+        films = sum(len(plan.part(j)) for j in todo)
+        log.info("%d of %d parts are finished, inferring %d films", len(indices) - len(todo), len(indices), films)
+        _stream(task, plan, todo, readers, ensemble, settings)
     finally:
         if predictor is not None:
             predictor.close()
-        helpers.close()
+        readers.close()
 
 
 def _preload(segmentations: bool) -> None:
-    """Import once what every helper would import for itself after the fork."""
+    """Import packages before the fork, or every reader would import them."""
     import pydicom  # noqa: F401
 
     if segmentations:
         import highdicom  # noqa: F401
 
 
-def _helpers(asked: int, device: torch.device) -> int:
-    # On the CPU the forward pass takes a second a film and reading a hundredth: one or two readers keep up.
-    return asked or (min(2, cores(0)) if device.type == "cpu" else cores(0))
+def _reader_count(workers: int, device: torch.device) -> int:
+    # On the CPU the forward pass takes 100 times as long as reading (1 s per film): two readers suffice.
+    return workers or (min(2, cores(0)) if device.type == "cpu" else cores(0))
 
 
 def _stream(
-    task: Task, made: FilmPlan, todo: Sequence[int], helpers: Pool, ensemble: Ensemble, settings: dict[str, Any]
+    task: Task, plan: FilmPlan, todo: Sequence[int], readers: Pool, ensemble: Ensemble, settings: dict[str, Any]
 ) -> None:
     config, predictor = task.config, ensemble.predictor
     source = task.run.infer_source
     assert source is not None
-    segment = _segmenter(helpers, source, made, settings) if "dicomseg" in config.infer.outputs else None
+    segment = _segmenter(readers, source, plan, settings) if "dicomseg" in config.infer.outputs else None
     picture_px = PICTURE_PX if "overlays" in config.infer.outputs else THUMB_PX
 
     def batches() -> Iterator[FilmBatch]:
         for j in todo:
-            films = made.part(j)
+            films = plan.part(j)
             working = begin_part(task.out, j)
             writer = FilmWriter(working, tuple(config.infer.outputs), ensemble.triplet, segment)
-            part = OpenPart(j, len(films), working, writer, signature(made, j, settings))
+            part = OpenPart(j, len(films), working, writer, signature(plan, j, settings))
             for start in range(0, len(films), config.infer.batch_size):
                 yield FilmBatch(part, films[start : start + config.infer.batch_size])
 
     def read(batch: FilmBatch) -> list[Answer[ReadJob, ReadFilm]]:
         return [
             read_ahead(
-                helpers, ReadJob(str(source / film.path), tuple(predictor.sizes), picture_px, config.data.max_pixels)
+                readers, ReadJob(str(source / film.path), tuple(predictor.sizes), picture_px, config.data.max_pixels)
             )
             for film in batch.films
         ]
@@ -130,40 +130,37 @@ def _stream(
     with film_threads() as pool:
 
         def write(batch: FilmBatch, films: list[ReadFilm], probs: dict[int, Tensor]) -> list[Future[Row]]:
-            place = {
-                id(film): i for i, film in enumerate(_slots(films, config.infer.batch_size, predictor.device)) if film
-            }
+            slots = _slots(films, config.infer.batch_size, predictor.device)
+            slot_of = {id(film): i for i, film in enumerate(slots) if film}
             return [
-                pool.submit(_write_one, batch.part.writer, film, read, _maps(predictor, probs, place.get(id(read))))
+                pool.submit(_write_film, batch.part.writer, film, read, _maps(predictor, probs, slot_of.get(id(read))))
                 for film, read in zip(batch.films, films, strict=True)
             ]
 
-        done = overlap(batches(), read, compute, write, ahead=max(2, -(-2 * helpers.count // config.infer.batch_size)))
-        for _ in progress_bar(
-            _finished(task, done, settings), sum(len(made.part(j)) for j in todo), f"infer {made.label}"
-        ):
+        done = overlap(batches(), read, compute, write, ahead=max(2, -(-2 * readers.count // config.infer.batch_size)))
+        rows = _finished(task, done, settings)
+        for _ in progress_bar(rows, sum(len(plan.part(j)) for j in todo), f"infer {plan.label}"):
             pass
 
 
-def _segmenter(helpers: Pool, source: Path, made: FilmPlan, settings: dict[str, Any]) -> Segment:
-    """Return what writes a DICOM SEG in a helper process: highdicom is slow and holds the interpreter."""
+def _segmenter(readers: Pool, source: Path, plan: FilmPlan, settings: dict[str, Any]) -> Segment:
+    """Return a function that has a reader write a DICOM SEG: highdicom is slow and holds the interpreter lock."""
     models = tuple(settings["models"])
-    answer = sha256_text(
-        json.dumps({key: value for key, value in settings.items() if key != "outputs"}, sort_keys=True)
-    )
+    deciding = {key: value for key, value in settings.items() if key != "outputs"}
+    answer = sha256_text(json.dumps(deciding, sort_keys=True))
 
     def segment(film: PlannedFilm, mask: NDArray[np.bool_], target: Path) -> tuple[int, str] | str:
         job = SegJob(
             film.id, str(source / film.path), str(target), mask.shape[0], mask.shape[1], np.packbits(mask).tobytes(),
-            made.label, answer, models, made.created,
+            plan.label, answer, models, plan.created,
         )  # fmt: skip
-        return helpers.submit(try_write_seg, [job], lambda _, reason: reason).result()
+        return readers.submit(try_write_seg, [job], lambda _, reason: reason).result()
 
     return segment
 
 
 def _finished(task: Task, done: Iterator[tuple[FilmBatch, list[Row]]], settings: dict[str, Any]) -> Iterator[Row]:
-    """Collect rows, and make each part visible when its last film is written."""
+    """Yield the rows; finish each part when its last film is written."""
     for batch, rows in done:
         part = batch.part
         part.rows += rows
@@ -171,14 +168,14 @@ def _finished(task: Task, done: Iterator[tuple[FilmBatch, list[Row]]], settings:
         if len(part.rows) == part.films:
             content = {"signature": part.signature, "settings": settings, "rows": part.rows}
             finish_part(task.out, part.index, part.working, content)
-        task.stop.check()  # what is under way is dropped: there is little time
+        task.stop.check()  # drops the unfinished part: a signal leaves little time
 
 
 def _slots(films: Sequence[ReadFilm], batch_size: int, device: torch.device) -> list[ReadFilm | None]:
-    """Return who is where in a batch.
+    """Return the films of a batch by position, None for an empty slot.
 
-    On CUDA a film's last bits can depend on its batch's size, so every batch is full. On the CPU films are forwarded
-    alone, and only the readable ones.
+    On CUDA the last bits of a result can depend on the size of the batch, so every batch is full. On the CPU each film
+    is forwarded alone, and only if it is readable.
     """
     if device.type == "cpu":
         return [film for film in films if not film.reason]
@@ -186,7 +183,7 @@ def _slots(films: Sequence[ReadFilm], batch_size: int, device: torch.device) -> 
 
 
 def _stack(slots: Sequence[ReadFilm | None], size: int, device: torch.device) -> Tensor:
-    """Return uint8 (N, 1, size, size); an empty slot is black."""
+    """Return uint8 (N, 1, size, size), 0 in empty slots."""
     stacked = torch.zeros((len(slots), 1, size, size), dtype=torch.uint8, pin_memory=device.type == "cuda")
     for i, film in enumerate(slots):
         if film is not None:
@@ -194,13 +191,14 @@ def _stack(slots: Sequence[ReadFilm | None], size: int, device: torch.device) ->
     return stacked
 
 
-def _maps(predictor: Predictor, probs: dict[int, Tensor], place: int | None) -> list[tuple[float, np.ndarray]]:
-    if place is None:
+def _maps(predictor: Predictor, probs: dict[int, Tensor], slot: int | None) -> list[tuple[float, np.ndarray]]:
+    """Return (weight, probability map) of one film per size, [] for an unreadable film."""
+    if slot is None:
         return []
-    return [(predictor.weight(size), prob[place].numpy()) for size, prob in probs.items()]
+    return [(predictor.weight(size), prob[slot].numpy()) for size, prob in probs.items()]
 
 
-def _write_one(writer: FilmWriter, film: PlannedFilm, read: ReadFilm, maps: list[tuple[float, np.ndarray]]) -> Row:
+def _write_film(writer: FilmWriter, film: PlannedFilm, read: ReadFilm, maps: list[tuple[float, np.ndarray]]) -> Row:
     if read.reason:
         return unreadable_row(film, read.reason)
     return writer.write(film, read, mean_film_probability(maps, read.rows, read.columns))

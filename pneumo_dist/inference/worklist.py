@@ -1,6 +1,6 @@
-"""report.html of an inference: a worklist sorted by score, for people. Opens without a server, fast with many films.
+"""Write report.html of an inference: a worklist sorted by score. It opens without a server, fast with many films.
 
-Film ids only; the page shows what merge was given and decides nothing.
+The page names films by their ids only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from pneumo_dist.reports import page, plots
 from pneumo_dist.runtime.files import write_text
 
-# Cards are made while one scrolls: 5,000 images at once would take the browser seconds.
+# Scrolling adds the cards: 5,000 images at once would take the browser seconds.
 _SCRIPT = """
 const STEP = 120;
 const byId = id => document.getElementById(id);
@@ -41,10 +41,12 @@ function card([id, name, state, score, share, reason]) {
     link.append(image);
     box.append(link);
   }
-  const percent = (100 * (share ?? 0)).toFixed(share < 0.001 ? 2 : 1);
-  const verdict = { positive: " pneumothorax, " + percent + " %", negative: " nothing found", unreadable: "" }[state];
+  const percent = 100 * (share ?? 0);
+  const size = percent < 0.01 ? "under 0.01" : percent.toFixed(percent < 0.1 ? 2 : 1);
+  const area = "; mask area " + size + " % of the image";
+  const verdict = { positive: area, negative: "; negative", unreadable: "" }[state];
   const text = make("div", "");
-  text.append(make("b", "", state === "unreadable" ? "unreadable" : score.toFixed(3)), verdict);
+  text.append(make("b", "", state === "unreadable" ? "unreadable" : "score " + score.toFixed(2)), verdict);
   if (reason) text.append(make("div", "soft", reason));
   text.append(make("div", "id", id));
   box.append(text);
@@ -64,8 +66,8 @@ const ORDERS = {
 };
 
 function refresh() {
-  const word = search.value.trim().toLowerCase();
-  shown = DATA.films.filter(f => (kind === "all" || f[2] === kind) && (!word || f[0].toLowerCase().includes(word)));
+  const query = search.value.trim().toLowerCase();
+  shown = DATA.films.filter(f => (kind === "all" || f[2] === kind) && (!query || f[0].toLowerCase().includes(query)));
   shown.sort(ORDERS[order.value]);
   next = 0;
   grid.replaceChildren();
@@ -77,13 +79,13 @@ function refresh() {
 for (const button of buttons) button.addEventListener("click", () => { kind = button.dataset.kind; refresh(); });
 search.addEventListener("input", refresh);
 order.addEventListener("change", refresh);
-const watch = new IntersectionObserver(seen => {
-  if (!seen.some(entry => entry.isIntersecting) || next >= shown.length) return;
+const observer = new IntersectionObserver(entries => {
+  if (!entries.some(entry => entry.isIntersecting) || next >= shown.length) return;
   more();
-  watch.unobserve(end);  // observed anew it reports at once: on a tall screen one step may not be enough
-  watch.observe(end);
+  observer.unobserve(end);  // observing again reports at once: a tall screen may need several steps
+  observer.observe(end);
 }, { rootMargin: "1200px" });
-watch.observe(end);
+observer.observe(end);
 refresh();
 """
 
@@ -92,7 +94,7 @@ def write_worklist(path: Path, rows: Sequence[Mapping[str, Any]], inference: Map
     """Write the page for the merged rows.
 
     Args:
-        rows: as `FilmWriter.write` and `unreadable_row` return them.
+        rows: the results of `FilmWriter.write` and `unreadable_row`.
         inference: counts and settings, as in inference.json.
     """
     readable = [row for row in rows if row["status"] == "ok"]
@@ -111,14 +113,19 @@ SETTINGS = ("label", "models", "sizes", "tta", "triplet", "triplet_from", "outpu
 
 
 def _heading(inference: Mapping[str, Any]) -> str:
-    triplet = inference["triplet"]
-    rule = (
-        f"Called positive: highest probability at least {triplet['top_score']:g} and at least "
-        f"{triplet['min_area']:,} px (of 1024x1024) above {triplet['mask_threshold']:g}, both at the film's own size "
-        f"({inference['triplet_from']})."
-    )
     title = f"<h1>Pneumothorax worklist: {escape(str(inference['label']))}</h1>"
+    rule = f"{decision_rule(inference['triplet'])} (thresholds: {inference['triplet_from']})."
     return f"{title}\n<p>Automatic, not reviewed, not a diagnosis. {escape(rule)}</p>"
+
+
+def decision_rule(triplet: Mapping[str, Any]) -> str:
+    """Return the decision rule as a sentence, without conditions that always hold."""
+    conditions = []
+    if triplet["min_area"]:
+        conditions.append(f"the mask has at least {triplet['min_area']:,} px (of 1024x1024)")
+    if triplet["top_score"] > triplet["mask_threshold"]:
+        conditions.append(f"the top score is at least {triplet['top_score']:g}")
+    return " and ".join([f"Positive if any pixel exceeds {triplet['mask_threshold']:g}", *conditions])
 
 
 def _tiles(inference: Mapping[str, Any]) -> str:
@@ -138,8 +145,8 @@ def _histogram(readable: Sequence[Mapping[str, Any]], threshold: float) -> str:
     if not readable:
         return ""
     scores = np.array([row["top_score"] for row in readable], np.float64)
-    found = np.array([row["decision"] == "positive" for row in readable], bool)
-    return page.figure(plots.score_histogram(scores, found, threshold), "Films by score")
+    positive = np.array([row["decision"] == "positive" for row in readable], bool)
+    return page.figure(plots.score_histogram(scores, positive, threshold), "Films by score")
 
 
 def _controls(inference: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""The one pool of processes, the one guard against orphans, and what a process may use. Quick to import.
+"""The pool of worker processes, the guard against orphaned processes, and the number of cores to use. Quick to import.
 
-Not pebble: all its workers share one lock, so that one killed while it sends a large result blocks the others for ever
-(time-outs included) and a hanging one that ignores SIGTERM blocks them for seconds. It is also LGPL.
+Not pebble: all its workers share one lock. A worker that is killed while it sends a large result blocks the others for
+ever (despite time-outs), and a hanging one that ignores SIGTERM blocks them for seconds. It is also LGPL.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from typing import Any, Generic, TypeVar
 from pneumo_dist.runtime import stopping
 from pneumo_dist.runtime.ranks import is_local_worker
 
-TIMEOUT_S = 120.0  # of a submitted batch; a cut JPEG-LS stream can take 10 s until its decoder gives up
+TIMEOUT_S = 120.0  # of a submitted batch; the decoder of a truncated JPEG-LS stream may take 10 s to fail
 PR_SET_PDEATHSIG = 1  # prctl.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 T = TypeVar("T")  # a task
 R = TypeVar("R")  # its result
-_libc = ctypes.CDLL(None, use_errno=True)  # loaded before any fork: the guard runs between fork and exec as well
+_libc = ctypes.CDLL(None, use_errno=True)  # loaded before any fork, since the guard also runs between fork and exec
 
 
-def cores(wanted: int) -> int:
-    """Return how many processes this task should use: `wanted`, or its share of the cores it may run on."""
-    if wanted:
-        return wanted
-    mine = len(os.sched_getaffinity(0))
+def cores(configured: int) -> int:
+    """Return the number of processes to use: `configured`, or if that is 0 this task's share of the cores."""
+    if configured:
+        return configured
+    available = len(os.sched_getaffinity(0))
     if os.environ.get("SLURM_CPUS_PER_TASK", "").isdigit():
-        mine = min(mine, int(os.environ["SLURM_CPUS_PER_TASK"]))
-    if is_local_worker():  # several of them share the cores
-        mine //= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return max(1, mine)
+        available = min(available, int(os.environ["SLURM_CPUS_PER_TASK"]))
+    if is_local_worker():  # the local workers share the cores
+        available //= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, available)
 
 
 def keep_memory(largest: int = 64 << 20) -> None:
-    """Let this process keep freed pieces of up to `largest` bytes instead of faulting new pages in every time.
+    """Have malloc keep freed blocks of up to `largest` bytes, so that they cause no page faults when reused.
 
-    Measured: a third of the time that was spent beside decoding.
+    Measured: saves a third of the time spent outside the decoders.
     """
     mallopt = getattr(_libc, "mallopt", None)  # glibc only
     if mallopt:
@@ -52,10 +52,10 @@ def keep_memory(largest: int = 64 << 20) -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies, even by SIGKILL; leave at once if it is dead already.
+    """Have the kernel kill this process when its parent dies, even by SIGKILL; exit at once if it is dead already.
 
     Args:
-        parent: the parent's process id. The kernel watches the thread that forked: it must live as long.
+        parent: the parent's process id. The kernel watches the thread that forked: it must not end earlier.
     """
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
@@ -63,10 +63,10 @@ def die_with_parent(parent: int) -> None:
 
 
 class Pool:
-    """`count` processes, forked at once: make it before threads and CUDA are in use, and close it.
+    """`count` worker processes. Create the pool before threads and CUDA are in use, since it forks at once; close it.
 
-    A task that kills its process or hangs costs itself only: every batch in flight with it is done again, task by task,
-    each in a process of its own with nothing beside it. Several threads may submit and wait.
+    Only a task that crashes or hangs fails: the tasks of all batches in flight are repeated one by one, each alone in a
+    process of its own. Several threads may submit and wait.
     """
 
     def __init__(self, count: int, prepare: Callable[[], None]) -> None:
@@ -78,25 +78,25 @@ class Pool:
         self._executor: ProcessPoolExecutor | None = self._fork(count)
 
     def submit(self, function: Callable[[T], R], batch: Sequence[T], given_up: Callable[[T, str], R]) -> Answer[T, R]:
-        """Have one process do a batch of tasks; `given_up` makes the result of one that crashes or hangs."""
+        """Submit a batch of tasks to one process; `given_up` returns the result of a task that crashes or hangs."""
         answer = Answer(self, function, batch, given_up)
         with self._lock:
             if self._executor is None:
                 self._executor = self._fork(self.count)
             try:
                 answer.future = self._executor.submit(_run, function, batch)
-            except BrokenProcessPool as error:  # the answer will recover
+            except BrokenProcessPool as error:  # `results` recovers
                 answer.future.set_exception(error)
             self._answers.add(answer)
         return answer
 
     def recover(self, answer: Answer[T, R]) -> None:
-        """End the processes and do again, alone, what they had not done. The next batch forks new ones."""
+        """End the processes and repeat their unfinished tasks one by one. The next batch forks new processes."""
         with self._lock:
-            if answer.lost:  # no other thread has recovered it
+            if answer.lost:  # not yet recovered by another thread
                 self._end()
-                for each in [each for each in self._answers if each.lost]:
-                    each.repeat(self._alone)
+                for lost in [answer for answer in self._answers if answer.lost]:
+                    lost.repeat(self._alone)
 
     def close(self) -> None:
         """Kill the processes; unfinished tasks are dropped."""
@@ -108,17 +108,17 @@ class Pool:
         try:
             return executor.submit(function, task).result(TIMEOUT_S)
         except BrokenProcessPool:
-            return given_up(task, "the decoder crashed on it")
+            return given_up(task, "the decoder crashed")
         except TimeoutError:
             return given_up(task, f"not decoded within {TIMEOUT_S:.0f} s")
         finally:
             _kill(executor)
 
     def _fork(self, count: int) -> ProcessPoolExecutor:
-        # fork: the processes share anonymous memory with this one, and nothing has to be imported again.
+        # fork: the processes share anonymous memory with this one and need not import anything again.
         context = multiprocessing.get_context("fork")
         executor = ProcessPoolExecutor(count, context, _start, (os.getpid(), self._prepare))
-        executor.submit(os.getpid).result(TIMEOUT_S)  # the first task forks all of them, in this thread
+        executor.submit(os.getpid).result(TIMEOUT_S)  # the first task forks all processes, in this thread
         return executor
 
     def _end(self) -> None:
@@ -141,7 +141,7 @@ class Answer(Generic[T, R]):
         self.future: Future[list[R]] = Future()
 
     def results(self) -> list[R]:
-        """Wait for the results, in the order of the batch; raise what a task raised."""
+        """Wait for the results, in the order of the batch; raise the error of a task."""
         try:
             return self.future.result(TIMEOUT_S)
         except (BrokenProcessPool, CancelledError, TimeoutError):
@@ -154,16 +154,16 @@ class Answer(Generic[T, R]):
 
     @property
     def lost(self) -> bool:
-        """Whether the results are still missing, for whatever reason."""
+        """Return whether the results are missing: unfinished, cancelled, or lost with a process."""
         future = self.future
         return not future.done() or future.cancelled() or isinstance(future.exception(), BrokenProcessPool)
 
     def repeat(self, alone: Callable[..., R]) -> None:
-        """Do the tasks again one by one."""
+        """Repeat the tasks one by one."""
         future: Future[list[R]] = Future()
         try:
             future.set_result([alone(self._function, task, self._given_up) for task in self._batch])
-        except Exception as error:  # belongs to who waits for this answer
+        except Exception as error:  # raised in the thread that waits for this answer
             future.set_exception(error)
         self.future = future
 
@@ -180,7 +180,7 @@ def _run(function: Callable[[T], R], batch: Sequence[T]) -> list[R]:
 
 
 def _kill(executor: ProcessPoolExecutor) -> None:
-    """End an executor at once, and wait until its processes are gone: a task that hangs listens to nothing else."""
+    """Kill the processes of an executor, since a hanging task ignores everything else, and wait for their end."""
     for process in list(executor._processes.values()):
         process.kill()
     # The executor's thread may have read half a result and would wait for the rest.

@@ -93,7 +93,7 @@ def end_to_end(run_dir: Path, films: Path, model: Path, options: argparse.Namesp
          f"infer.batch_size={options.batch}", f"data.workers={options.workers}"],
     )  # fmt: skip
     write_film_plan(Run(run_dir, config))
-    infer.run_part(Task(run=Run(run_dir, config), stage="infer"))
+    infer.infer_parts(Task(run=Run(run_dir, config), stage="infer"))
     infer.merge(Task(run=Run(run_dir, config), stage="merge"))
 
 

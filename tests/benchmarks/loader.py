@@ -254,7 +254,7 @@ def main() -> int:
             films = work / "phantom" / "dicom-images-train"
         config = configuration.load(None, [f"data.dicom_dir={films}", f"data.rle_csv={csv}", "data.shards=4"])
         task = Task(run=Run(work, config), stage="preprocess")
-        preprocess.run_part(task)
+        preprocess.write_shards(task)
         preprocess.finalize(task)
         augmenter = None if asked.plain else Augmenter(config.augment, 0)
         tables = [

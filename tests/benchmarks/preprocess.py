@@ -103,7 +103,7 @@ def whole_job(config: configuration.Config, films: int) -> tuple[float, float]:
     """Run the array's one element on all cores; return films a second of processor time and of the clock."""
     with tempfile.TemporaryDirectory() as out:
         begin, used = time.perf_counter(), cpu_s()
-        preprocess.run_part(Task(run=Run(Path(out), config), stage="preprocess"))
+        preprocess.write_shards(Task(run=Run(Path(out), config), stage="preprocess"))
         return films / (cpu_s() - used), films / (time.perf_counter() - begin)
 
 

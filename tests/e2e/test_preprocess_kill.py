@@ -30,7 +30,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def run(run_dir: Path, settings: dict[str, str]) -> None:
     task = Task(run=Run(run_dir, configuration.load(None, [*words(settings), *SETTINGS])), stage="preprocess")
-    preprocess.run_part(task)
+    preprocess.write_shards(task)
     preprocess.finalize(task)
 
 

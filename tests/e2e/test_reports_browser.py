@@ -35,7 +35,7 @@ def test_the_worklist(tmp_path):
     model = write_model(tmp_path / "model.pt", triplet=RULE)
     overrides = [f"infer.dir={films}", f"infer.models={model}", "infer.label=it", "infer.outputs=csv,overlays"]
     write_film_plan(task(tmp_path, "infer", overrides).run)
-    infer.run_part(task(tmp_path, "infer", overrides))
+    infer.infer_parts(task(tmp_path, "infer", overrides))
     page = infer.merge(task(tmp_path, "merge", overrides))["report"]
     with Browser(tmp_path / "profile") as browser:
         browser.open(page)

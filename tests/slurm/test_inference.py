@@ -85,7 +85,7 @@ def test_killed_task_and_dead_node_leave_the_same_bytes(films, free_cluster: Pri
     what += ["infer.outputs=csv,masks,overlays,dicomseg", "data.workers=1", "train.threads=1"]
     calm, run = tmp_path / "calm", tmp_path / "run"
     write_film_plan(task(calm, "infer", what).run)
-    infer.run_part(task(calm, "infer", what))
+    infer.infer_parts(task(calm, "infer", what))
     infer.merge(task(calm, "merge", what))
 
     words = ("--config", TINY, "--run", "run", f"run_root={tmp_path}", "--stage", "infer", *what)

@@ -131,7 +131,19 @@ def test_patient_maps_and_id_lists(tmp_path):
 
 
 def case(name: str, **changes) -> Case:
-    fields = dict(id=name, shard=0, row=1, rows=9, columns=8, label=1, fold=-1, group=3, view="PA", sex="", rle="1 2")
+    fields = {
+        "id": name,
+        "shard": 0,
+        "row": 1,
+        "rows": 9,
+        "columns": 8,
+        "label": 1,
+        "fold": -1,
+        "group": 3,
+        "view": "PA",
+        "sex": "",
+        "rle": "1 2",
+    }
     return Case(**(fields | changes))
 
 

@@ -35,7 +35,7 @@ def test_no_patient_is_in_two_folds():
     folds[0] = (folds[0] + 1) % 5
     if (groups == groups[0]).sum() == 1:
         groups[1] = groups[0]
-    with pytest.raises(ConfigError, match="scores would be dishonest"):
+    with pytest.raises(ConfigError, match=r"scores would be inflated \(patient leakage\)"):
         check_folds(groups, folds)
 
 

@@ -151,7 +151,7 @@ def fuzzed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "_prepare", confined)
         patch.setattr(processes, "TIMEOUT_S", 60.0)
-        preprocess.run_part(task)
+        preprocess.write_shards(task)
         preprocess.finalize(task)
     audit = json.loads((folder / "shards" / "audit.json").read_text())
     return folder, audit, len(whole)

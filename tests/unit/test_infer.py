@@ -58,7 +58,7 @@ def run(run_dir: Path, films: Path, model: Path, *overrides: str, tasks: int = 1
     words = [f"infer.dir={films}", f"infer.models={model}", "infer.label=it", "infer.part_size=4", *overrides]
     write_film_plan(task(run_dir, "infer", words).run)
     for index in range(tasks):
-        infer.run_part(task(run_dir, "infer", words, part=(index, tasks)))
+        infer.infer_parts(task(run_dir, "infer", words, part=(index, tasks)))
     if merge:
         infer.merge(task(run_dir, "merge", words))
     return run_dir / "infer" / "it"
@@ -66,12 +66,8 @@ def run(run_dir: Path, films: Path, model: Path, *overrides: str, tasks: int = 1
 
 def answers(folder: Path) -> dict[str, bytes]:
     """Every output of an inference by name, without the parts; DICOM SEG included, since its date is the plan's."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and not name.startswith("parts/"):
-            found[name] = path.read_bytes()
-    return found
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in paths.items() if not name.startswith("parts/")}
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +132,9 @@ def test_the_number_of_tasks_changes_no_byte(reference, films, model, tmp_path, 
 
 @pytest.mark.parametrize("overrides", [["infer.batch_size=1"], ["infer.batch_size=3", "infer.part_size=5"]])
 def test_batch_and_part_size_change_no_answer(reference, films, model, tmp_path, overrides):
-    found, wanted = answers(run(tmp_path, films, model, EVERYTHING, *overrides)), answers(reference)
-    found.pop("plan.json"), wanted.pop("plan.json")  # it tells the part size
-    assert found == wanted
+    outputs, expected = answers(run(tmp_path, films, model, EVERYTHING, *overrides)), answers(reference)
+    outputs.pop("plan.json"), expected.pop("plan.json")  # it contains the part size
+    assert outputs == expected
 
 
 def test_the_order_of_files_and_their_place_change_no_answer(reference, films, model, tmp_path):
@@ -177,7 +173,7 @@ def test_a_stop_keeps_finished_parts_and_the_same_command_goes_on(reference, fil
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pneumo_dist.inference.stream.finish_part", finish_and_stop)
         with pytest.raises(Stopped):
-            infer.run_part(one)
+            infer.infer_parts(one)
     done = sorted(path.name for path in (tmp_path / "infer" / "it" / "parts").glob("part-*"))
     assert done == ["part-00000"]
     assert answers(run(tmp_path, films, model, EVERYTHING)) == answers(reference)
@@ -191,9 +187,9 @@ def test_a_film_that_kills_its_decoder_costs_one_row(reference, films, model, tm
             os.kill(os.getpid(), signal.SIGKILL)
         return read(path, max_pixels)
 
-    monkeypatch.setattr(reading, "read_film", deadly)  # the helpers are forked from here
+    monkeypatch.setattr(reading, "read_film", deadly)  # the readers are forked from here
     rows, wanted = rows_of(run(tmp_path, films, model, EVERYTHING)), rows_of(reference)
-    assert rows["c"]["status"] == "unreadable" and rows["c"]["reason"] == "the decoder crashed on it"
+    assert rows["c"]["status"] == "unreadable" and rows["c"]["reason"] == "the decoder crashed"
     assert all(rows[name] == wanted[name] for name in wanted if name != "c")
 
 
@@ -249,7 +245,7 @@ def test_a_runs_folds_use_the_pooled_triplet(films, tmp_path):
     (tmp_path / "evaluate").mkdir()
     (tmp_path / "evaluate" / "thresholds.json").write_text(json.dumps({"triplet": {**RULE, "min_area": 777}}))
     words = [f"infer.dir={films}", "infer.label=it", "infer.part_size=50"]
-    infer.run_part(task(tmp_path, "infer", words))
+    infer.infer_parts(task(tmp_path, "infer", words))
     infer.merge(task(tmp_path, "merge", words))
     settings = json.loads((tmp_path / "infer" / "it" / "inference.json").read_text())
     assert settings["triplet"]["min_area"] == 777 and settings["triplet_from"] == "pooled out-of-fold evaluation"
@@ -282,10 +278,10 @@ def test_merge_refuses(films, model, tmp_path, damage):
     path = out / "parts" / "part-00001" / "part.json"
     part = json.loads(path.read_text())
     wanted = {
-        "gap": "films without an answer",
-        "twice": "answered twice",
+        "gap": "films have no row",
+        "twice": "have two rows",
         "foreign": "not in the plan",
-        "missing part": "1 of 3 parts are not there (1)",
+        "missing part": "1 of 3 parts are missing (1)",
         "other model": "made with other models",
     }[damage]
     if damage == "gap":
@@ -325,7 +321,7 @@ def test_a_plan_in_place_is_kept_with_its_date_and_a_grown_folder_makes_a_new_on
     write_dicom(folder / "new.dcm", picture(3))
     assert write_film_plan(one.run).created == 1800000000
     with pytest.raises(ConfigError, match="infer.part_size"):
-        infer.run_part(task(tmp_path, "infer", [*words, "infer.part_size=3"]))
+        infer.infer_parts(task(tmp_path, "infer", [*words, "infer.part_size=3"]))
 
 
 def test_films_that_came_later_redo_only_the_parts_they_are_in(films, model, tmp_path):
@@ -354,9 +350,9 @@ def test_check_source_says_what_is_missing(films, model, tmp_path):
     (tmp_path / "nothing").mkdir()
     for words, wanted in [
         ((f"infer.dir={tmp_path / 'gone'}",), "is not a folder"),
-        ((f"infer.dir={tmp_path / 'nothing'}",), "holds no films"),
+        ((f"infer.dir={tmp_path / 'nothing'}",), "contains no films"),
         ((), "give infer.dir=DIR"),
-        ((f"infer.dir={films}", f"infer.models={tmp_path / 'gone.pt'}"), "gone.pt is not there"),
+        ((f"infer.dir={films}", f"infer.models={tmp_path / 'gone.pt'}"), "gone.pt does not exist"),
     ]:
         with pytest.raises(ConfigError) as error:
             check(*words)

@@ -47,7 +47,7 @@ def shards(tmp_path_factory) -> Path:
     settings = small_set(folder, films=24)
     small = ["data.shards=3", "data.folds=2", "data.workers=2", "stage1.size=32", "stage2.size=64"]
     task = Task(run=Run(folder, configuration.load(None, [*words(settings), *small])), stage="preprocess")
-    preprocess.run_part(task)
+    preprocess.write_shards(task)
     preprocess.finalize(task)
     return folder / "shards"
 
@@ -225,7 +225,7 @@ def test_workers_ignore_the_signals_of_their_rank(shards):
     films = dataset(shards)
     batches = iter(make_loader(films, TrainBatches(len(films), 4, 0, 200), 2, 0))
     next(batches)
-    children = [child for child in multiprocessing.active_children()]
+    children = list(multiprocessing.active_children())
     assert len(children) == 2
     for child in children:
         for name in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):

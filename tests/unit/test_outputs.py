@@ -11,7 +11,7 @@ from pneumo_dist.config import ConfigError
 from pneumo_dist.data.films.rle import encode_rle
 from pneumo_dist.inference import outputs
 from pneumo_dist.inference.film_plan import PlannedFilm
-from pneumo_dist.inference.outputs import FilmWriter, csv_text, unreadable_row
+from pneumo_dist.inference.outputs import FilmWriter, caption, csv_text, unreadable_row
 from pneumo_dist.inference.reading import ReadFilm, fit
 from pneumo_dist.reports import pictures
 from pneumo_dist.scoring.metrics import Triplet
@@ -166,15 +166,29 @@ def test_an_overlay_shows_film_contour_and_caption(shape):
     grey = np.full(shape, 90, np.uint8)
     mask = np.zeros((2 * shape[0], 2 * shape[1]), bool)  # larger than the picture, as films are
     mask[shape[0] // 2 : shape[0], shape[1] // 2 : shape[1]] = True
-    drawn = pictures.overlay(grey, mask, ["PNEUMOTHORAX  score 0.97", "film"])
+    drawn = pictures.overlay(grey, mask, ["positive, score 0.97; mask area 1.2 % of the image", "film"])
     bar = drawn.shape[0] - shape[0]
     assert drawn.shape[1:] == (shape[1], 3) and bar > 0
     orange = np.abs(drawn.astype(int) - pictures.PREDICTION).max(2) < 40
     assert orange[bar:].any()  # the contour
     inside = drawn[bar + int(shape[0] * 0.37), int(shape[1] * 0.37)]
     assert inside.tolist() == [90, 90, 90]  # the film itself is not covered
-    plain = pictures.overlay(grey, np.zeros(shape, bool), ["nothing found"])
+    plain = pictures.overlay(grey, np.zeros(shape, bool), ["negative, score 0.12"])
     assert (plain[-shape[0] :] == 90).all()
+
+
+@pytest.mark.parametrize(
+    ("decision", "share", "verdict"),
+    [
+        ("positive", 0.000_099, "positive, score 0.77; mask area under 0.01 % of the image"),
+        ("positive", 0.000_5, "positive, score 0.77; mask area 0.05 % of the image"),
+        ("positive", 0.0123, "positive, score 0.77; mask area 1.2 % of the image"),
+        ("negative", 0.0, "negative, score 0.77"),
+    ],
+)
+def test_the_caption_states_decision_score_and_area(decision, share, verdict):
+    row = {"film": "a", "decision": decision, "top_score": 0.772, "share": share}
+    assert caption(row) == [verdict, "a"]
 
 
 def test_small_findings_stay_visible_and_pictures_keep_their_shape():

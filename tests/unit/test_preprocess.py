@@ -39,7 +39,7 @@ def task(run_dir: Path, settings: dict[str, str], *more: str, part: tuple[int, i
 
 def preprocessed(run_dir: Path, settings: dict[str, str], *more: str, parts: int = 1) -> dict[str, Path]:
     for i in range(parts):
-        preprocess.run_part(task(run_dir, settings, *more, part=(i, parts)))
+        preprocess.write_shards(task(run_dir, settings, *more, part=(i, parts)))
     return preprocess.finalize(task(run_dir, settings, *more))
 
 
@@ -105,7 +105,7 @@ def test_outputs_name_the_cases_the_audit_and_one_manifest_per_size(done):
 
 
 def test_the_directory_is_the_same_for_any_number_of_elements_workers_and_places(films, done, tmp_path):
-    folder, settings = copied(films, tmp_path)
+    _folder, settings = copied(films, tmp_path)
     preprocessed(tmp_path / "run", settings, "data.workers=1", parts=5)
     assert content(tmp_path / "run" / "shards") == content(done[0])
 
@@ -135,6 +135,25 @@ def test_a_new_size_adds_files_and_a_manifest_and_rewrites_none(films, tmp_path)
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
     assert {name for name in old if new[name] != old[name]} == {"manifest.json"}
     assert "manifest-64.json" in new and not preprocess.verify(tmp_path / "shards")
+
+
+def test_a_new_size_may_come_from_a_version_with_other_wordings(films, tmp_path):
+    folder, settings = copied(films, tmp_path)
+    dicoms(folder)[1].write_bytes(b"")
+    preprocessed(tmp_path, settings, "stages=1,swa", "data.max_bad=0.5")
+    (path,) = [p for p in (tmp_path / "shards").glob("films-*") if json.loads(p.read_text())["bad"]]
+    listing = json.loads(path.read_text())
+    listing["bad"][0]["reason"], listing["films"][0]["decoder"] = "nothing in it", "another"
+    listing["films"][0]["warnings"] = ["odd"]
+    path.write_text(json.dumps(listing))
+    preprocessed(tmp_path, settings, "data.max_bad=0.5")
+    assert not preprocess.verify(tmp_path / "shards")
+    listing["films"][0]["sha256"] = "another file"
+    path.write_text(json.dumps(listing))
+    for size in (tmp_path / "shards").glob("size-64-*"):
+        size.unlink()
+    with pytest.raises(ConfigError, match="films of shard . have changed"):
+        preprocessed(tmp_path, settings, "data.max_bad=0.5")
 
 
 def test_another_number_of_folds_needs_the_closing_job_only(films, tmp_path):
@@ -188,7 +207,7 @@ def dirty(films, tmp_path):
 
 
 def test_every_defect_is_in_the_audit_and_stops_nothing_within_max_bad(dirty, tmp_path):
-    folder, settings, ids, twin, lines = dirty
+    _folder, settings, ids, twin, lines = dirty
     preprocessed(tmp_path, settings, "data.max_bad=0.4")
     audit = json.loads((tmp_path / "shards" / "audit.json").read_text())
     reasons = {film["id"]: film["reason"] for film in audit["unreadable"]}
@@ -210,8 +229,8 @@ def test_every_defect_is_in_the_audit_and_stops_nothing_within_max_bad(dirty, tm
 
 
 def test_more_bad_films_than_max_bad_fail_and_name_the_first(dirty, tmp_path):
-    folder, settings, ids, *_ = dirty
-    with pytest.raises(ConfigError, match=r"films cannot be used, more than data.max_bad=0.01 allows \(0\)") as caught:
+    _folder, settings, ids, *_ = dirty
+    with pytest.raises(ConfigError, match=r"films are unusable, more than data.max_bad=0.01 allows \(0\)") as caught:
         preprocessed(tmp_path, settings)
     assert f"{ids[0]}.dcm" in str(caught.value)
 
@@ -278,16 +297,16 @@ def test_a_changed_source_is_noticed(films, tmp_path, change, reason):
         rle.write_text(rle.read_text() + "0, -1\n")
     else:
         first.unlink()
-    for again in (preprocess.run_part, preprocess.finalize):
-        if change == "film" and again is preprocess.run_part:
+    for again in (preprocess.write_shards, preprocess.finalize):
+        if change == "film" and again is preprocess.write_shards:
             continue  # finished shards are not read again; the closing job hashes every source
         with pytest.raises(ConfigError, match=reason):
             again(task(tmp_path, settings))
 
 
 def test_finalize_names_the_missing_shards(films, tmp_path):
-    preprocess.run_part(task(tmp_path, films[1], part=(1, 3)))
-    with pytest.raises(ConfigError, match=r"2 of 3 shards are not there \(0, 2\): repeat --stage preprocess"):
+    preprocess.write_shards(task(tmp_path, films[1], part=(1, 3)))
+    with pytest.raises(ConfigError, match=r"2 of 3 shards are missing \(0, 2\): repeat --stage preprocess"):
         preprocess.finalize(task(tmp_path, films[1]))
 
 
@@ -315,7 +334,7 @@ def test_finalize_refuses_a_cut_shard_and_shards_of_another_division(films, done
         preprocess.finalize(task(tmp_path, films[1]))
     stray.unlink()
     os.truncate(out / "images-64-00002-of-00003.npy", 1000)
-    with pytest.raises(ConfigError, match="missing or cut short"):
+    with pytest.raises(ConfigError, match="missing or truncated"):
         preprocess.finalize(task(tmp_path, films[1]))
 
 
@@ -354,7 +373,7 @@ def test_a_crashing_and_a_hanging_decoder_cost_one_film_each(films, tmp_path, mo
     preprocessed(tmp_path, settings, "data.max_bad=0.5")
     audit = json.loads((tmp_path / "shards" / "audit.json").read_text())
     reasons = {film["id"]: film["reason"] for film in audit["unreadable"]}
-    assert reasons[crash.stem] == "the decoder crashed on it" and "not decoded within" in reasons[hang.stem]
+    assert reasons[crash.stem] == "the decoder crashed" and "not decoded within" in reasons[hang.stem]
     assert len(reasons) == 2 and audit["films"]["in_shards"] == 9
 
 
@@ -370,7 +389,7 @@ def test_a_stop_between_films_leaves_finished_shards_and_nothing_half(films, don
 
     stopped.stop.check = after_six
     with pytest.raises(Stopped):
-        preprocess.run_part(stopped)
+        preprocess.write_shards(stopped)
     left = set(content(tmp_path / "shards"))
     assert "size-64-00000-of-00003.json" in left and not any("00002-of" in n or ".tmp" in n for n in left)
     preprocessed(tmp_path, films[1])
@@ -381,8 +400,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_shard(films, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))
     try:
-        with pytest.raises(ConfigError, match="cannot write the shards .* make room or set data.shard_dir"):
-            preprocess.run_part(task(tmp_path, films[1], "data.shards=1"))
+        with pytest.raises(ConfigError, match="cannot write the shards .* free disk space or set data.shard_dir"):
+            preprocess.write_shards(task(tmp_path, films[1], "data.shards=1"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert content(tmp_path / "shards") == {}

@@ -1,1 +1,1 @@
-"""One film file to pixels, one annotation text to a mask."""
+"""Decode one film file to pixels and one annotation text to a mask."""

@@ -1,8 +1,8 @@
-"""Compressed pixel data to arrays of stored values: which package decodes which transfer syntax.
+"""Decode compressed pixel data to stored values; choose the package for each transfer syntax.
 
-Sizes are read from the compressed stream itself and checked before any decoder runs: a crafted header must not
-make one allocate. All packages in requirements.txt have permissive licences (MIT, BSD, HPND). 12-bit JPEG is decoded
-by the GPL's pylibjpeg-libjpeg alone, so that is left to whoever has such films.
+Sizes are read from the compressed stream and checked before any decoder runs: a crafted header must not make one
+allocate memory. All packages in requirements.txt have permissive licences (MIT, BSD, HPND). 12-bit JPEG needs
+pylibjpeg-libjpeg (GPL), which users with such films install themselves.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ JPEG_FAMILY = "1.2.840.10008.1.2.4."
 DEFLATED = "1.2.840.10008.1.2.1.99"
 MAX_TILES = 65_535  # JPEG 2000 part 1, A.4.2: the tile index has 16 bits
 
-# Transfer syntax -> pydicom's name of the plugin that is asked first, and the package a person has to install.
-# JPEG-LS; RLE lossless; JPEG 2000; high-throughput JPEG 2000; 12-bit and lossless JPEG, for which nothing is installed.
+# Transfer syntax -> pydicom's name of the preferred plugin, and the package to install for it. JPEG-LS, JPEG 2000,
+# high-throughput JPEG 2000, RLE lossless; then 12-bit and lossless JPEG, whose packages are not in requirements.txt.
 PLUGINS = {
     "1.2.840.10008.1.2.4.80": ("pyjpegls", "pyjpegls"),
     "1.2.840.10008.1.2.4.81": ("pyjpegls", "pyjpegls"),
@@ -38,11 +38,11 @@ PLUGINS = {
 
 
 class FilmError(ValueError):
-    """A film that cannot be read; the message is the reason, without path, name or id of a patient."""
+    """An unreadable film; the message is the reason, without path or name or id of a patient."""
 
 
 def check_size(rows: int, columns: int, max_pixels: int) -> None:
-    """Raise FilmError for a matrix that is empty or larger than the limit."""
+    """Raise FilmError if a matrix is empty or larger than the limit."""
     if rows < 1 or columns < 1:
         raise FilmError(f"empty matrix ({rows} x {columns})")
     if rows * columns > max_pixels:
@@ -50,7 +50,7 @@ def check_size(rows: int, columns: int, max_pixels: int) -> None:
 
 
 def stream_size(stream: bytes) -> tuple[int, int, int, int] | None:
-    """Return the (rows, columns, components, bits) that a JPEG, JPEG-LS or JPEG 2000 stream declares, or None."""
+    """Return the declared (rows, columns, components, bits) of a JPEG, JPEG-LS or JPEG 2000 stream, or None."""
     if stream[:4] == b"\xff\x4f\xff\x51" and len(stream) >= 43:  # JPEG 2000: SOC, SIZ
         numbers = [int.from_bytes(stream[at : at + 4], "big") for at in range(8, 40, 4)]
         width, height, left, top, tile_width, tile_height = numbers[:6]
@@ -65,7 +65,7 @@ def stream_size(stream: bytes) -> tuple[int, int, int, int] | None:
         if marker == 0xFF:  # fill byte
             at += 1
             continue
-        if marker == 0xDA:  # the scan begins: no frame header before it
+        if marker == 0xDA:  # start of scan without a frame header
             return None
         if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
             frame = stream[at + 4 : at + 10]
@@ -77,8 +77,8 @@ def stream_size(stream: bytes) -> tuple[int, int, int, int] | None:
 def decode_jpeg(stream: bytes) -> tuple[np.ndarray, str]:
     """Decode an 8-bit one-component JPEG; return (uint8 array (rows, columns), decoder name and version).
 
-    simplejpeg stops at libjpeg-turbo's corruption warnings, which Pillow and OpenCV pass over in silence; where it
-    is not installed OpenCV decodes: the same pixels for an undamaged stream, but less damage is noticed.
+    simplejpeg raises on corruption warnings of libjpeg-turbo, which Pillow and OpenCV ignore. If it is not installed,
+    OpenCV decodes: undamaged streams give the same pixels, but less damage is detected.
 
     Raises:
         FilmError: the stream is damaged.
@@ -98,7 +98,7 @@ def decode_jpeg(stream: bytes) -> tuple[np.ndarray, str]:
             pixels = simplejpeg.decode_jpeg(stream, colorspace="GRAY", strict=strict)[..., 0]
             break
         except ValueError as error:
-            # Of libjpeg-turbo's warnings this one says nothing about the pixels.
+            # The one warning of libjpeg-turbo that does not concern the pixels.
             if not strict or "unknown JFIF revision" not in str(error):
                 raise FilmError(f"damaged JPEG data ({plain(error)})") from None
     assert pixels is not None
@@ -109,7 +109,7 @@ def decode_picture(data: bytes, max_pixels: int) -> tuple[np.ndarray, str]:
     """Decode a PNG or JPEG file; return (uint8 or uint16 array (rows, columns), decoder name and version).
 
     Raises:
-        FilmError: damaged, too large, several frames, or colour (equal colour channels are grey).
+        FilmError: the file is damaged, too large, multi-frame, or in colour (equal colour channels count as grey).
     """
     if data[:2] == b"\xff\xd8":
         size = stream_size(data)
@@ -131,7 +131,7 @@ def decode_picture(data: bytes, max_pixels: int) -> tuple[np.ndarray, str]:
         pixels = np.asarray(image)
     except FilmError:
         raise
-    except Exception as error:  # a decoder on damaged input may raise anything
+    except Exception as error:  # decoders raise various errors on damaged input
         raise FilmError(f"damaged picture ({plain(error)})") from None
     colours = {"RGB": 3, "RGBA": 3, "LA": 1}.get(image.mode)
     if colours:
@@ -147,7 +147,7 @@ def decode_dataset(dataset: Dataset, uid: str) -> tuple[np.ndarray, str, bool]:
     """Decode any other transfer syntax with pydicom; return (stored values, plugin and version, whether it warned).
 
     Raises:
-        FilmError: damaged, or the decoder is missing (the package to install is named).
+        FilmError: the data is damaged, or the decoder is not installed (the message names the package).
     """
     import pydicom
     from pydicom.pixels import get_decoder
@@ -158,23 +158,23 @@ def decode_dataset(dataset: Dataset, uid: str) -> tuple[np.ndarray, str, bool]:
     except NotImplementedError:
         name = _name(uid) if re.fullmatch(r"[0-9.]{1,64}", uid) else "of the header"
         raise FilmError(f"transfer syntax {name} is not supported: convert the film") from None
-    # Of JPEG Extended only 12 bits come here, and Pillow, which pydicom would ask, has 8.
+    # JPEG Extended is here of 12 bits only, and Pillow, which pydicom would choose, decodes 8.
     if not decoder.is_available or (uid == JPEG_8BIT[1] and first not in decoder.available_plugins):
-        raise FilmError(f"no decoder for {_name(uid)}: install {package or 'one that pydicom knows'}")
+        raise FilmError(f"no decoder for {_name(uid)}: install {package or 'a plugin of pydicom'}")
     plugin = first if first in decoder.available_plugins else ""
     try:
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             pixels, _ = decoder.as_array(dataset, raw=True, decoding_plugin=plugin, correct_unused_bits=False)
-    except Exception as error:  # plugins raise whatever their libraries do
+    except Exception as error:  # plugins raise various errors of their libraries
         raise FilmError(f"damaged {_name(uid)} pixel data ({type(error).__name__})") from None
     pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-    helper = f" with {_version(package)}" if package not in ("", "pydicom") else ""
-    return pixels, f"pydicom {pydicom.__version__}{helper}", bool(said)
+    suffix = f" with {_version(package)}" if package not in ("", "pydicom") else ""
+    return pixels, f"pydicom {pydicom.__version__}{suffix}", bool(caught)
 
 
 def plain(error: BaseException) -> str:
-    """Return a decoder's message cut to one line without memory addresses: the same in every run."""
+    """Return a decoder's message as one short line without memory addresses, so that it is the same in every run."""
     words = [word for word in str(error).split() if "0x" not in word and "<" not in word]
     return " ".join(words)[:100] or type(error).__name__
 

@@ -1,7 +1,7 @@
-"""One film file to one 8-bit grey image: DICOM, PNG or JPEG. Unreadable files raise FilmError with the reason.
+"""Read one film file (DICOM, PNG or JPEG) as an 8-bit grey image. Unreadable files raise FilmError with the reason.
 
-Nothing about the patient but view and sex leaves this module, and no message may quote a header's free text.
-pydicom is imported when the first film is read: listing a folder needs none of it.
+Of the patient only view and sex leave this module, and no message may quote free text of a header.
+pydicom is imported when the first film is read: listing a folder does not need it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Film", "FilmError", "film_stem", "looks_like_film", "read_film"]
 EXTENSIONS = (".dcm", ".dicom", ".png", ".jpg", ".jpeg")
 VIEWS = ("AP", "PA", "LL", "RL", "LLD", "RLD", "LLO", "RLO")
 SEXES = ("M", "F", "O")
-HEADER_BYTES = 32 << 20  # room for everything in a file that is not pixels
+HEADER_BYTES = 32 << 20  # allowance for everything in a file but the pixels
 TAGS = [
     "SOPInstanceUID", "ViewPosition", "PatientSex", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames",
     "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue",
@@ -37,7 +37,7 @@ MAPPING = ("RescaleIntercept", "RescaleSlope", "ModalityLUTSequence", "WindowCen
 
 @dataclass(frozen=True)
 class Film:
-    """One decoded film: `pixels` is uint8 (rows, columns), 0 black; `sha256` is of the source file's bytes."""
+    """One decoded film: `pixels` is uint8 (rows, columns), 0 is black; `sha256` is the hash of the source file."""
 
     pixels: np.ndarray
     sop_uid: str  # "" for PNG and JPEG files
@@ -49,14 +49,14 @@ class Film:
 
 
 def film_stem(path: str) -> str:
-    """Return a file's name without a film extension: a bare UID keeps its last component."""
+    """Return a file's name without its film extension; a UID without extension keeps its last component."""
     name = path.rpartition("/")[2]
     stem, suffix = os.path.splitext(name)
     return stem if suffix.lower() in EXTENSIONS else name
 
 
 def looks_like_film(path: Path | str) -> bool:
-    """Tell whether a file is a candidate: by its extension, or by DICM at byte 128."""
+    """Return whether a file may be a film: it has a film extension, or DICM at byte 128."""
     if os.path.splitext(path)[1].lower() in EXTENSIONS:
         return True
     try:
@@ -69,18 +69,18 @@ def looks_like_film(path: Path | str) -> bool:
 def read_film(path: Path | str, max_pixels: int = 64_000_000) -> Film:
     """Read one film.
 
-    8-bit values without window, rescale or LUT are taken as they are. Anything else goes through modality
-    transformation, then the first VOI LUT or window, else linearly from the film's darkest to its brightest value
-    (PS3.3 C.7.6.3.1, C.11.1, C.11.2). MONOCHROME1 is inverted.
+    8-bit values without window, rescale or LUT are kept. All others pass the modality transformation, then the first
+    VOI LUT or window; without either, the film's range of values is scaled linearly to 0..255 (PS3.3 C.7.6.3.1, C.11.1,
+    C.11.2). MONOCHROME1 is inverted.
 
     Raises:
-        FilmError: the reason why this file is no usable film.
+        FilmError: the file is not a usable film.
     """
     return parse_film(load(path, max_pixels), max_pixels, str(path))
 
 
 def load(path: Path | str, max_pixels: int) -> bytes:
-    """Return a film file's bytes; FilmError where it cannot be read or is larger than any film within the limit."""
+    """Return the bytes of a film file; raise FilmError if it is unreadable or larger than any film within the limit."""
     try:
         with open(path, "rb", buffering=0) as handle:
             size = os.fstat(handle.fileno()).st_size
@@ -92,7 +92,7 @@ def load(path: Path | str, max_pixels: int) -> bytes:
 
 
 def parse_film(data: bytes, max_pixels: int, name: str = "") -> Film:
-    """Decode the bytes of one film file; DICOM without preamble is known by the file's name. Raises FilmError."""
+    """Decode the bytes of one film file; the name identifies DICOM without preamble. Raises FilmError."""
     digest = hashlib.sha256(data).hexdigest()
     if data[128:132] == b"DICM":
         return _read_plain(data, max_pixels, digest) or _read_dicom(data, max_pixels, digest)
@@ -104,23 +104,27 @@ def parse_film(data: bytes, max_pixels: int, name: str = "") -> Film:
     raise FilmError("neither DICOM, PNG nor JPEG" if data else "empty file")
 
 
-# Samples, bits allocated and stored, high bit and sign that a film must have to be read without pydicom.
+# Samples, bits allocated, bits stored, high bit and sign of the films that are read without pydicom.
 PLAIN = {0x00280002: 1, 0x00280100: 8, 0x00280101: 8, 0x00280102: 7, 0x00280103: 0}
 MAPPING_TAGS = (0x00281050, 0x00281051, 0x00281052, 0x00281053, 0x00283000, 0x00283010)
 
 
 def _read_plain(data: bytes, max_pixels: int, digest: str) -> Film | None:
-    """Read the commonest film, an 8-bit JPEG with nothing to rescale; None where pydicom has to look at the file."""
-    found = header.elements_of(data)
-    if found is None or any(header.number(found, tag) != value for tag, value in PLAIN.items()):
+    """Read the most common kind of film, an 8-bit JPEG without rescaling; return None if the file needs pydicom."""
+    elements = header.elements_of(data)
+    if elements is None or any(header.number(elements, tag) != value for tag, value in PLAIN.items()):
         return None
-    if any(tag in found for tag in MAPPING_TAGS) or header.text(found, 0x00280008) not in ("", "1"):
+    if any(tag in elements for tag in MAPPING_TAGS) or header.text(elements, 0x00280008) not in ("", "1"):
         return None
-    photometric = header.text(found, 0x00280004)
+    photometric = header.text(elements, 0x00280004)
     plain = photometric in ("MONOCHROME1", "MONOCHROME2")
-    if not plain or header.text(found, header.TRANSFER_SYNTAX) != codecs.JPEG_8BIT[0]:
+    if not plain or header.text(elements, header.TRANSFER_SYNTAX) != codecs.JPEG_8BIT[0]:
         return None
-    stream, rows, columns = found[header.PIXEL_DATA], header.number(found, 0x00280010), header.number(found, 0x00280011)
+    stream, rows, columns = (
+        elements[header.PIXEL_DATA],
+        header.number(elements, 0x00280010),
+        header.number(elements, 0x00280011),
+    )
     if rows is None or columns is None or rows * columns > max_pixels:
         return None
     if codecs.stream_size(stream) != (rows, columns, 1, 8):
@@ -128,9 +132,9 @@ def _read_plain(data: bytes, max_pixels: int, digest: str) -> Film | None:
     pixels, decoder = codecs.decode_jpeg(stream)
     return _film(
         255 - pixels if photometric == "MONOCHROME1" else pixels,
-        header.text(found, 0x00080018),
-        header.text(found, 0x00185101),
-        header.text(found, 0x00100040),
+        header.text(elements, 0x00080018),
+        header.text(elements, 0x00185101),
+        header.text(elements, 0x00100040),
         digest,
         decoder,
     )
@@ -139,7 +143,7 @@ def _read_plain(data: bytes, max_pixels: int, digest: str) -> Film | None:
 def _film(
     pixels: np.ndarray, uid: str, view: str, sex: str, digest: str, decoder: str, warnings: tuple[str, ...] = ()
 ) -> Film:
-    """Let through only what is known: a header's text may hold anything."""
+    """Return the film with known values only: the text of a header may hold anything."""
     return Film(
         pixels=np.ascontiguousarray(pixels),
         sop_uid=uid if re.fullmatch(r"[0-9.]{1,64}", uid) else "",
@@ -159,47 +163,47 @@ def _stretch(pixels: np.ndarray) -> np.ndarray:
 
 
 def _to_bytes(fraction: np.ndarray) -> np.ndarray:
-    return np.floor(np.clip(fraction, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return np.asarray(np.floor(np.clip(fraction, 0, 1) * 255 + 0.5).astype(np.uint8))
 
 
 def _parse(data: bytes) -> Any:
     import pydicom
 
-    # Values of other tags may be malformed: they are never looked at, and a warning would quote them in the log.
+    # Other tags may be malformed: they are never used, and a warning would quote them in the log.
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    if codecs.DEFLATED.encode() in data:  # a few bytes inflate to any size
+    if codecs.DEFLATED.encode() in data:  # a few bytes may inflate to any size
         raise FilmError("deflated transfer syntax is not supported: convert the film")
     try:
         dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=TAGS, force=data[128:132] != b"DICM")
         return dataset, "PixelData" in dataset
-    except Exception as error:  # a damaged file makes the parser raise anything
+    except Exception as error:  # the parser raises various errors on damaged files
         raise FilmError(f"damaged DICOM header ({type(error).__name__})") from None
 
 
 def _number(dataset: Any, name: str, default: int | None = None) -> int:
-    """Return a whole number of the header; FilmError where it is missing or none."""
+    """Return a whole number of the header; raise FilmError if it is missing or not a whole number."""
     try:
         value = dataset.get(name)
         if value is None or value == "":
             value = default
         if value is not None and int(value) == float(value):
             return int(value)
-    except Exception:  # the value has any type, and converting it may fail in any way
+    except Exception:  # the value may have any type, and its conversion may raise any error
         pass
-    raise FilmError(f"header value {name} is missing or no whole number")
+    raise FilmError(f"header value {name} is missing or not a whole number")
 
 
 def _text(dataset: Any, name: str) -> str:
     try:
         return str(dataset.get(name) or "").strip().upper()
-    except Exception:  # undecodable text is no text
+    except Exception:  # undecodable text counts as missing
         return ""
 
 
 def _read_dicom(data: bytes, max_pixels: int, digest: str) -> Film:
     dataset, has_pixels = _parse(data)
     if "Rows" not in dataset and not has_pixels:
-        raise FilmError("no pixel matrix in its header: cut short, or not an image")
+        raise FilmError("no pixel matrix in the header: truncated, or not an image")
     rows, columns = _number(dataset, "Rows"), _number(dataset, "Columns")
     codecs.check_size(rows, columns, max_pixels)
     frames = _number(dataset, "NumberOfFrames", 1)
@@ -208,7 +212,9 @@ def _read_dicom(data: bytes, max_pixels: int, digest: str) -> Film:
     photometric, samples = _text(dataset, "PhotometricInterpretation"), _number(dataset, "SamplesPerPixel", 1)
     if samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
         known = photometric if re.fullmatch(r"[A-Z0-9_ ]{1,16}", photometric) else "none"
-        raise FilmError(f"colour image (photometric interpretation {known}, {samples} samples a pixel): films are grey")
+        raise FilmError(
+            f"colour image (photometric interpretation {known}, {samples} samples per pixel): films are grey"
+        )
     if not has_pixels:
         raise FilmError("no pixel data")
     warnings: list[str] = []
@@ -220,7 +226,7 @@ def _read_dicom(data: bytes, max_pixels: int, digest: str) -> Film:
             table = _grey_table(dataset, stored, bits, signed, warnings)
         except FilmError:
             raise
-        except Exception as error:  # LUTs and windows of damaged headers
+        except Exception as error:  # damaged LUTs and windows raise various errors
             raise FilmError(f"unusable rescale, window or LUT ({type(error).__name__})") from None
         pixels = table[stored]
     if photometric == "MONOCHROME1":
@@ -232,7 +238,7 @@ def _read_dicom(data: bytes, max_pixels: int, digest: str) -> Film:
 def _stored_values(
     dataset: Any, rows: int, columns: int, max_pixels: int, warnings: list[str]
 ) -> tuple[np.ndarray, int, bool, str]:
-    """Return (unsigned bit patterns (rows, columns), bits stored, whether they are signed, decoder)."""
+    """Return (unsigned bit patterns (rows, columns), bits stored, whether the values are signed, decoder)."""
     allocated = _number(dataset, "BitsAllocated")
     bits = _number(dataset, "BitsStored", allocated)
     signed = _number(dataset, "PixelRepresentation", 0) == 1
@@ -244,7 +250,7 @@ def _stored_values(
         stream = _frame(dataset)
         size = codecs.stream_size(stream)
         if size is None:
-            raise FilmError("no image in the compressed pixel data")
+            raise FilmError("the compressed pixel data contains no image")
         codecs.check_size(*size[:2], max_pixels)
         if size[:2] != (rows, columns):
             raise FilmError(f"the header says {rows} x {columns}, the compressed image is {size[0]} x {size[1]}")
@@ -253,15 +259,17 @@ def _stored_values(
         if uid in codecs.JPEG_8BIT and size[3] == 8:
             pixels, decoder = codecs.decode_jpeg(stream)
             if allocated != 8 or signed:
-                raise FilmError(f"8-bit JPEG declared as {allocated} bit, signed {signed}")
+                raise FilmError(
+                    f"8-bit JPEG, but the header declares {'signed' if signed else 'unsigned'} {allocated} bit"
+                )
             return (pixels, bits, False, decoder) if bits == 8 else (pixels & ((1 << bits) - 1), bits, False, decoder)
     pixels, decoder, warned = codecs.decode_dataset(dataset, uid)
     if warned:
-        warnings.append("pixel data not as the standard says")
+        warnings.append("pixel data does not conform to the standard")
     if pixels.shape != (rows, columns):
         raise FilmError(f"the header says {rows} x {columns}, the decoded image has shape {pixels.shape}")
     pattern: Any = pixels.view(np.uint8 if pixels.dtype.itemsize == 1 else np.uint16)
-    # Bits above and below the stored ones may hold an overlay: old films do.
+    # Bits above and below the stored ones hold an overlay in some old films.
     return (pattern >> (high + 1 - bits)) & ((1 << bits) - 1), bits, signed, decoder
 
 
@@ -283,8 +291,8 @@ def _frame(dataset: Any) -> bytes:
     from pydicom.encaps import get_frame
 
     try:
-        return get_frame(dataset.PixelData, 0, number_of_frames=1)
-    except Exception as error:  # damaged fragments
+        return bytes(get_frame(dataset.PixelData, 0, number_of_frames=1))
+    except Exception as error:  # pydicom raises various errors on damaged fragments
         raise FilmError(f"damaged compressed pixel data ({type(error).__name__})") from None
 
 
@@ -306,7 +314,8 @@ def _grey_table(dataset: Any, stored: np.ndarray, bits: int, signed: bool, warni
     if window:
         return _to_bytes(_windowed(shown, *window, function=_text(dataset, "VOILUTFunction")))
     if bits == 8 and "ModalityLUTSequence" not in dataset:
-        low, high = sorted((shown[values.argmin()], shown[values.argmax()]))  # 8 bits are meant for the whole range
+        # The values of 8 bits refer to their full range, not to the range of the film.
+        low, high = sorted((shown[values.argmin()], shown[values.argmax()]))
     else:
         used = np.bincount(stored.ravel(), minlength=1 << bits) > 0
         padding = dataset.get("PixelPaddingValue")
@@ -317,7 +326,7 @@ def _grey_table(dataset: Any, stored: np.ndarray, bits: int, signed: bool, warni
 
 
 def _window(dataset: Any, warnings: list[str]) -> tuple[float, float] | None:
-    """Return the first window's (centre, width), None where there is none that can be used."""
+    """Return (centre, width) of the first window, None if there is no usable one."""
     centre, width = dataset.get("WindowCenter"), dataset.get("WindowWidth")
     if centre in (None, "") or width in (None, ""):
         return None
@@ -330,7 +339,7 @@ def _window(dataset: Any, warnings: list[str]) -> tuple[float, float] | None:
 
 
 def _windowed(values: np.ndarray, centre: float, width: float, function: str) -> np.ndarray:
-    """Return the fraction of the display range, PS3.3 C.11.2.1.2 and C.11.2.1.3."""
+    """Return fractions of the display range (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
     if function == "SIGMOID":
         return 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -700, 700)))
     if function == "LINEAR_EXACT":

@@ -1,7 +1,7 @@
-"""The header of a plain film in microseconds; pydicom takes a fifth of the decoding time, and reads all the others.
+"""Parse the header of a plain film in microseconds; pydicom (for all others) takes a fifth of the decoding time.
 
-Plain means explicit VR little endian, tags in order, no undefined length before the pixels. Anything else, or anything
-odd, is answered with None: this file refuses nothing and decides nothing, and a test holds it equal to pydicom.
+Plain means explicit VR little endian, tags in order, and no undefined length before the pixels. For any other file the
+functions return None: this module rejects no film. A test holds its results equal to pydicom's.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ TRANSFER_SYNTAX, PIXEL_DATA = 0x00020010, 0x7FE00010
 def elements_of(data: bytes) -> dict[int, bytes] | None:
     """Return the raw values by tag (group << 16 | element) of the file's top level up to the compressed pixel data.
 
-    The pixel data's value is its one frame, the fragments joined. None where the file is not plain in any way.
+    The value of the pixel data is its single frame, its fragments joined. Return None if the file is not plain.
     """
-    found: dict[int, bytes] = {}
+    elements: dict[int, bytes] = {}
     at, end, last = 132, len(data), 0
     while at + 12 <= end:
         group, element, vr, length = ELEMENT.unpack_from(data, at)
@@ -41,16 +41,16 @@ def elements_of(data: bytes) -> dict[int, bytes] | None:
         last = tag
         if tag == PIXEL_DATA:
             frame = _frame(data, at) if length == UNDEFINED and vr == b"OB" else None
-            return None if frame is None else found | {tag: frame}
+            return None if frame is None else elements | {tag: frame}
         if length == UNDEFINED or at + length > end:
             return None
-        found[tag] = data[at : at + length]
+        elements[tag] = data[at : at + length]
         at += length
     return None
 
 
 def _frame(data: bytes, at: int) -> bytes | None:
-    """Return the joined fragments of the encapsulated pixel data that begins at `at` and ends properly, else None."""
+    """Return the joined fragments of the encapsulated pixel data at `at`, None if it is malformed."""
     fragments: list[bytes] = []
     while at + 8 <= len(data):
         group, element, length = ITEM.unpack_from(data, at)
@@ -67,15 +67,15 @@ def _frame(data: bytes, at: int) -> bytes | None:
     return None
 
 
-def number(found: dict[int, bytes], tag: int) -> int | None:
-    """Return an unsigned short, None where it is missing or of another length."""
-    value = found.get(tag, b"")
+def number(elements: dict[int, bytes], tag: int) -> int | None:
+    """Return an unsigned short, None if it is missing or has another length."""
+    value = elements.get(tag, b"")
     return int.from_bytes(value, "little") if len(value) == 2 else None
 
 
-def text(found: dict[int, bytes], tag: int) -> str:
-    """Return a one-valued ASCII text without padding, "" where it is missing or something else."""
+def text(elements: dict[int, bytes], tag: int) -> str:
+    """Return an ASCII text without padding, "" if it is missing or not ASCII."""
     try:
-        return found.get(tag, b"").decode("ascii").strip(" \0").upper()
+        return elements.get(tag, b"").decode("ascii").strip(" \0").upper()
     except UnicodeDecodeError:
         return ""

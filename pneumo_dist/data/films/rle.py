@@ -1,6 +1,6 @@
-"""Run-length masks of the SIIM-ACR competition: text to boolean mask and back, exact at the last pixel.
+"""Run-length masks of the SIIM-ACR competition: text to boolean mask and back, exact to the last pixel.
 
-Numpy only, no files: it must stay importable by submit.py and by the scoring tools.
+Numpy only, no files: submit.py and the scoring tools import this.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PAIRS = re.compile(r"\s*\d{1,10}\s+\d{1,10}(?:\s+\d{1,10}\s+\d{1,10})*\s*", re.A
 
 
 class RleError(ValueError):
-    """A run-length text that describes no mask; the message says what is wrong, without file or id."""
+    """An invalid run-length text; the message is the reason, without file or id."""
 
 
 def runs(text: str) -> Runs:
@@ -31,7 +31,7 @@ def runs(text: str) -> Runs:
         RleError: no token, an odd number of tokens, a token that is no integer, an offset below 0, a length below 1.
     """
     if not PAIRS.fullmatch(text):
-        _explain(text.split())
+        _check_empty(text.split())
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     pairs = np.fromstring(text, dtype=np.int64, sep=" ").reshape(-1, 2)
     if not pairs[:, 1].all():
@@ -40,8 +40,8 @@ def runs(text: str) -> Runs:
     return ends - pairs[:, 1], ends
 
 
-def _explain(tokens: list[str]) -> None:
-    """Raise RleError for what is wrong with the tokens; the empty mask is right."""
+def _check_empty(tokens: list[str]) -> None:
+    """Raise RleError with the reason unless the tokens are those of the empty mask."""
     if tokens == [EMPTY]:
         return
     if not tokens:
@@ -53,12 +53,12 @@ def _explain(tokens: list[str]) -> None:
 
 
 def past_the_end(end: int, rows: int, columns: int) -> RleError:
-    """Return the error for runs that are longer than the film."""
+    """Return the error for runs that end outside the film."""
     return RleError(f"the runs end at pixel {end}, past the {rows} x {columns} film ({rows * columns} pixels)")
 
 
 def decode_union(texts: Iterable[str], rows: int, columns: int) -> np.ndarray:
-    """Return the union of several annotation rows as a boolean mask of shape (rows, columns), in column-major memory.
+    """Return the union of several annotation rows as a boolean mask of shape (rows, columns), column-major in memory.
 
     Raises:
         RleError: as `runs`, or a run that ends past rows * columns.
@@ -67,9 +67,9 @@ def decode_union(texts: Iterable[str], rows: int, columns: int) -> np.ndarray:
 
 
 def paint(pairs: Iterable[Runs], rows: int, columns: int, inside: np.generic = np.True_) -> np.ndarray:
-    """Return the union of several results of `runs` as a mask of shape (rows, columns), in column-major memory.
+    """Return the union of several results of `runs` as a mask of shape (rows, columns), column-major in memory.
 
-    `inside` is the value of pixels inside, and gives the type: boolean by default; outside is its zero.
+    `inside` is the value of pixels inside and gives the dtype, boolean by default; pixels outside are 0.
 
     Raises:
         RleError: a run ends past rows * columns.
@@ -80,7 +80,7 @@ def paint(pairs: Iterable[Runs], rows: int, columns: int, inside: np.generic = n
             continue
         if ends[-1] > rows * columns:
             raise past_the_end(int(ends[-1]), rows, columns)
-        # Counts of zeros and ones in turn: np.repeat fills whole runs at memory speed.
+        # Alternating counts of zeros and ones: np.repeat fills whole runs at memory speed.
         counts = np.empty(2 * len(starts) + 1, dtype=np.int64)
         counts[1::2] = ends - starts
         counts[0] = starts[0]
@@ -96,7 +96,7 @@ def paint(pairs: Iterable[Runs], rows: int, columns: int, inside: np.generic = n
 
 
 def area_px(pairs: Sequence[Runs]) -> tuple[int, int]:
-    """Return (pixels of the union of several results of `runs`, how many pixels more they cover one by one)."""
+    """Return (pixels of the union of several results of `runs`, sum of their pixels minus that union)."""
     starts, ends = (np.concatenate([np.zeros(0, np.int64), *(pair[i] for pair in pairs)]) for i in (0, 1))
     order = np.argsort(starts, kind="stable")
     starts, ends = starts[order], ends[order]
@@ -112,7 +112,7 @@ def decode_rle(text: str, rows: int, columns: int) -> np.ndarray:
 
 
 def encode_rle(mask: np.ndarray) -> str:
-    """Return a mask of shape (rows, columns), any dtype, non-zero meaning inside, as text; `-1` when empty.
+    """Return a mask of shape (rows, columns), any dtype, non-zero inside, as text; `-1` if empty.
 
     The inverse of `decode_rle`; a run that touches the last pixel is kept.
     """

@@ -1,1 +1,1 @@
-"""Films and annotations to shards, and what was found on the way."""
+"""From films and annotations to shards, with an audit of both."""

@@ -1,11 +1,12 @@
-"""What preprocessing found, as data (audit.json) and as text (audit.txt): counts, problems, who is on which side.
+"""The audit of films and annotations, as data (audit.json) and as text (audit.txt): counts, problems, folds.
 
-Films are named by their ids only; patient keys stay out.
+It names films by their ids only and holds no patient keys.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from pneumo_dist.data.cases import HOLDOUT, Annotations, Case
 from pneumo_dist.data.films.rle import area_px, runs
 from pneumo_dist.data.preprocess.source import Source
 
-SHOWN = 10  # ids and lines of one kind in the text; the JSON has all
+SHOWN = 10  # ids or lines of one kind in the text; the JSON has all
 
 
 def describe(annotations: Annotations) -> dict[str, Any]:
-    """Return what an annotation list says by itself: images, rows, positives, several and overlapping rows."""
+    """Return the counts of an annotation list: images, rows, positives, several rows per image, overlapping rows."""
     rows_per_image: Counter[int] = Counter()
     positive = overlapping = contradicting = 0
     for film_id, rows in annotations.rows.items():
@@ -42,7 +43,7 @@ def describe(annotations: Annotations) -> dict[str, Any]:
 
 
 def audit_of(
-    found: Source,
+    source: Source,
     films: list[dict[str, Any]],
     bad: list[dict[str, Any]],
     duplicates: list[list[dict[str, Any]]],
@@ -52,32 +53,14 @@ def audit_of(
     config: Config,
 ) -> dict[str, Any]:
     """Return the audit; `films` are the readable ones, `bad` the quarantined."""
-    name = Path(found.annotations.path).name
+    name = Path(source.annotations.path).name
     films_of: Counter[int] = Counter(Counter(case.group for case in cases).values())
-    folds = []
-    for fold in [*range(config.data.folds), *([HOLDOUT] if holdout["films"] else [])]:
-        mine = [case for case in cases if case.fold == fold]
-        positive = sum(case.label for case in mine)
-        groups = len({case.group for case in mine})
-        folds.append({"fold": fold, "films": len(mine), "positive": positive, "groups": groups})
+    folds = [*range(config.data.folds), *([HOLDOUT] if holdout["films"] else [])]
     return {
-        "films": {
-            "found": found.films + (len(found.unannotated) if config.data.unannotated == "drop" else 0),
-            "other_files": found.ignored,
-            "in_shards": len(films),
-            "positive": sum(film["label"] for film in films),
-            "unreadable": len(bad),
-            "sizes": _counts(f"{film['rows']} x {film['columns']}" for film in films),
-            "decoders": _counts(film["decoder"] for film in films),
-            "views": _counts(film["view"] or "unknown" for film in films),
-            "sexes": _counts(film["sex"] or "unknown" for film in films),
-            "warnings": _counts(text for film in films for text in film["warnings"]),
-            "blank": [film["id"] for film in films if film["blank"]],
-            "named_unlike_their_sop_uid": sum(not film["named_by_uid"] for film in films),
-        },
-        "annotations": {"file": name} | describe(found.annotations),
-        "unannotated": {"policy": config.data.unannotated, "ids": found.unannotated},
-        "orphans": [f"{name}:{found.annotations.rows[orphan][0][0]}: {orphan}" for orphan in found.orphans],
+        "films": _films(source, films, bad, config),
+        "annotations": {"file": name} | describe(source.annotations),
+        "unannotated": {"policy": config.data.unannotated, "ids": source.unannotated},
+        "orphans": [f"{name}:{source.annotations.rows[orphan][0][0]}: {orphan}" for orphan in source.orphans],
         "unreadable": [{key: film[key] for key in ("id", "path", "reason")} for film in bad],
         "duplicates": [
             {"ids": [film["id"] for film in group], "masks_agree": len({film["rle"] for film in group}) == 1}
@@ -89,26 +72,53 @@ def audit_of(
             "films_per_group": {str(count): n for count, n in sorted(films_of.items())},
             "films_without_patient": sum(case.id not in patients for case in cases) if patients else len(cases),
         },
-        "folds": {"level": "patient" if patients else "image", "seed": config.data.fold_seed, "folds": folds},
+        "folds": {
+            "level": "patient" if patients else "image",
+            "seed": config.data.fold_seed,
+            "folds": [_fold(fold, cases) for fold in folds],
+        },
         "holdout": holdout,
     }
 
 
-def _counts(values: Any) -> dict[str, int]:
+def _films(source: Source, films: list[dict[str, Any]], bad: list[dict[str, Any]], config: Config) -> dict[str, Any]:
+    dropped = len(source.unannotated) if config.data.unannotated == "drop" else 0
+    return {
+        "found": source.films + dropped,
+        "other_files": source.ignored,
+        "in_shards": len(films),
+        "positive": sum(film["label"] for film in films),
+        "unreadable": len(bad),
+        "sizes": _counts(f"{film['rows']} x {film['columns']}" for film in films),
+        "decoders": _counts(film["decoder"] for film in films),
+        "views": _counts(film["view"] or "unknown" for film in films),
+        "sexes": _counts(film["sex"] or "unknown" for film in films),
+        "warnings": _counts(text for film in films for text in film["warnings"]),
+        "blank": [film["id"] for film in films if film["blank"]],
+        "named_unlike_their_sop_uid": sum(not film["named_by_uid"] for film in films),
+    }
+
+
+def _fold(fold: int, cases: list[Case]) -> dict[str, int]:
+    members = [case for case in cases if case.fold == fold]
+    positive, groups = sum(case.label for case in members), len({case.group for case in members})
+    return {"fold": fold, "films": len(members), "positive": positive, "groups": groups}
+
+
+def _counts(values: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(values).items()))
 
 
-def _some(items: list[str]) -> list[str]:
-    more = [f"    ... and {len(items) - SHOWN} more in audit.json"] if len(items) > SHOWN else []
-    return [f"    {item}" for item in items[:SHOWN]] + more
+def audit_text(audit: dict[str, Any]) -> str:
+    """Return the audit as text for people (audit.txt)."""
+    return "\n".join([*_summary(audit), *_problems(audit), *_split(audit)]) + "\n"
 
 
-def readable(audit: dict[str, Any]) -> str:
-    """Return the audit as text for a person."""
-    films, notes, patients, folds = audit["films"], audit["annotations"], audit["patients"], audit["folds"]
+def _summary(audit: dict[str, Any]) -> list[str]:
+    films, annotations = audit["films"], audit["annotations"]
     share = films["positive"] / max(films["in_shards"], 1)
-    lines = [
-        "What preprocessing found",
+    return [
+        "Audit of films and annotations",
         "",
         f"Films        {films['found']} found, {films['in_shards']} in the shards, {films['unreadable']} unusable, "
         f"{len(audit['unannotated']['ids'])} without annotation ({audit['unannotated']['policy']}); "
@@ -118,47 +128,60 @@ def readable(audit: dict[str, Any]) -> str:
         f"Views        {_line(films['views'])}",
         f"Sexes        {_line(films['sexes'])}",
         f"Decoders     {_line(films['decoders'])}",
-        f"Annotations  {notes['file']}: {notes['images']} images, {notes['rows']} rows, {notes['positive']} positive; "
-        f"{notes['several_rows']} images with several rows, {notes['overlapping_rows']} with overlapping rows, "
-        f"{notes['mask_and_empty_row']} with a mask and an empty row",
-        f"Rows         {_line(notes['rows_per_image'])} (rows per image: images)",
+        f"Annotations  {annotations['file']}: {annotations['images']} images, {annotations['rows']} rows, "
+        f"{annotations['positive']} positive; {annotations['several_rows']} images with several rows, "
+        f"{annotations['overlapping_rows']} with overlapping rows, "
+        f"{annotations['mask_and_empty_row']} with a mask and an empty row",
+        f"Rows         {_line(annotations['rows_per_image'])} (rows per image: images)",
     ]
+
+
+def _problems(audit: dict[str, Any]) -> list[str]:
+    films = audit["films"]
+    duplicates = [
+        f"{', '.join(group['ids'])} (masks {'agree' if group['masks_agree'] else 'DIFFER'})"
+        for group in audit["duplicates"]
+    ]
+    lines = []
     for title, items in (
-        ("Unusable rows", notes["problems"]),
+        ("Unusable rows", audit["annotations"]["problems"]),
         ("Rows without a film", audit["orphans"]),
         ("Films without annotation", audit["unannotated"]["ids"]),
         ("Unusable films", [f"{film['path']}: {film['reason']}" for film in audit["unreadable"]]),
         ("Blank films", films["blank"]),
         ("Header warnings", [f"{text}: {count} films" for text, count in films["warnings"].items()]),
-        (
-            "Films with the same pixels",
-            [
-                f"{', '.join(group['ids'])} (masks {'agree' if group['masks_agree'] else 'DIFFER'})"
-                for group in audit["duplicates"]
-            ],
-        ),
+        ("Films with identical pixels", duplicates),
     ):
         if items:
-            lines += ["", f"{title}: {len(items)}", *_some(items)]
-    lines += ["", f"Patients     {patients['groups']} groups; films per group: {_line(patients['films_per_group'])}"]
-    if folds["level"] == "image":
-        lines.append(
-            "Folds        IMAGE-LEVEL: without data.patient_map one patient may be on both sides; scores too good"
-        )
+            lines += ["", f"{title}: {len(items)}", *(f"    {item}" for item in items[:SHOWN])]
+        if len(items) > SHOWN:
+            lines.append(f"    ... and {len(items) - SHOWN} more in audit.json")
+    return lines
+
+
+def _split(audit: dict[str, Any]) -> list[str]:
+    patients, holdout = audit["patients"], audit["holdout"]
+    if audit["folds"]["level"] == "patient":
+        level = f"patient-level; {patients['films_without_patient']} films without a patient in data.patient_map"
     else:
-        lines.append(
-            f"Folds        patient-level; {patients['films_without_patient']} films without a patient in the map"
+        level = (
+            "IMAGE-LEVEL: without data.patient_map films of one patient may be in training and validation; "
+            "scores may be inflated (patient leakage)"
         )
-    for fold in folds["folds"]:
+    lines = [
+        "",
+        f"Patients     {patients['groups']} groups; films per group: {_line(patients['films_per_group'])}",
+        f"Folds        {level}",
+    ]
+    for fold in audit["folds"]["folds"]:
         name = "held out" if fold["fold"] == HOLDOUT else f"fold {fold['fold']}"
         lines.append(f"  {name:10} {fold['films']} films, {fold['positive']} positive, {fold['groups']} groups")
-    hold = audit["holdout"]
-    if hold["listed"]:
+    if holdout["listed"]:
         lines.append(
-            f"  hold-out: {hold['listed']} ids listed, {hold['unknown']} of them unknown, "
-            f"{hold['added_with_their_patients']} films added because their patients are held out"
+            f"  hold-out: {holdout['listed']} ids listed, {holdout['unknown']} of them unknown, "
+            f"{holdout['added_with_their_patients']} further films of the same patients added"
         )
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _line(counts: dict[str, int]) -> str:

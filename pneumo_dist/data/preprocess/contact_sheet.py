@@ -1,6 +1,6 @@
-"""The contact sheet `pictures/augmented.png`: a person sees at a glance whether masks and augmentation are sane.
+"""The contact sheet `pictures/augmented.png`: films with outlined masks, as stored and as augmented in training.
 
-It shows what the network will see; nothing reads it back.
+It is for people only: no code reads it.
 """
 
 from __future__ import annotations
@@ -21,27 +21,29 @@ OUTLINE = (255, 70, 40)
 
 def _chosen(cases: list[Case]) -> list[int]:
     """Return indices of films spread over the set, most of them positive."""
-    found: list[int] = []
-    for label, wanted in ((1, POSITIVE_ROWS), (0, NEGATIVE_ROWS)):
-        mine = [i for i, case in enumerate(cases) if case.label == label]
-        found += [mine[len(mine) * i // min(wanted, len(mine))] for i in range(min(wanted, len(mine)))]
-    return found
+    chosen: list[int] = []
+    for label, most in ((1, POSITIVE_ROWS), (0, NEGATIVE_ROWS)):
+        indices = [i for i, case in enumerate(cases) if case.label == label]
+        count = min(most, len(indices))
+        chosen += [indices[len(indices) * i // count] for i in range(count)]
+    return chosen
 
 
 def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return a uint8 (SIDE, SIDE, 3) tile of a film with the border of its mask drawn in."""
+    """Return a uint8 (SIDE, SIDE, 3) tile of a film with the outline of its mask."""
     import cv2
 
-    tile = cv2.cvtColor(cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA), cv2.COLOR_GRAY2RGB)
+    grey = cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    tile: np.ndarray = cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB)
     inside = cv2.resize(mask, (SIDE, SIDE), interpolation=cv2.INTER_NEAREST)
     tile[cv2.dilate(inside, np.ones((3, 3), np.uint8)) != inside] = OUTLINE
     return tile
 
 
 def write_contact_sheet(shard_dir: Path, config: Config, cases: list[Case]) -> Path:
-    """Write the sheet: one film a row, first as it is, then augmented as in the first epochs; return its path.
+    """Write the sheet: one film a row, first as stored, then augmented as in the first epochs; return its path.
 
-    `cases` are sorted by id. The seeds are those of training on all films; a fold numbers its films otherwise.
+    `cases` are sorted by id. The augmentation is seeded by the index among all films; in a fold the indices differ.
     """
     from PIL import Image, ImageDraw
 

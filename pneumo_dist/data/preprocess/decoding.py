@@ -1,13 +1,12 @@
-"""Films decoded by several processes, handed out in order. A decoder that crashes or hangs costs one film, no more.
+"""Decode films in worker processes and yield them in order. A crash or a hang of a decoder costs one film only.
 
-Pixels come back through shared anonymous memory, so that nothing large is pickled. No files are written in here.
+Workers return pixels through shared anonymous memory, so that nothing large is pickled. This module writes no files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -22,19 +21,20 @@ from pneumo_dist.data.films.dicom import FilmError, load, parse_film
 from pneumo_dist.data.films.rle import EMPTY, RleError, area_px, encode_rle, paint, past_the_end, runs
 from pneumo_dist.data.preprocess.source import FilmJob
 from pneumo_dist.data.shards import masks_to_sizes, to_size, to_sizes
+from pneumo_dist.runtime.files import sha256_file
 from pneumo_dist.runtime.processes import Answer, Pool
 
-HASH_SIZE = 256  # films with equal images of this size are looked at again for being duplicates
-CHUNK = 8  # films handed to a process at once: fewer messages
-AHEAD = 2  # chunks in flight per process
+HASH_SIZE = 256  # films with equal images of this size are candidates for duplicates
+CHUNK = 8  # films per message to a worker: fewer messages
+AHEAD = 2  # chunks in flight per worker
 
-_Item = tuple[int, FilmJob, int]  # key of the decoder, film, place of its pixels in the shared memory
+_Item = tuple[int, FilmJob, int]  # key of the decoder, film, index of its slot in the shared memory
 _Result = tuple[dict[str, Any], dict[int, bytes] | None, str]  # facts, packed masks, reason
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What came of one film: facts (see `decode_film`) with images and packed masks, or a reason and nothing else."""
+    """The result for one film: facts (see `decode_film`), images and packed masks, or the reason why it is unusable."""
 
     facts: dict[str, Any]
     images: dict[int, np.ndarray] = field(default_factory=dict)  # uint8 (size, size), valid until the next film
@@ -45,12 +45,12 @@ class Decoded:
 def decode_film(
     job: FilmJob, folder: Path, max_pixels: int, images: dict[int, np.ndarray]
 ) -> tuple[dict[str, Any], dict[int, bytes] | None]:
-    """Decode one film into `images` (uint8 (size, size) by size); return its facts and packed masks, None when empty.
+    """Decode one film into `images` (uint8 (size, size) by size); return facts and packed masks (None if empty).
 
     Raises:
-        FilmError: the reason why it cannot be used.
+        FilmError: the film is unusable.
     """
-    data = load(os.path.join(folder, job.path), max_pixels)  # pathlib costs more than opening the file
+    data = load(f"{folder}/{job.path}", max_pixels)  # pathlib takes longer than opening the file
     film = parse_film(data, max_pixels, job.path)
     rows, columns = film.pixels.shape
     to_sizes(film.pixels, images, images)
@@ -77,13 +77,14 @@ def decode_film(
 
 
 def _mask(job: FilmJob, rows: int, columns: int, sizes: tuple[int, ...]) -> tuple[str, int, dict[int, bytes] | None]:
-    """Return (union of the annotation rows, its area in film pixels, {size: packed mask} or None when empty)."""
+    """Return (union of the annotation rows, its area in film pixels, {size: packed mask} or None if empty)."""
     pairs = []
     for text, where in zip(job.texts, job.where, strict=True):
         try:
-            pairs.append(runs(text))
-            if len(pairs[-1][1]) and pairs[-1][1][-1] > rows * columns:
-                raise past_the_end(int(pairs[-1][1][-1]), rows, columns)
+            starts, ends = runs(text)
+            if len(ends) and ends[-1] > rows * columns:
+                raise past_the_end(int(ends[-1]), rows, columns)
+            pairs.append((starts, ends))
         except RleError as error:
             raise FilmError(f"annotation at {where}: {error}") from None
     if all(text.strip() == EMPTY for text in job.texts):
@@ -95,7 +96,7 @@ def _mask(job: FilmJob, rows: int, columns: int, sizes: tuple[int, ...]) -> tupl
 
 
 class Decoder:
-    """Decodes films in `workers` processes. Use as a context manager: leaving it ends the processes."""
+    """Decode films in `workers` processes. Use as a context manager: its exit ends the processes."""
 
     _pool: Pool
 
@@ -116,7 +117,7 @@ class Decoder:
         del _DECODERS[id(self)]
 
     def run(self, jobs: Iterable[FilmJob]) -> Iterator[tuple[FilmJob, Decoded]]:
-        """Yield (job, what came of it) in the order of `jobs`."""
+        """Yield (job, result) in the order of `jobs`."""
         todo = iter(jobs)
         free = deque(range(self._slots))
         waiting: deque[tuple[list[_Item], int, Answer[_Item, _Result]]] = deque()
@@ -128,57 +129,55 @@ class Decoder:
             if not waiting:
                 return
             batch, slot, answer = waiting.popleft()
-            for (_, job, place), (facts, masks, reason) in zip(batch, answer.results(), strict=True):
-                yield job, Decoded(facts, {} if reason else self._views(place), masks, reason)
+            for (_, job, at), (facts, masks, reason) in zip(batch, answer.results(), strict=True):
+                yield job, Decoded(facts, {} if reason else self._views(at), masks, reason)
             free.append(slot)
 
     def _give_up(self, task: _Item, reason: str) -> _Result:
-        return _bad(task[1], self._folder), None, reason
+        return _quarantined(task[1], self._folder), None, reason
 
-    def _views(self, place: int) -> dict[int, np.ndarray]:
-        """Return the shared memory of one film as {size: uint8 (size, size)}."""
-        views, at = {}, place * self._film_bytes
+    def _views(self, index: int) -> dict[int, np.ndarray]:
+        """Return one slot of the shared memory as {size: uint8 (size, size)}."""
+        views, at = {}, index * self._film_bytes
         for size in self._sizes:
             views[size] = np.frombuffer(self._pixels, np.uint8, size * size, at).reshape(size, size)
             at += size * size
         return views
 
-    def work(self, job: FilmJob, place: int) -> _Result:
-        """In a worker: decode one film into shared memory; return (facts, packed masks, reason)."""
+    def work(self, job: FilmJob, index: int) -> _Result:
+        """Decode one film into a slot of the shared memory; return (facts, packed masks, reason). Runs in a worker."""
         reason = f"annotation at {job.broken}" if job.broken else ""
         try:
             if not reason:
-                return *decode_film(job, self._folder, self._max_pixels, self._views(place)), ""
+                return *decode_film(job, self._folder, self._max_pixels, self._views(index)), ""
         except FilmError as error:
             reason = str(error)
         except MemoryError:
             reason = "not enough memory to decode it"
-        except Exception as error:  # a film nobody has thought of must not stop the others
-            place_of = traceback.extract_tb(error.__traceback__)[-1]
-            reason = f"unexpected {type(error).__name__} in {Path(place_of.filename).name}, line {place_of.lineno}"
-        return _bad(job, self._folder), None, reason
+        except Exception as error:  # one unforeseen film must not stop the others
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"unexpected {type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"
+        return _quarantined(job, self._folder), None, reason
 
 
-_DECODERS: dict[int, Decoder] = {}  # inherited by the forked workers: a decoder with its shared memory is not pickled
+_DECODERS: dict[int, Decoder] = {}  # workers inherit it by fork: a decoder with its shared memory cannot be pickled
 
 
 def _work(task: _Item) -> _Result:
-    key, job, place = task
-    return _DECODERS[key].work(job, place)
+    key, job, index = task
+    return _DECODERS[key].work(job, index)
 
 
 def _prepare() -> None:
     import cv2
 
-    cv2.setNumThreads(0)
+    cv2.setNumThreads(0)  # one worker per core already
 
 
-def _bad(job: FilmJob, folder: Path) -> dict[str, Any]:
-    """Return what identifies a quarantined film: enough to notice that its source has changed."""
+def _quarantined(job: FilmJob, folder: Path) -> dict[str, Any]:
+    """Return the identity of an unusable film, from which finalize detects a changed source."""
     try:
-        size = (folder / job.path).stat().st_size
-        with open(folder / job.path, "rb") as handle:
-            sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
+        size, sha256 = (folder / job.path).stat().st_size, sha256_file(folder / job.path)
     except OSError:
         size, sha256 = -1, ""
     return {"id": job.id, "path": job.path, "bytes": size, "sha256": sha256, "annotation": job.digest}

@@ -1,6 +1,6 @@
-"""The job that closes preprocessing: checks every shard against the source, then writes folds, audit and manifests.
+"""The last job of preprocessing: check every shard against its source, then write folds, audit and manifests.
 
-It rewrites no shard; another number of folds needs this job only.
+It rewrites no shard: a different number of folds needs this job only.
 """
 
 from __future__ import annotations
@@ -28,118 +28,130 @@ from pneumo_dist.runtime.task import Task
 log = logging.getLogger(__name__)
 
 
-def check_bad(bad: list[dict[str, Any]], allowed: int, films: int, config: Config) -> None:
+def check_bad(bad: list[dict[str, Any]], films: int, config: Config) -> None:
+    """Raise ConfigError if more of the films are unusable than `data.max_bad` allows."""
+    allowed = int(config.data.max_bad * films)
     if len(bad) > allowed:
         first = "; ".join(f"{film['path']}: {film['reason']}" for film in bad[:3])
         raise ConfigError(
-            f"{len(bad)} of {films} films cannot be used, more than data.max_bad={config.data.max_bad} allows "
+            f"{len(bad)} of {films} films are unusable, more than data.max_bad={config.data.max_bad} allows "
             f"({allowed}); first: {first}. Repair or remove them and start over with --redo, or raise data.max_bad"
         )
 
 
 def finalize(task: Task) -> dict[str, Path]:
-    """Check that every shard is there and still true to its source; write folds, audit, manifests and the picture.
+    """Check every shard against its source; write folds, audit, manifests and the contact sheet.
 
     Raises:
-        ConfigError: shards are missing, contain other films than the source, or the source has changed; too many
-            films cannot be read; fewer patients than folds.
+        ConfigError: a shard is missing or holds other films than the source, the source has changed, too many films
+            are unusable, or there are fewer patients than folds.
     """
-    from pneumo_dist.data.preprocess.audit import audit_of, readable
+    from pneumo_dist.data.preprocess.audit import audit_of, audit_text
     from pneumo_dist.data.preprocess.contact_sheet import write_contact_sheet
 
     config, out = task.config, task.run.shard_dir
-    found = read_source(task.run)
-    listings, parts = _collect(out, found, config)
-    films = [film | {"shard": j, "row": row} for j, s in enumerate(listings) for row, film in enumerate(s["films"])]
-    bad = [film for s in listings for film in s["bad"]]
-    _check_ids(out, found, films, bad)
-    _check_hashes(out, found, [*films, *bad], task)
-    check_bad(bad, int(config.data.max_bad * found.films), found.films, config)
+    source = read_source(task.run)
+    listings, parts = _collect(out, source, config)
+    films = [
+        film | {"shard": j, "row": row} for j, part in enumerate(listings) for row, film in enumerate(part["films"])
+    ]
+    bad = [film for part in listings for film in part["bad"]]
+    _check_ids(out, source, films, bad)
+    _check_hashes(out, source, [*films, *bad], task)
+    check_bad(bad, source.films, config)
     if not films:
-        raise ConfigError(f"{found.folder}: not one film can be read; first: {bad[0]['path']}: {bad[0]['reason']}")
-    duplicates = _duplicates(found, films, config)
-    patient_map = task.run.source("patient_map")
-    patients = casefiles.read_patient_map(patient_map) if patient_map else {}
-    known = sum(film["id"] in patients for film in films)
-    if patient_map and not known:
-        raise ConfigError(f"{patient_map}: none of the {len(films)} films is in it: its ImageId must be the films' ids")
-    if patients and known < len(films):
-        missing = len(films) - known
-        log.warning("%d of %d films are not in data.patient_map: each counts as a patient", missing, len(films))
+        raise ConfigError(f"{source.folder}: no film is usable; first: {bad[0]['path']}: {bad[0]['reason']}")
+    duplicates = _duplicates(source, films, config)
+    patients = _patients(task, films)
     cases, holdout = _cases(config, films, patients, duplicates)
-    if not patients:
-        log.warning(
-            "no data.patient_map: FOLDS ARE IMAGE-LEVEL. One patient's films may be in training and validation, "
-            "and the scores too good"
-        )
     with writing(out):
-        audit = audit_of(found, films, bad, duplicates, patients, cases, holdout, config)
+        audit = audit_of(source, films, bad, duplicates, patients, cases, holdout, config)
         outputs = {"cases": casefiles.write_cases(out, cases)}
         write_json(out / "audit.json", audit)
-        write_text(out / "audit.txt", readable(audit))
+        write_text(out / "audit.txt", audit_text(audit))
         outputs["audit"] = out / "audit.json"
-        outputs |= write_manifests(out, found, listings, parts, config)
+        outputs |= write_manifests(out, source, listings, parts, config)
         write_contact_sheet(out, config, cases)
         remove_leftovers(out)
-    log.info("%s", readable(audit))
+    log.info("%s", audit_text(audit))
     return outputs
 
 
-def _collect(out: Path, found: Source, config: Config) -> tuple[list[dict[str, Any]], dict[int, list[dict[str, Any]]]]:
-    """Read the lists of all shards; return (films lists, {size: part manifests})."""
-    count = len(found.jobs)
+def _patients(task: Task, films: list[dict[str, Any]]) -> dict[str, str]:
+    """Return {film id: patient key}, {} without a patient map; warn about films that it lacks."""
+    path = task.run.source("patient_map")
+    if path is None:
+        log.warning(
+            "no data.patient_map: FOLDS ARE IMAGE-LEVEL. Films of one patient may be in training and validation: "
+            "scores may be inflated (patient leakage)"
+        )
+        return {}
+    patients = casefiles.read_patient_map(path)
+    missing = sum(film["id"] not in patients for film in films)
+    if missing == len(films):
+        raise ConfigError(f"{path}: it lists none of the {len(films)} films: its ImageId must be the film's id")
+    if missing:
+        log.warning("%d of %d films are not in data.patient_map: each counts as a patient", missing, len(films))
+    return patients
+
+
+def _collect(out: Path, source: Source, config: Config) -> tuple[list[dict[str, Any]], dict[int, list[dict[str, Any]]]]:
+    """Read the lists of all shards and check their files; return (film lists, {size: part manifests})."""
+    count = len(source.jobs)
     missing = sorted(
         {j for j in range(count) for s in config.sizes if not (out / files.size_name(s, j, count)).exists()}
     )
     if missing:
         names = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
-        raise ConfigError(f"{out}: {len(missing)} of {count} shards are not there ({names}): repeat --stage preprocess")
+        raise ConfigError(f"{out}: {len(missing)} of {count} shards are missing ({names}): repeat --stage preprocess")
     for path in sorted(out.iterdir()):
         match = files.OURS.match(path.name)
         of = match and int(match[4] or match[7])
         if of and of != count:
-            raise changed(out, f"{path.name} belongs to another division into shards; the films or data.shards changed")
+            raise changed(
+                out, f"{path.name} belongs to another division into shards; the films or data.shards have changed"
+            )
     parts = {s: [read_json(out / files.size_name(s, j, count)) for j in range(count)] for s in config.sizes}
     for part in (part for each in parts.values() for part in each):
         size, n = part["size"], part["films"]
-        wanted = {
+        lengths = {
             files.image_name(size, part["shard"], count): files.HEADER_BYTES + n * size * size,
             files.mask_name(size, part["shard"], count): files.HEADER_BYTES + len(part["positives"]) * size * size // 8,
         }
-        for name, length in wanted.items():
+        for name, length in lengths.items():
             if not (out / name).is_file() or (out / name).stat().st_size != length or name not in part["files"]:
-                raise ConfigError(f"{out / name}: missing or cut short: --redo starts over")
+                raise ConfigError(f"{out / name}: missing or truncated: start over with --redo")
     return [read_json(out / files.films_name(j, count)) for j in range(count)], parts
 
 
-def _check_ids(out: Path, found: Source, films: list[dict[str, Any]], bad: list[dict[str, Any]]) -> None:
+def _check_ids(out: Path, source: Source, films: list[dict[str, Any]], bad: list[dict[str, Any]]) -> None:
     """Compare the ids in the shards with those of the source: none missing, none twice, none foreign."""
-    have = [film["id"] for film in (*films, *bad)]
-    want = {job.id: job for shard in found.jobs for job in shard}
+    ids = [film["id"] for film in (*films, *bad)]
+    jobs = {job.id: job for shard in source.jobs for job in shard}
     for problem, names in (
-        ("twice", {name for name, count in Counter(have).items() if count > 1}),
-        ("foreign", set(have) - want.keys()),
-        ("missing", want.keys() - set(have)),
+        ("twice", {name for name, count in Counter(ids).items() if count > 1}),
+        ("foreign", set(ids) - jobs.keys()),
+        ("missing", jobs.keys() - set(ids)),
     ):
         if names:
             raise changed(
                 out, f"{len(names)} films are {problem} in the shards (first: {min(names)}): the source changed"
             )
     for film in (*films, *bad):
-        job = want[film["id"]]
+        job = jobs[film["id"]]
         if film["annotation"] != job.digest or film["path"] != job.path:
             raise changed(out, f"the annotation or path of film {film['id']} has changed")
 
 
-def _check_hashes(out: Path, found: Source, films: list[dict[str, Any]], task: Task) -> None:
-    """Hash every source file again: a film that was replaced must not stay in the shards unnoticed."""
+def _check_hashes(out: Path, source: Source, films: list[dict[str, Any]], task: Task) -> None:
+    """Hash every source file again: a replaced film would stay in the shards unnoticed."""
 
     def same(film: dict[str, Any]) -> bool:
-        path = found.folder / film["path"]
+        path = source.folder / film["path"]
         try:
-            return path.stat().st_size == film["bytes"] and sha256_file(path) == film["sha256"]
+            return bool(path.stat().st_size == film["bytes"] and sha256_file(path) == film["sha256"])
         except OSError:
-            return film["bytes"] == -1
+            return bool(film["bytes"] == -1)
 
     with ThreadPoolExecutor(cores(task.config.data.workers)) as pool:
         for film, unchanged in zip(films, pool.map(same, films), strict=True):
@@ -148,8 +160,8 @@ def _check_hashes(out: Path, found: Source, films: list[dict[str, Any]], task: T
                 raise changed(out, f"the file of film {film['id']} has changed")
 
 
-def _duplicates(found: Source, films: list[dict[str, Any]], config: Config) -> list[list[dict[str, Any]]]:
-    """Return the groups of films with exactly the same pixels; candidates by hash are decoded again and compared."""
+def _duplicates(source: Source, films: list[dict[str, Any]], config: Config) -> list[list[dict[str, Any]]]:
+    """Return the groups of films with identical pixels; candidates with one hash are decoded again and compared."""
     by_hash: dict[Any, list[dict[str, Any]]] = {}
     for film in films:
         by_hash.setdefault((film["pixels"], film["rows"], film["columns"]), []).append(film)
@@ -159,7 +171,7 @@ def _duplicates(found: Source, films: list[dict[str, Any]], config: Config) -> l
             continue
         exact: dict[bytes, list[dict[str, Any]]] = {}
         for film in candidates:
-            pixels = read_film(found.folder / film["path"], config.data.max_pixels).pixels
+            pixels = read_film(source.folder / film["path"], config.data.max_pixels).pixels
             exact.setdefault(pixels.tobytes(), []).append(film)
         groups += [group for group in exact.values() if len(group) > 1]
     return groups
@@ -168,15 +180,17 @@ def _duplicates(found: Source, films: list[dict[str, Any]], config: Config) -> l
 def _cases(
     config: Config, films: list[dict[str, Any]], patients: dict[str, str], duplicates: list[list[dict[str, Any]]]
 ) -> tuple[list[Case], dict[str, int]]:
-    """Group, split and describe the readable films; return (cases, what the hold-out list did)."""
+    """Assign the readable films to groups and folds; return (cases, counts of the hold-out)."""
     ids = [film["id"] for film in films]
     groups = group_films(ids, patients, [[film["id"] for film in group] for group in duplicates])
     labels = np.array([film["label"] for film in films])
     areas = np.array([film["area"] / (film["rows"] * film["columns"]) for film in films])
     listed = set(casefiles.read_ids(Path(config.data.holdout_ids))) if config.data.holdout_ids else set()
     if listed and not listed & set(ids):
-        raise ConfigError(f"{config.data.holdout_ids}: none of its {len(listed)} ids is a film: nothing is held out")
-    # All films of a held-out patient are held out: training on the others would leak.
+        raise ConfigError(
+            f"{config.data.holdout_ids}: none of its {len(listed)} ids is a film: no film would be held out"
+        )
+    # All films of a held-out patient are held out: training on the rest would leak.
     held = np.isin(groups, groups[np.isin(ids, sorted(listed))]) if listed else np.zeros(len(ids), bool)
     holdout = {
         "listed": len(listed),

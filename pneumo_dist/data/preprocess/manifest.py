@@ -1,6 +1,6 @@
-"""Manifests of the shard directory: what is in it, with hashes; checking it, clearing it.
+"""Manifests of the shard directory (its content with hashes): write, verify, clear.
 
-Nothing here opens a film. Only files of this program are ever removed.
+This module opens no film, and removes only files of this program.
 """
 
 from __future__ import annotations
@@ -23,22 +23,28 @@ FORMAT = "pneumo_dist.shards/1"
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one line."""
+    """Raise the errors of a full or read-only disk as ConfigError."""
     try:
         yield
     except OSError as error:
         raise ConfigError(
-            f"{folder}: cannot write the shards ({error.strerror or error}): make room or set data.shard_dir=DIR; "
-            "finished shards are kept"
+            f"{folder}: cannot write the shards ({error.strerror or error}): free disk space or set "
+            "data.shard_dir=DIR; finished shards are kept"
         ) from None
 
 
-def changed(out: Path, what: str) -> ConfigError:
-    return ConfigError(f"{out}: {what} since its shards were written: --redo starts over, or set data.shard_dir=DIR")
+def changed(out: Path, change: str) -> ConfigError:
+    """Return the error for a source that differs from the one of the shards."""
+    return ConfigError(
+        f"{out}: {change} since its shards were written: start over with --redo, or set data.shard_dir=DIR"
+    )
 
 
 def write_listing(path: Path, value: dict[str, Any]) -> None:
-    """Write a long JSON object atomically, a line per key and per item of a list of objects: quick, yet readable."""
+    """Write a long JSON object atomically, one line per key and per item of a list of objects.
+
+    `json.dumps(indent=2)` would put every number on a line of its own, and takes its slow path in Python.
+    """
     lines = []
     for name, part in value.items():
         rows = part if isinstance(part, list) and part and isinstance(part[0], dict) else None
@@ -48,7 +54,7 @@ def write_listing(path: Path, value: dict[str, Any]) -> None:
 
 
 def remove_leftovers(out: Path, shards: set[str] | None = None) -> None:
-    """Remove what killed writers left behind: of these shards, or all."""
+    """Remove the temporary files of killed writers, of the given shards or of all."""
     for path in (*out.iterdir(), *(out / "pictures").glob(".*")):
         match = files.TEMPORARY.match(path.name)
         if match and (shards is None or any(match["stem"].endswith(name) for name in shards)):
@@ -56,23 +62,23 @@ def remove_leftovers(out: Path, shards: set[str] | None = None) -> None:
 
 
 def write_manifests(
-    out: Path, found: Source, listings: list[dict[str, Any]], parts: dict[int, list[dict[str, Any]]], config: Config
+    out: Path, source: Source, listings: list[dict[str, Any]], parts: dict[int, list[dict[str, Any]]], config: Config
 ) -> dict[str, Path]:
-    """Write one manifest per size, and manifest.json over everything that is in the directory."""
-    count = len(found.jobs)
+    """Write one manifest per size, and manifest.json for the whole directory; return their paths."""
+    count = len(source.jobs)
     settings = {"unannotated": config.data.unannotated, "max_pixels": config.data.max_pixels, "shards": count}
-    for size, each in parts.items():
-        content = {"format": FORMAT, "size": size, "shards": count, "settings": settings, "parts": each}
+    for size, of_size in parts.items():
+        content = {"format": FORMAT, "size": size, "shards": count, "settings": settings, "parts": of_size}
         write_listing(out / f"manifest-{size}.json", content)
     sizes = sorted(int(path.stem.split("-")[1]) for path in out.glob("manifest-*.json"))
-    outputs = {f"manifest-{size}": out / f"manifest-{size}.json" for size in sizes}  # those of earlier runs as well
+    outputs = {f"manifest-{size}": out / f"manifest-{size}.json" for size in sizes}  # sizes of earlier runs, too
     shards = []
     for j, listing in enumerate(listings):
         ids = [film["id"] for film in listing["films"]]
         decoders = sorted({film["decoder"] for film in listing["films"]})
         names = [f(size, j, count) for size in sizes for f in (files.image_name, files.mask_name)]
-        own = [files.films_name(j, count), *(files.size_name(size, j, count) for size in sizes)]
-        hashes = {n: h for name in own[1:] for n, h in read_json(out / name)["files"].items()}
+        lists = [files.films_name(j, count), *(files.size_name(size, j, count) for size in sizes)]
+        hashes = {n: h for name in lists[1:] for n, h in read_json(out / name)["files"].items()}
         shards.append(
             {
                 "shard": j,
@@ -83,17 +89,16 @@ def write_manifests(
                 "annotation_sha256": [film["annotation"] for film in listing["films"]],
                 "bad": [film["id"] for film in listing["bad"]],
                 "decoders": decoders,
-                "files": {name: hashes[name] for name in names} | {name: sha256_file(out / name) for name in own},
+                "files": {name: hashes[name] for name in names} | {name: sha256_file(out / name) for name in lists},
             }
         )
-    listed = ["cases.csv", "audit.json", "audit.txt", *(f"manifest-{size}.json" for size in sizes)]
-    others = {name: sha256_file(out / name) for name in listed}
+    summaries = ["cases.csv", "audit.json", "audit.txt", *(f"manifest-{size}.json" for size in sizes)]
     content = {
         "format": FORMAT,
         "shards": count,
         "sizes": sizes,
         "settings": settings,
-        "files": others,
+        "files": {name: sha256_file(out / name) for name in summaries},
         "parts": shards,
     }
     write_listing(out / "manifest.json", content)
@@ -101,35 +106,35 @@ def write_manifests(
 
 
 def verify(folder: Path) -> list[str]:
-    """Hash every file of a finished shard directory again; return what is wrong, one line each, [] when all is well.
+    """Hash every file of a finished shard directory again; return its problems, one line each.
 
     Raises:
-        ConfigError: there is no finished shard directory.
+        ConfigError: the directory is not a finished shard directory.
     """
     folder = Path(folder)
     try:
         manifest = read_json(folder / "manifest.json")
-        wanted = dict(manifest["files"])
+        hashes = dict(manifest["files"])
         for part in manifest["parts"]:
-            wanted |= part["files"]
+            hashes |= part["files"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{folder}: no finished shards here: run --stage preprocess first") from None
+        raise ConfigError(f"{folder}: no finished shards in this folder: run --stage preprocess first") from None
 
     def problem(item: tuple[str, str]) -> str | None:
         path = folder / item[0]
         try:
-            return None if sha256_file(path) == item[1] else f"{path}: its content has changed"
+            return None if sha256_file(path) == item[1] else f"{path}: content has changed"
         except OSError as error:
             return f"{path}: cannot be read ({error.strerror})"
 
     with ThreadPoolExecutor(cores(0)) as pool:
-        problems = [line for line in pool.map(problem, sorted(wanted.items())) if line]
+        problems = [line for line in pool.map(problem, sorted(hashes.items())) if line]
     foreign = (path.name for path in folder.iterdir() if files.OURS.match(path.name))
-    return problems + [f"{folder / name}: not in the manifest" for name in sorted(foreign) if name not in wanted]
+    return problems + [f"{folder / name}: not in the manifest" for name in sorted(foreign) if name not in hashes]
 
 
 def clear(folder: Path, names: Iterable[str] = ("cases.csv", "audit.json", "audit.txt", "DONE.json")) -> None:
-    """Remove the files of this program, and no others, from a shard directory, so that it can be written anew."""
+    """Remove the files of this program, and no others, from a shard directory."""
     for path in [*folder.iterdir()] if folder.is_dir() else []:
         ours = files.OURS.match(path.name) or files.TEMPORARY.match(path.name) or path.name.startswith("manifest")
         if path.is_file() and (ours or path.name in names):

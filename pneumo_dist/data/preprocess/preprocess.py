@@ -1,7 +1,7 @@
-"""The preprocessing job: films and annotations to shards, as an array of tasks; `finalize` closes it.
+"""Write films and annotations to shards, as an array of tasks; the finalize job follows.
 
-Everything in the shard directory is a pure function of films, annotations and settings: no times, no hosts, no
-absolute paths, no patient keys. A shard under its final name is never rewritten.
+The content of the shard directory is a pure function of films, annotations and settings: it holds no times, hosts,
+absolute paths or patient keys. A shard under its final name is never rewritten.
 """
 
 from __future__ import annotations
@@ -31,50 +31,48 @@ from pneumo_dist.runtime.processes import cores
 from pneumo_dist.runtime.runlog import progress_bar
 from pneumo_dist.runtime.task import Task
 
-__all__ = ["check_source", "clear", "finalize", "run_part", "verify"]
+__all__ = ["check_source", "clear", "finalize", "verify", "write_shards"]
 
 log = logging.getLogger(__name__)
 
 
-def run_part(task: Task) -> dict[str, Path]:
-    """Write shards j with j mod N == i for array element i of N; those that are there are skipped.
+def write_shards(task: Task) -> dict[str, Path]:
+    """Write the shards of array task i of N, those with j mod N == i; finished ones are skipped.
 
     Raises:
-        ConfigError: the source cannot be used, has changed since a shard was written, too many films cannot be read,
+        ConfigError: the source is unusable or has changed since a shard was written, too many films are unreadable,
             or the disk is full.
-        Stopped: a signal asked to leave; finished shards stay.
+        Stopped: a signal asked this process to stop; finished shards are kept.
     """
     config, out = task.config, task.run.shard_dir
-    found = read_source(task.run)
+    source = read_source(task.run)
     index, count = task.part
-    mine = list(range(index, len(found.jobs), count))
+    shards = range(index, len(source.jobs), count)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(out, {f"{j:05d}-of-{len(found.jobs):05d}" for j in mine})
-    todo = {j: sizes for j in mine if (sizes := _missing_sizes(out, j, found, config))}
-    log.info("element %d of %d: %d of its %d shards to write", index, count, len(todo), len(mine))
+        remove_leftovers(out, {f"{j:05d}-of-{len(source.jobs):05d}" for j in shards})
+    todo = {j: sizes for j in shards if (sizes := _missing_sizes(out, j, source, config))}
+    log.info("task %d/%d: writing %d of %d shards", index + 1, count, len(todo), len(shards))
     if not todo:
         return {}
-    allowed = int(config.data.max_bad * found.films)
     bad: list[dict[str, Any]] = []
     for sizes in sorted(set(todo.values())):
         chosen = [j for j in todo if todo[j] == sizes]
-        jobs = [job for j in chosen for job in found.jobs[j]]
-        with Decoder(
-            found.folder, sizes, min(cores(config.data.workers), len(jobs)), config.data.max_pixels
-        ) as decoder:
+        jobs = [job for j in chosen for job in source.jobs[j]]
+        workers = min(cores(config.data.workers), len(jobs))
+        with Decoder(source.folder, sizes, workers, config.data.max_pixels) as decoder:
             results = progress_bar(decoder.run(jobs), len(jobs), "preprocess")
             for j in chosen:
-                bad += _write_shard(task, found, j, sizes, results)
-                check_bad(bad, allowed, found.films, config)
+                bad += _write_shard(task, source, j, sizes, results)
+                check_bad(bad, source.films, config)
     return {}
 
 
 def _write_shard(
-    task: Task, found: Source, shard: int, sizes: tuple[int, ...], results: Iterator[tuple[FilmJob, Decoded]]
+    task: Task, source: Source, shard: int, sizes: tuple[int, ...], results: Iterator[tuple[FilmJob, Decoded]]
 ) -> list[dict[str, Any]]:
     """Write one shard in the given sizes from the next results; return its unreadable films."""
-    out, count, jobs = task.run.shard_dir, len(found.jobs), found.jobs[shard]
+    out, count, jobs = task.run.shard_dir, len(source.jobs), source.jobs[shard]
     films: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
     with writing(out):
@@ -84,7 +82,7 @@ def _write_shard(
                 job, decoded = next(results)
                 if decoded.reason:
                     bad.append(decoded.facts | {"reason": decoded.reason})
-                    log.warning("%s is left out: %s", job.path, decoded.reason)
+                    log.warning("%s is excluded: %s", job.path, decoded.reason)
                     continue
                 writer.add(decoded.images, decoded.masks)
                 films.append(decoded.facts)
@@ -92,7 +90,7 @@ def _write_shard(
             limits = {"max_pixels": task.config.data.max_pixels}
             listing = {"format": FORMAT, "shard": shard, "of": count, "settings": limits, "films": films, "bad": bad}
             path = out / files.films_name(shard, count)
-            if path.exists() and _without_decoder(read_json(path)) != _without_decoder(listing):
+            if path.exists() and _identity(read_json(path)) != _identity(listing):
                 raise changed(out, f"films of shard {shard} have changed")
         if not path.exists():
             write_listing(path, listing)
@@ -101,20 +99,26 @@ def _write_shard(
     return bad
 
 
-def _without_decoder(listing: dict[str, Any]) -> dict[str, Any]:
-    """Another version of a decoder gives the same pixels (the hash says so) under another name."""
-    return listing | {"films": [{k: v for k, v in film.items() if k != "decoder"} for film in listing["films"]]}
+def _identity(listing: dict[str, Any]) -> dict[str, Any]:
+    """Return a listing without texts: another version words them differently, and the hashes identify the content."""
+    texts = {"decoder", "warnings", "reason"}
+    return listing | {
+        kind: [{key: value for key, value in film.items() if key not in texts} for film in listing[kind]]
+        for kind in ("films", "bad")
+    }
 
 
-def _missing_sizes(out: Path, shard: int, found: Source, config: Config) -> tuple[int, ...]:
-    """Return the sizes that this shard lacks; ConfigError where what is there comes from another source."""
-    count = len(found.jobs)
+def _missing_sizes(out: Path, shard: int, source: Source, config: Config) -> tuple[int, ...]:
+    """Return the sizes to write of a shard; raise ConfigError if its existing files come from another source."""
+    count = len(source.jobs)
     path = out / files.films_name(shard, count)
     if path.exists():
         listing = read_json(path)
-        have = sorted((film["id"], film["path"], film["annotation"]) for film in (*listing["films"], *listing["bad"]))
-        if have != [(job.id, job.path, job.digest) for job in found.jobs[shard]]:
+        written = sorted(
+            (film["id"], film["path"], film["annotation"]) for film in (*listing["films"], *listing["bad"])
+        )
+        if written != [(job.id, job.path, job.digest) for job in source.jobs[shard]]:
             raise changed(out, f"the films or annotations of shard {shard} have changed")
         if listing["settings"] != {"max_pixels": config.data.max_pixels}:
-            raise changed(out, f"shard {shard} was made with another data.max_pixels")
+            raise changed(out, "data.max_pixels has changed")
     return tuple(size for size in config.sizes if not (out / files.size_name(size, shard, count)).exists())

@@ -1,12 +1,13 @@
-"""What the films and the annotation list say before any film is opened, and which film goes to which shard.
+"""List the films, read the annotations, and divide the films into shards.
 
-Light enough for submit.py: no film is decoded, nothing is written.
+submit.py imports this: it decodes no film and writes nothing.
 """
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from pneumo_dist.config import ConfigError
@@ -17,39 +18,39 @@ from pneumo_dist.run import Run
 
 @dataclass(frozen=True)
 class FilmJob:
-    """One film to decode; `texts` are its annotation rows, `where` says where each stands ("file:line")."""
+    """One film to decode; `texts` are its annotation rows, `where` is the position of each ("file:line")."""
 
     id: str
     path: str  # relative to the folder of the films
     texts: tuple[str, ...]
     where: tuple[str, ...] = ()
-    broken: str = ""  # an annotation row is unusable: the film is not decoded
+    broken: str = ""  # why an annotation row is unusable; such a film is not decoded
     digest: str = ""  # sha256 of the annotation rows, "" without any
 
 
 @dataclass(frozen=True)
 class Source:
-    """What the films and the annotation list say before any film is opened."""
+    """The films and their annotations, before any film is opened."""
 
     folder: Path
     jobs: list[list[FilmJob]]  # per shard, sorted by id throughout
     annotations: Annotations
     unannotated: list[str]
     orphans: list[str]  # annotated ids without a film
-    ignored: int
+    ignored: int  # number of other files
 
     @property
     def films(self) -> int:
-        """How many films go to shards, readable or not."""
+        """The number of films to write to shards, readable or not."""
         return sum(len(shard) for shard in self.jobs)
 
 
 def read_source(run: Run) -> Source:
-    """List the films and read the annotations; which film goes to which shard depends on the sorted ids alone.
+    """List the films and read the annotations. The division into shards depends on the sorted ids only.
 
     Raises:
-        ConfigError: a path is missing, there is no film or no annotated film, the list cannot be used, or films are
-            not annotated where `data.unannotated=error`.
+        ConfigError: a path does not exist, there is no film or no annotated film, the list is unusable, or a film has
+            no annotation and `data.unannotated=error`.
     """
     config = run.config
     folder, csv = run.source("dicom_dir"), run.source("rle_csv")
@@ -58,11 +59,11 @@ def read_source(run: Run) -> Source:
             raise ConfigError(f"{key}={path}: no such {'folder' if key == 'data.dicom_dir' else 'file'}")
     assert folder is not None and csv is not None
     if not folder.is_dir():
-        raise ConfigError(f"data.dicom_dir={folder} is no folder")
+        raise ConfigError(f"data.dicom_dir={folder} is not a folder")
     films, ignored = casefiles.find_films(folder)
     if not films:
         raise ConfigError(
-            f"data.dicom_dir={folder}: no film in it ({ignored} other files): a film is DICOM, PNG or JPEG"
+            f"data.dicom_dir={folder}: no film in it ({ignored} other files): films are DICOM, PNG or JPEG files"
         )
     annotations = casefiles.read_annotations(csv)
     ids = {name for name, _ in films}
@@ -72,12 +73,12 @@ def read_source(run: Run) -> Source:
             f"{len(unannotated)} films have no row in {csv} (first: {unannotated[0]}): "
             "annotate them, or set data.unannotated=drop or negative"
         )
-    wanted = films if config.data.unannotated == "negative" else [f for f in films if f[0] in annotations.rows]
-    if not wanted:
-        raise ConfigError(f"{csv}: no row belongs to any of the {len(films)} films in {folder}: is it the right list?")
-    count = min(config.data.shards, len(wanted))
-    edges = [len(wanted) * j // count for j in range(count + 1)]
-    jobs = [[_job(annotations, *film) for film in wanted[a:b]] for a, b in zip(edges, edges[1:], strict=False)]
+    chosen = films if config.data.unannotated == "negative" else [f for f in films if f[0] in annotations.rows]
+    if not chosen:
+        raise ConfigError(f"{csv}: no row belongs to any of the {len(films)} films in {folder}: check data.rle_csv")
+    count = min(config.data.shards, len(chosen))
+    edges = [len(chosen) * j // count for j in range(count + 1)]
+    jobs = [[_job(annotations, *film) for film in chosen[start:end]] for start, end in pairwise(edges)]
     orphans = sorted(annotations.rows.keys() - ids)
     return Source(folder, jobs, annotations, unannotated, orphans, ignored)
 
@@ -96,22 +97,20 @@ def _job(annotations: Annotations, name: str, path: str) -> FilmJob:
 
 
 def check_source(run: Run) -> None:
-    """Raise ConfigError for what can be known beforehand: paths, csv headers, at least one film, free space."""
-    config, found = run.config, read_source(run)
+    """Check the paths, the csv headers, the films and the free disk space. Raises ConfigError."""
+    config, source = run.config, read_source(run)
     patients = run.source("patient_map")
     if patients is not None:
         casefiles.read_patient_map(patients)
     if config.data.holdout_ids:
         casefiles.read_ids(Path(config.data.holdout_ids))
     out = run.shard_dir
-    there = out
-    while not there.exists():
-        there = there.parent
-    need = found.films * sum(size * size for size in config.sizes) * 17 // 16  # a sixteenth for masks and lists
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    need = source.films * sum(size * size for size in config.sizes) * 17 // 16  # a sixteenth for masks and lists
     have = sum(path.stat().st_size for path in out.glob("*.npy")) if out.is_dir() else 0
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(existing).free
     if free + have < need:
         raise ConfigError(
-            f"{there} has {free / 1e9:.1f} GB free, but the shards need {need / 1e9:.1f} GB: make room, "
-            "or choose another place with data.shard_dir=DIR"
+            f"{existing} has {free / 1e9:.1f} GB free, but the shards need {need / 1e9:.1f} GB: free disk space, "
+            "or set data.shard_dir=DIR on another disk"
         )
