@@ -22,7 +22,7 @@ COMPRESSED = {"jpeg-ls": JPEGLSLossless, "jpeg-2000": JPEG2000Lossless, "rle": R
 
 
 def grey(rows: int, columns: int, bits: int = 8, signed: bool = False, seed: int = 0) -> np.ndarray:
-    """A smooth picture with noise over the whole range of the given bits."""
+    """Return a smooth picture with noise over the whole range of the given bits."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[0:rows, 0:columns]
     picture = (x / columns + y / rows) / 2 + 0.05 * random.standard_normal((rows, columns))
@@ -34,7 +34,7 @@ def grey(rows: int, columns: int, bits: int = 8, signed: bool = False, seed: int
 
 
 def dataset(pixels: np.ndarray, bits: int | None = None, syntax: str = ExplicitVRLittleEndian, **tags: Any) -> Dataset:
-    """A film with the given stored values; `tags` are set last and may break everything."""
+    """Return a film with the given stored values; `tags` are set last and may make it invalid."""
     film = Dataset()
     film.file_meta = FileMetaDataset()
     film.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -65,7 +65,7 @@ def dataset(pixels: np.ndarray, bits: int | None = None, syntax: str = ExplicitV
 
 
 def jpeg(pixels: np.ndarray, quality: int = 90) -> bytes:
-    """JPEG Baseline bytes."""
+    """Return JPEG Baseline bytes."""
     from PIL import Image
 
     out = io.BytesIO()
@@ -74,7 +74,7 @@ def jpeg(pixels: np.ndarray, quality: int = 90) -> bytes:
 
 
 def written(film: Dataset, preamble: bool = True) -> bytes:
-    """The bytes of a file; without preamble, only the data set."""
+    """Return the bytes of a file; without preamble, only the data set."""
     syntax = film.file_meta.TransferSyntaxUID
     out = io.BytesIO()
     if preamble:
@@ -87,22 +87,22 @@ def written(film: Dataset, preamble: bool = True) -> bytes:
 
 
 def film_bytes(pixels: np.ndarray, bits: int | None = None, syntax: str = ExplicitVRLittleEndian, **tags: Any) -> bytes:
-    """The bytes of one film file."""
+    """Return the bytes of one film file."""
     return written(dataset(pixels, bits, syntax, **tags))
 
 
 def small_set(folder: Path, films: int = 12, size: int = 64, seed: int = 0) -> dict[str, str]:
-    """Write a phantom data set; return the configuration words that name it."""
+    """Write a phantom data set; return the settings that name it."""
     from pneumo_dist.data.phantom import make_phantom
 
-    made = make_phantom(folder, films, size, seed)
+    lists = make_phantom(folder, films, size, seed)
     return {
         "data.dicom_dir": str(folder / "dicom-images-train"),
-        "data.rle_csv": str(made["train-rle.csv"]),
-        "data.patient_map": str(made["patients.csv"]),
+        "data.rle_csv": str(lists["train-rle.csv"]),
+        "data.patient_map": str(lists["patients.csv"]),
     }
 
 
-def words(settings: dict[str, str]) -> list[str]:
-    """Settings as `key=value` words."""
+def overrides(settings: dict[str, str]) -> list[str]:
+    """Return settings as `key=value` overrides."""
     return [f"{key}={value}" for key, value in settings.items()]

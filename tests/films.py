@@ -19,14 +19,14 @@ SECRET = "PATIENT-0815"
 
 
 def picture(seed: int, rows: int = 96, columns: int = 80) -> np.ndarray:
-    """A grey picture with some structure, uint8."""
+    """Return a grey picture with some structure, uint8."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (6, 5), dtype=np.uint8)
     return np.kron(coarse, np.ones((-(-rows // 6), -(-columns // 5)), np.uint8))[:rows, :columns].copy()
 
 
 def write_dicom(path: Path, pixels: np.ndarray, **attributes: Any) -> Path:
-    """Write an uncompressed secondary capture with a patient whose name must not get out."""
+    """Write an uncompressed secondary capture with a patient name that no output may contain."""
     from pydicom.config import disable_value_validation
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
@@ -56,7 +56,7 @@ def write_dicom(path: Path, pixels: np.ndarray, **attributes: Any) -> Path:
 
 
 def network(seed: int = 0, images: list[np.ndarray] | None = None) -> ResNet34UNet:
-    """A random network whose probabilities on `images` spread over 0 to 1 and differ between films and pixels."""
+    """Return a random network whose probabilities on `images` spread over 0 to 1 and differ between films and pixels."""
     model = ResNet34UNet(seed).eval()
     batch = torch.from_numpy(np.stack(images or [picture(100 + i, 32, 32) for i in range(4)]))[:, None]
     with torch.no_grad():
@@ -74,11 +74,11 @@ def write_model(path: Path, seed: int = 0, size: int = 32, images: list[np.ndarr
     return path
 
 
-def task(run_dir: Path, stage: str, overrides: list[str], **place: Any) -> Task:
-    """A task of a run with the given configuration."""
+def task(run_dir: Path, stage: str, overrides: list[str], **position: Any) -> Task:
+    """Return a task of a run with the given configuration."""
     config: Config = load(None, ["train.threads=2", "data.workers=2", *overrides])
     run_dir.mkdir(parents=True, exist_ok=True)
-    return Task(run=Run(run_dir, config), stage=stage, **place)
+    return Task(run=Run(run_dir, config), stage=stage, **position)
 
 
 def make_shards(run_dir: Path, overrides: list[str]) -> None:

@@ -17,7 +17,7 @@ from pneumo_dist.data.preprocess import contact_sheet as picture
 from pneumo_dist.data.preprocess import preprocess
 from pneumo_dist.run import Run
 from pneumo_dist.runtime.task import Task
-from tests.film_files import small_set, words
+from tests.film_files import overrides, small_set
 
 KILLS = 20
 NEEDED = (augment, picture)  # imported here, before the children are forked: a kill should meet work, not imports
@@ -29,7 +29,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def run(run_dir: Path, settings: dict[str, str]) -> None:
-    task = Task(run=Run(run_dir, configuration.load(None, [*words(settings), *SETTINGS])), stage="preprocess")
+    task = Task(run=Run(run_dir, configuration.load(None, [*overrides(settings), *SETTINGS])), stage="preprocess")
     preprocess.write_shards(task)
     preprocess.finalize(task)
 
@@ -41,7 +41,7 @@ def started(run_dir: Path, settings: dict[str, str]) -> multiprocessing.process.
 
 
 def children(pid: int) -> list[int]:
-    found = []
+    pids = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
@@ -49,8 +49,8 @@ def children(pid: int) -> list[int]:
             except OSError:
                 continue
             if int(fields[1]) == pid and fields[0] != "Z":
-                found.append(int(entry))
-    return found
+                pids.append(int(entry))
+    return pids
 
 
 def alive(pid: int) -> bool:

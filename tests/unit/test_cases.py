@@ -69,20 +69,20 @@ def annotations(tmp_path: Path, text: str | bytes):
     ],
 )
 def test_every_dialect_reads_the_same(tmp_path, text):
-    found = annotations(tmp_path, text)
-    assert found.texts("a") == ["-1"] and found.texts("b") == ["1 2"]
-    assert not found.problems
+    notes = annotations(tmp_path, text)
+    assert notes.texts("a") == ["-1"] and notes.texts("b") == ["1 2"]
+    assert not notes.problems
 
 
 def test_unusable_rows_are_reported_with_file_and_line_and_break_their_film_only(tmp_path):
-    found = annotations(tmp_path, "ImageId,EncodedPixels\na,1 2\nb,\nc,1 2 3\n,5 5\nd,1 2,3\na,9 x\ne,-1\nf\n")
-    assert [problem.split(": ")[0] for problem in found.problems] == [
+    notes = annotations(tmp_path, "ImageId,EncodedPixels\na,1 2\nb,\nc,1 2 3\n,5 5\nd,1 2,3\na,9 x\ne,-1\nf\n")
+    assert [problem.split(": ")[0] for problem in notes.problems] == [
         f"train-rle.csv:{line}" for line in (3, 4, 5, 6, 7, 9)
     ]
-    assert set(found.broken) == {"a", "b", "c", "d", "f"}
-    assert "empty cell" in found.broken["b"] and "odd number" in found.broken["c"]
-    assert found.where("a") == ["train-rle.csv:2", "train-rle.csv:7"]
-    assert set(found.rows) == {"a", "b", "c", "d", "e", "f"}
+    assert set(notes.broken) == {"a", "b", "c", "d", "f"}
+    assert "empty cell" in notes.broken["b"] and "odd number" in notes.broken["c"]
+    assert notes.where("a") == ["train-rle.csv:2", "train-rle.csv:7"]
+    assert set(notes.rows) == {"a", "b", "c", "d", "e", "f"}
 
 
 @pytest.mark.parametrize(
@@ -162,8 +162,8 @@ def test_a_missing_or_foreign_case_list_is_one_line(tmp_path):
 
 
 def test_the_audit_counts_rows_and_overlaps(tmp_path):
-    found = annotations(tmp_path, "ImageId,EncodedPixels\na,-1\nb,1 2\nb,2 2\nc,1 2\nc,5 2\nd,-1\nd,3 3\ne,1\n")
-    assert describe(found) == {
+    notes = annotations(tmp_path, "ImageId,EncodedPixels\na,-1\nb,1 2\nb,2 2\nc,1 2\nc,5 2\nd,-1\nd,3 3\ne,1\n")
+    assert describe(notes) == {
         "images": 5,
         "rows": 8,
         "positive": 3,
@@ -177,7 +177,7 @@ def test_the_audit_counts_rows_and_overlaps(tmp_path):
 
 @needs_real_films
 def test_the_full_competition_list_has_its_known_counts():
-    found = describe(read_annotations(REAL / "siim-pneumothorax-train-rle.csv.gz"))
-    counts = [found[key] for key in ("images", "rows", "positive", "several_rows", "overlapping_rows")]
-    assert counts == [12_047, 12_954, 2_669, 624, 183]
-    assert not found["problems"]
+    counts = describe(read_annotations(REAL / "siim-pneumothorax-train-rle.csv.gz"))
+    values = [counts[key] for key in ("images", "rows", "positive", "several_rows", "overlapping_rows")]
+    assert values == [12_047, 12_954, 2_669, 624, 183]
+    assert not counts["problems"]

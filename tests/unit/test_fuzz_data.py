@@ -58,27 +58,27 @@ def whole_films() -> list[bytes]:
 
 def damaged(random: np.random.Generator, data: bytes) -> bytes:
     """Cut, flip, overwrite, insert, repeat or remove."""
-    found = bytearray(data)
+    changed = bytearray(data)
     # Half of the damage goes to the first 1,500 bytes, where the headers are.
-    end = len(found) if random.random() < 0.5 else min(len(found), 1500)
+    end = len(changed) if random.random() < 0.5 else min(len(changed), 1500)
     at, length = int(random.integers(0, end)), int(random.integers(1, 64))
     kind = random.integers(0, 7)
     if kind == 0:
-        del found[at:]
+        del changed[at:]
     elif kind == 1:
         for place in random.integers(0, end, random.integers(1, 12)):
-            found[place] ^= 1 << int(random.integers(0, 8))
+            changed[place] ^= 1 << int(random.integers(0, 8))
     elif kind == 2:
-        found[at : at + length] = bytes([random.choice([0, 255])]) * len(found[at : at + length])
+        changed[at : at + length] = bytes([random.choice([0, 255])]) * len(changed[at : at + length])
     elif kind == 3:
-        found[at : at + length] = random.bytes(length)
+        changed[at : at + length] = random.bytes(length)
     elif kind == 4:
-        found[at:at] = random.bytes(length)
+        changed[at:at] = random.bytes(length)
     elif kind == 5:
-        del found[at : at + length]
+        del changed[at : at + length]
     else:
-        found[at:at] = found[at : at + length] * int(random.integers(1, 20))
-    return bytes(found)
+        changed[at:at] = changed[at : at + length] * int(random.integers(1, 20))
+    return bytes(changed)
 
 
 def hostile(random: np.random.Generator) -> bytes:
@@ -222,16 +222,16 @@ def test_every_list_is_refused_with_a_line_or_read_as_it_stands(tmp_path):
     for i in range(LISTS):
         path.write_bytes(damaged(random, whole[i % 2]))
         try:
-            found = read_annotations(path)
+            annotations = read_annotations(path)
         except ConfigError as error:
             assert "list.csv" in str(error) and "\n" not in str(error)
             refused += 1
             continue
-        for problem in found.problems:
+        for problem in annotations.problems:
             assert problem.startswith("list.csv:") and problem.split(":")[1].isdigit()
-        for name in found.rows:
-            texts = found.texts(name)
-            if name in found.broken:  # its film is quarantined
+        for name in annotations.rows:
+            texts = annotations.texts(name)
+            if name in annotations.broken:  # its film is quarantined
                 continue
             try:
                 mask = decode_union(texts, 32, 32)

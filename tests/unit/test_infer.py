@@ -102,8 +102,8 @@ def test_every_readable_film_is_answered_and_every_damaged_one_has_a_reason(refe
 def test_every_file_is_listed_with_its_hash(reference):
     listed = dict(reversed(line.split("  ", 1)) for line in (reference / "files.sha256").read_text().splitlines())
     folders = ("masks", "overlays", "probs", "seg", "thumbs")
-    there = {p.relative_to(reference).as_posix() for name in folders for p in (reference / name).iterdir()}
-    assert listed.keys() == there
+    written = {p.relative_to(reference).as_posix() for name in folders for p in (reference / name).iterdir()}
+    assert listed.keys() == written
     assert all(sha256_file(reference / name) == digest for name, digest in listed.items())
 
 

@@ -1,4 +1,4 @@
-"""Orders, batches and the loader: the same for any number of ranks and workers, small to pickle, deaf to signals."""
+"""Orders, batches and the loader: the same for any number of ranks and workers, small pickles, ignored signals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from pneumo_dist.data.preprocess import preprocess
 from pneumo_dist.data.shards import ShardReader
 from pneumo_dist.run import Run
 from pneumo_dist.runtime.task import Task
-from tests.film_files import small_set, words
+from tests.film_files import overrides, small_set
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("set")
     settings = small_set(folder, films=24)
     small = ["data.shards=3", "data.folds=2", "data.workers=2", "stage1.size=32", "stage2.size=64"]
-    task = Task(run=Run(folder, configuration.load(None, [*words(settings), *small])), stage="preprocess")
+    task = Task(run=Run(folder, configuration.load(None, [*overrides(settings), *small])), stage="preprocess")
     preprocess.write_shards(task)
     preprocess.finalize(task)
     return folder / "shards"
@@ -127,7 +127,7 @@ def test_fixed_batches_are_dealt_whole():
     assert deal(batches, 4, 5) == []
 
 
-def test_a_patient_on_both_sides_fails_loudly(shards):
+def test_a_patient_on_both_sides_is_refused(shards):
     cases = read_cases(shards)
     train, validation = fold_cases(cases, 1)
     assert len(train) + len(validation) == len(cases)
@@ -151,8 +151,8 @@ def bytes_of(batches) -> str:
 
 def test_batches_are_the_same_bits_for_0_2_and_3_workers(shards):
     films = dataset(shards)
-    found = {bytes_of(make_loader(films, TrainBatches(len(films), 4, 0, 2), w, 0)) for w in (0, 2, 3)}
-    assert len(found) == 1
+    digests = {bytes_of(make_loader(films, TrainBatches(len(films), 4, 0, 2), w, 0)) for w in (0, 2, 3)}
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -242,14 +242,14 @@ def test_a_copy_on_the_node_is_made_once_checked_and_equal(shards, tmp_path, mon
     monkeypatch.setattr(
         staging, "_copy", lambda *args, make=staging._copy: (copies.append(1), time.sleep(0.2), make(*args))
     )
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(stage_shards(shards, "$MY_TMP/x"))) for _ in range(3)]
+    folders = []
+    threads = [threading.Thread(target=lambda: folders.append(stage_shards(shards, "$MY_TMP/x"))) for _ in range(3)]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
-    assert len(set(found)) == 1 and len(copies) == 1
-    cases = read_cases(found[0])
+    assert len(set(folders)) == 1 and len(copies) == 1
+    cases = read_cases(folders[0])
     assert cases == read_cases(shards)
     for size in (32, 64):
-        one, other = ShardReader(shards, size), ShardReader(found[0], size)
+        one, other = ShardReader(shards, size), ShardReader(folders[0], size)
         assert all(np.array_equal(one.image(c.shard, c.row), other.image(c.shard, c.row)) for c in cases)
 
 
@@ -284,7 +284,7 @@ def test_an_unset_variable_or_a_small_disk_is_one_line(shards, tmp_path, monkeyp
 
 
 def test_process_that_fails_while_its_workers_wait_ends() -> None:
-    """The traceback keeps the loader alive, and workers are deaf to the signal with which Python ends its children."""
+    """The traceback keeps the loader alive, and workers ignore the signal with which Python ends its children."""
     script = """
 from pneumo_dist.data.loaders import make_loader
 class Films:

@@ -25,7 +25,7 @@ from pneumo_dist.run import Run
 from pneumo_dist.runtime import processes
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.runtime.task import Task
-from tests.film_files import film_bytes, grey, small_set, words
+from tests.film_files import film_bytes, grey, overrides, small_set
 
 REAL = Path(os.environ.get("PNEUMO_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 needs_real_films = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real films in {REAL} (PNEUMO_REAL_DATA)")
@@ -33,7 +33,7 @@ SMALL = ["data.shards=3", "data.folds=2", "data.workers=2", "stage1.size=32", "s
 
 
 def task(run_dir: Path, settings: dict[str, str], *more: str, part: tuple[int, int] = (0, 1)) -> Task:
-    config = configuration.load(None, [*words(settings), *SMALL, *more])
+    config = configuration.load(None, [*overrides(settings), *SMALL, *more])
     return Task(run=Run(run_dir, config), stage="preprocess", part=part)
 
 
