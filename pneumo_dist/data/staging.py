@@ -31,7 +31,7 @@ def stage_shards(shard_dir: Path, stage_dir: Path, size: int | None = None) -> P
         ConfigError: a variable is not set, the disk is too small, or a shard does not match its manifest.
     """
     shard_dir = Path(shard_dir)
-    target = os.path.expandvars(Path(stage_dir).expanduser())
+    target = os.path.expandvars(os.path.expanduser(stage_dir))  # noqa: PTH111 - ~user without a home stays as typed
     if "$" in target:
         raise ConfigError(f"data.stage_dir={stage_dir}: the variable is not set on this node: set another directory")
     manifest = read_json(shard_dir / "manifest.json")
