@@ -8,8 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-# Symbolic links stay as typed: the target of an automounter's link may not exist on another node.
-ROOT = Path(__file__).absolute().parents[1]
+# abspath removes `..` and keeps symbolic links: an automounter's target may not exist on another node.
+ROOT = Path(os.path.abspath(__file__)).parents[1]
 NEEDED = ("torch", "numpy", "cv2", "albumentations", "pydicom", "simplejpeg", "omegaconf", "yaml", "tensorboard")
 SLURM_NEEDED = ("submitit",)
 OLDEST = (3, 11)  # numpy 2.4 requires it

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     # `launch` is a package of the repository, so the import path needs the folder above in place of this one.
-    sys.path[0] = str(Path(__file__).absolute().parents[1])
+    sys.path[0] = str(Path(os.path.abspath(__file__)).parents[1])
 
 from launch import bootstrap
 from launch.planning.parser import Parser, UsageError
@@ -110,14 +110,14 @@ def _status(options: argparse.Namespace) -> int:
 def _logs(options: argparse.Namespace) -> int:
     from launch.monitor.logs import print_log
 
-    print_log(_run(options), options.stage, options.fold, options.rank, follow=options.follow)
+    print_log(_folder(options).existing(), options.stage, options.fold, options.rank, follow=options.follow)
     return 0
 
 
 def _cancel(options: argparse.Namespace) -> int:
     from launch.backends.cancel import cancel_jobs
 
-    cancel_jobs(_run(options), options.stage)
+    cancel_jobs(_folder(options).existing(), options.stage)
     return 0
 
 

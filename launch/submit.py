@@ -11,7 +11,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     # `launch` is a package of the repository, so the import path needs the folder above in place of this one.
-    sys.path[0] = str(Path(__file__).absolute().parents[1])
+    sys.path[0] = str(Path(os.path.abspath(__file__)).parents[1])
 
 from launch import bootstrap
 

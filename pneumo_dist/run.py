@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from pneumo_dist import config as configuration
 from pneumo_dist.config import TRAIN_STAGES, Config, ConfigError
@@ -25,6 +26,16 @@ class RunFolder:
     def name(self) -> str:
         """The run's name, which is its folder's name."""
         return self.folder.name
+
+    def existing(self) -> Self:
+        """Return this folder if it holds a run, readable or not.
+
+        Raises:
+            ConfigError: this is no run directory.
+        """
+        if not self.config_file.is_file():
+            raise ConfigError(f"{self.folder}: no such run (no config.yaml): python launch/runs.py list shows all runs")
+        return self
 
     @property
     def config_file(self) -> Path:
@@ -103,10 +114,7 @@ class Run(RunFolder):
         Raises:
             ConfigError: the folder is not a run directory.
         """
-        path = RunFolder(folder).config_file
-        if not path.is_file():
-            raise ConfigError(f"{folder}: no such run (no config.yaml): python launch/runs.py list shows all runs")
-        return cls(folder, configuration.load(path))
+        return cls(folder, configuration.load(RunFolder(folder).existing().config_file))
 
     @classmethod
     def of_job(cls, folder: Path, key: str) -> Run:
@@ -151,7 +159,7 @@ class Run(RunFolder):
         films = self.infer_source
         label = self.config.infer.label or (films.name if films else "")
         if not label:
-            raise ConfigError("no films to predict: set infer.dir=DIR")
+            raise ConfigError("no films for inference: give infer.dir=DIR")
         return self.folder / "infer" / label
 
     def dir_of(self, stage: str, fold: int | None = None) -> Path:

@@ -15,8 +15,10 @@ if [ ! -d pneumo_dist ]; then
 fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
-# Ranks derive host and port from the job (pneumo_dist/runtime/ranks.py); values of the submitting shell are wrong.
-unset MASTER_ADDR MASTER_PORT
+# The first node of the job. Ranks derive the port from the job id (pneumo_dist/runtime/ranks.py).
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR
+unset MASTER_PORT # a value of the submitting shell
 
 # In SLURM 22.05 to 23.02, srun does not inherit the job's --cpus-per-task.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}

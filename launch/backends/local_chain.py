@@ -41,7 +41,7 @@ def run_local_chain(plan: Plan, site: Site) -> int:
                 except Locked as error:
                     raise ConfigError(f"{error.holder} already runs {node.key} of this run: wait for it") from None
             code = prepare(plan).code
-            chain = _LocalChain(plan, site, foreground, watch, code, [lock.descriptor for lock in locks])
+            chain = _LocalChain(plan, site, foreground, watch, code, [held.descriptor for held in locks])
             for node in plan.todo:
                 status = chain.run(node)
                 if status:

@@ -17,7 +17,7 @@ from launch.planning.site import Site
 from launch.state import slurm_client as slurm
 from launch.state.ledger import Ledger
 from launch.state.locks import Locked, lock
-from pneumo_dist.chain import Node
+from pneumo_dist.chain import Node, job_key
 from pneumo_dist.config import ConfigError
 
 JobIds = dict[JobName, str]
@@ -120,7 +120,7 @@ def _live_upstream(plan: Plan, ledger: Ledger) -> tuple[Plan, JobIds]:
         raise ConfigError(f"SLURM does not report the live jobs of this run ({error}): try again later") from None
     job_ids: JobIds = {}
     for node, job in plan.missing:
-        key = Node(job[0], job[1], ()).key
+        key = job_key(*job)
         if key in live:
             job_ids[job] = live[key]
         elif not plan.request.after:

@@ -1,4 +1,4 @@
-"""Run one job of a chain as worker processes of this machine, in the foreground. Standard library only.
+"""Run one job of a chain as worker processes of this machine, in the foreground.
 
 No worker outlives this process: the kernel kills the workers when it ends. Never start a thread in this process: the
 code between fork and exec is safe only without threads.

@@ -12,7 +12,7 @@ from typing import Any
 from launch import bootstrap
 from pneumo_dist.config import ConfigError
 
-FOLDER = bootstrap.ROOT / "configs" / "cluster"
+FOLDER = bootstrap.ROOT.resolve() / "configs" / "cluster"
 # Internal jobs take the settings of the stage that the user names; `cpu` names all jobs that never need a GPU.
 FAMILY = {"phantom": "preprocess", "finalize": "preprocess", "pool": "evaluate", "merge": "infer"}
 CPU_ONLY = ("phantom", "preprocess", "finalize", "merge", "pool")

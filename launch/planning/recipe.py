@@ -13,7 +13,7 @@ from pneumo_dist import config as configuration
 from pneumo_dist.config import Config
 from pneumo_dist.run import Run, RunFolder
 
-ROOT = bootstrap.ROOT
+ROOT = bootstrap.ROOT.resolve()
 RECIPES = ROOT / "configs"
 EMBEDDED = RECIPES / "quickstart.yaml"
 DEFAULT_RECIPE = RECIPES / "paper.yaml"

@@ -1,6 +1,6 @@
 """The copy of the code that the jobs of a run use, so that edits of the checkout do not change submitted jobs.
 
-Never changes an existing copy: its name is the hash of its files. Standard library only.
+Never changes an existing copy: its name is the hash of its files.
 """
 
 from __future__ import annotations

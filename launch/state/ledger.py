@@ -1,4 +1,4 @@
-"""The submissions of a run (jobs/submitted.jsonl). Lines are only appended. Standard library only."""
+"""The submissions of a run (jobs/submitted.jsonl). Lines are only appended."""
 
 from __future__ import annotations
 

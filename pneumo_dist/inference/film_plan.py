@@ -1,4 +1,4 @@
-"""The plan of one inference, plan before its array starts: films, ids, file names, parts. No torch.
+"""The plan of one inference, made before its array starts: films, ids, file names, parts. No torch.
 
 Parts depend on the plan only, never on the number of tasks. This module opens no film.
 """

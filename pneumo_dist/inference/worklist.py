@@ -122,7 +122,7 @@ def decision_rule(triplet: Mapping[str, Any]) -> str:
     """Return the decision rule as a sentence, without conditions that always hold."""
     conditions = []
     if triplet["min_area"]:
-        conditions.append(f"the mask has at least {triplet['min_area']:,} px (of 1024x1024)")
+        conditions.append(f"the mask has at least {triplet['min_area']:,} px (scaled to 1024x1024)")
     if triplet["top_score"] > triplet["mask_threshold"]:
         conditions.append(f"the top score is at least {triplet['top_score']:g}")
     return " and ".join([f"Positive if any pixel exceeds {triplet['mask_threshold']:g}", *conditions])

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from pneumo_dist.config import ConfigError
 from pneumo_dist.runtime.failure import error_line
@@ -43,12 +44,15 @@ def exit_status(error: Exception, requeue: Callable[[], object] | None) -> int:
 
 def _requeued(requeue: Callable[[], object]) -> int:
     """Requeue the job and return 0, or 1 where that fails: status 0 would let dependent jobs start."""
-    from submitit.core.utils import UncompletedJobError
+    limits: tuple[type[Exception], ...] = ()
+    with suppress(ImportError):  # plain scripts run without submitit, and nothing raises its error there
+        from submitit.core.utils import UncompletedJobError
 
+        limits = (UncompletedJobError,)
     try:
         requeue()
         return 0
-    except UncompletedJobError:
+    except limits:
         reason = "the job has reached its time limit as often as the profile's max_timeouts allows"
     except subprocess.CalledProcessError as failed:
         if failed.returncode < 0:  # SLURM has requeued the job and killed scontrol together with it

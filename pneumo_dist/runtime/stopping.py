@@ -90,9 +90,8 @@ def requeue() -> None:
 
     Raises:
         subprocess.CalledProcessError: SLURM refused, or killed scontrol together with the job.
-        subprocess.TimeoutExpired: SLURM did not answer.
     """
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
+    subprocess.run(["scontrol", "requeue", job], check=True)

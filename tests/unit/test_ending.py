@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from launch.backends.slurm_job import Job
 from pneumo_dist import stages
 from pneumo_dist.config import ConfigError
 from pneumo_dist.runtime import stopping
+from pneumo_dist.runtime.ending import exit_status
 from pneumo_dist.runtime.failure import Failure
 from pneumo_dist.runtime.stopping import SIGNALS, Stopped
 
@@ -157,3 +159,12 @@ def test_a_plain_script_requeues_its_own_array_task(
         for signum, handler in before.items():
             signal.signal(signum, handler)
     assert (tmp_path / "asked").read_text() == "requeue 7_1\n"
+
+
+def test_a_plain_script_is_requeued_where_submitit_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    monkeypatch.setitem(sys.modules, "submitit.core", None)
+    monkeypatch.setitem(sys.modules, "submitit.core.utils", None)
+    asked = []
+    assert exit_status(Stopped(signal.SIGUSR2), lambda: asked.append("requeue")) == 0
+    assert asked == ["requeue"]

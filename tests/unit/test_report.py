@@ -74,7 +74,9 @@ def test_the_worklist_is_self_contained_sorted_and_escaped(tmp_path):
     assert [film[0] for film in data["films"]] == ["</script><img src=x>", "low", "bad"]
     assert data["films"][2][2:] == ["unreadable", None, None, "empty file"]
     assert text.count("</script>") == 1 and "it&lt;b&gt;" in text and "<img src=x>" not in text
-    rule = "any pixel exceeds 0.4 and the mask has at least 10 px (of 1024x1024) and the top score is at least 0.5"
+    rule = (
+        "any pixel exceeds 0.4 and the mask has at least 10 px (scaled to 1024x1024) and the top score is at least 0.5"
+    )
     assert f"Positive if {rule} (thresholds: model file)." in text and "<svg" in text
 
 
@@ -83,7 +85,7 @@ def test_the_decision_rule_names_only_conditions_that_decide():
         decision_rule({"top_score": 0.0, "min_area": 0, "mask_threshold": 0.7}) == "Positive if any pixel exceeds 0.7"
     )
     rule = decision_rule({"top_score": 0.7, "min_area": 1500, "mask_threshold": 0.7})
-    assert rule == "Positive if any pixel exceeds 0.7 and the mask has at least 1,500 px (of 1024x1024)"
+    assert rule == "Positive if any pixel exceeds 0.7 and the mask has at least 1,500 px (scaled to 1024x1024)"
 
 
 def test_equal_answers_make_an_equal_page(tmp_path):

@@ -100,7 +100,7 @@ def _write_shard(
 
 
 def _identity(listing: dict[str, Any]) -> dict[str, Any]:
-    """Return a listing without texts: another version words them differently, and the hashes identify the content."""
+    """Return a listing without texts: other versions word them differently. The hashes of the content stay."""
     texts = {"decoder", "warnings", "reason"}
     return listing | {
         kind: [{key: value for key, value in film.items() if key not in texts} for film in listing[kind]]
