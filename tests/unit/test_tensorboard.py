@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import time
 from types import SimpleNamespace
 
 import cv2
@@ -239,7 +240,9 @@ def test_a_lost_attempt_leaves_nothing_twice_and_no_gap(prepared, tmp_path, monk
                 stages.run_stage("1", run_dir, fold=0)
 
     lost(after=1)
+    time.sleep(1.1)  # TensorBoard orders event files by the second in their names
     lost(after=2)
+    time.sleep(1.1)
     newest = sorted((out / "checkpoints").glob("*.pt"))[-1]
     newest.write_bytes(b"cut off")  # the one before it is taken: a step and an epoch's end are done again
     stages.run_stage("1", run_dir, fold=0)
