@@ -49,9 +49,9 @@ def cluster() -> Iterator[PrivateCluster]:
 @pytest.fixture
 def free_cluster(cluster: PrivateCluster) -> PrivateCluster:
     """Return the cluster with an empty queue and every node up, whatever the previous test did."""
-    cluster.command("scancel", "--user", "root")
     if cluster.command("scontrol", "ping", check=False, timeout_s=20).stdout.find("is UP") < 0:
         cluster.control("controller", "start")
+    cluster.command("scancel", "--user", "root")
     for name in ("node1", "node2", "node3"):
         if f"{name} is off" in devcluster("node", "--dir", cluster.folder, "heal", name, check=False).stderr:
             cluster.control("node", "on", name)

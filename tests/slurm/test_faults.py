@@ -227,7 +227,7 @@ def test_g_killed_controller_comes_back_and_the_training_never_notices(disturbed
     until(lambda: disturbed.cluster.saved(submitted + 1), 30, "the controller's state on disk", every_s=0.05)
     disturbed.cluster.control("controller", "kill")
     reached = disturbed.batches()
-    until(lambda: disturbed.batches() > reached, 60, "a checkpoint without a controller")
+    until(lambda: disturbed.batches() > reached, 180, "a checkpoint without a controller")
     disturbed.cluster.control("controller", "start")
     disturbed.check(child, reference)
     assert disturbed.cluster.job(job)["Restarts"] == "0"
