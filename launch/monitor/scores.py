@@ -45,6 +45,7 @@ def score_table(folder: Path) -> list[str]:
         rows.append((label, cells))
     rows.append((ALL_EMPTY, [f"{scores['dice_all_empty']:.4f}", "0.0000", "0.0000", "1.0000"]))
     lines = [f"{label:{LABEL_WIDTH}}" + "".join(f"{cell:>14}" for cell in cells) for label, cells in rows]
+    lines += [f"WARNING: {alarm}" for alarm in scores.get("alarms", [])]
     return [f"{scores['films']} films of {scores['patients']} patients, {scores['positive']} with pneumothorax", *lines]
 
 

@@ -27,7 +27,7 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-ORANGE, BLUE, GREY = "#d98200", "#1a7f9c", "#888888"
+ORANGE, BLUE, GREEN, GREY = "#d98200", "#1a7f9c", "#4f9c1a", "#888888"
 Floats = NDArray[np.floating[Any]]
 
 
@@ -73,7 +73,12 @@ def learning_curves(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         figure, axes = _figure(2 * len(trained), 3.6)
         for i, (name, rows) in enumerate(trained.items()):
             loss, dice = axes[2 * i], axes[2 * i + 1]
-            for key, label, colour in (("train_loss", "training", GREY), ("loss", "validation", BLUE)):
+            for key, label, colour in (
+                ("train_loss", "training", GREY),
+                ("loss", "validation", BLUE),
+                ("loss_positive", "validation, with pneumothorax", ORANGE),
+                ("loss_negative", "validation, without", GREEN),
+            ):
                 _line(loss, rows, key, label, colour)
             for key, label, colour in (("dice", "all films", BLUE), ("dice_positive", "on positives", ORANGE)):
                 _line(dice, rows, key, label, colour)

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_dist.config import Evaluate
+from pneumo_dist.scoring.alarm import collapse, no_rule
 from pneumo_dist.scoring.metrics import Decisions, Records, Triplet, decide, dice, summary
 from pneumo_dist.scoring.records import PAPER_THRESHOLDS
-from pneumo_dist.scoring.thresholds import CrossFit, cross_fit, search
+from pneumo_dist.scoring.thresholds import CrossFit, candidates, cross_fit, search
 
 OPTIMISTIC = "tuned and scored on the same films: optimistic, not a result"
 CROSS_FITTED = "thresholds tuned by cross-fitting"
@@ -35,6 +36,8 @@ class Tuned:
 
     triplet: Triplet
     surface: NDArray[np.float64]  # (top scores, minimum areas, mask thresholds)
+    top_scores: list[float]
+    min_areas: list[int]
     fit: CrossFit | None  # None: a single patient or fold, so no other films to tune on
     by: str  # the parts of the cross-fit: "group" (patients) or "fold"
 
@@ -46,9 +49,10 @@ def fixed(threshold: float) -> Triplet:
 
 def tune(records: Records, settings: Evaluate, by: str) -> Tuned:
     """Search the triplet on all films, and cross-fit it by patient ("group") or by "fold"."""
-    grid = (settings.top_scores, settings.min_areas, settings.mask_thresholds)
-    triplet, surface = search(records, *grid)
-    return Tuned(triplet, surface, cross_fit(records, *grid, by=by), by)
+    given, masks = (settings.top_scores, settings.min_areas), settings.mask_thresholds
+    top_scores, min_areas = candidates(records, *given, masks)
+    triplet, surface = search(records, top_scores, min_areas, masks)
+    return Tuned(triplet, surface, top_scores, min_areas, cross_fit(records, *given, masks, by=by), by)
 
 
 def scores(records: Records, tuned: Tuned, settings: Evaluate, seed: int = 0) -> dict[str, Any]:
@@ -72,6 +76,7 @@ def scores(records: Records, tuned: Tuned, settings: Evaluate, seed: int = 0) ->
         "patients": headline["fixed"]["patients"],
         "positive": headline["fixed"]["positive"],
         "dice_all_empty": headline["fixed"]["dice_all_empty"],
+        "alarms": [text for text in (collapse(headline["fixed"]), no_rule(tuned.triplet)) if text],
         "headline": headline,
         "optimistic": {
             "in_sample_triplet": {"note": OPTIMISTIC, "triplet": asdict(tuned.triplet), **score(tuned.triplet)}
@@ -91,8 +96,8 @@ def threshold_table(tuned: Tuned, settings: Evaluate) -> dict[str, Any]:
         if tuned.fit is None
         else {"by": tuned.by, "triplets": [asdict(t) for t in tuned.fit.triplets]},
         "surface": {
-            "top_scores": list(settings.top_scores),
-            "min_areas": list(settings.min_areas),
+            "top_scores": tuned.top_scores,
+            "min_areas": tuned.min_areas,
             "mask_thresholds": list(settings.mask_thresholds),
             "dice": np.round(tuned.surface, 6).tolist(),
         },
@@ -180,6 +185,7 @@ def summary_text(result: Mapping[str, Any], title: str) -> str:
         title,
         f"{result['films']} films of {result['patients']} patients, {result['positive']} with pneumothorax",
         *caveats(result),
+        *(f"WARNING: {alarm}" for alarm in result["alarms"]),
         "",
         _row("decision", SUMMARY_COLUMNS.values()),
     ]
