@@ -64,17 +64,26 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """The paper's four augmentations; limits and probabilities are this project's choice (the paper gives none)."""
+    """The paper's four augmentations, and shift, scale and rotation for small data sets (off by default).
+
+    Limits and probabilities are this project's choice (the paper gives none).
+    """
 
     hflip: float = key(0.5, "probability of a horizontal flip")
     tone: float = key(0.3, "probability of exactly one of contrast, gamma and brightness")
     contrast: float = key(0.2, "limit of the relative change of contrast")
     brightness: float = key(0.2, "limit of the relative change of brightness")
     gamma: float = key(0.2, "gamma is drawn from 1 - limit to 1 + limit")
+    affine: float = key(0.0, "probability of a shift, scale and rotation")
+    shift: float = key(0.0625, "limit of the shift, share of the image's size")
+    scale: float = key(0.1, "limit of the relative change of scale")
+    rotate: float = key(10.0, "limit of the rotation, degrees")
 
     def __post_init__(self) -> None:
-        for name in ("hflip", "tone", "contrast", "brightness", "gamma"):
+        for name in ("hflip", "tone", "contrast", "brightness", "gamma", "affine", "shift"):
             fraction(f"augment.{name}", getattr(self, name))
+        require(0 <= self.scale < 1, f"augment.scale={self.scale} must be at least 0 and below 1")
+        require(0 <= self.rotate <= 180, f"augment.rotate={self.rotate} must be between 0 and 180 degrees")
 
 
 @dataclass(frozen=True, kw_only=True)

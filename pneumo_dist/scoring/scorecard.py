@@ -21,6 +21,7 @@ from pneumo_dist.scoring.thresholds import CrossFit, candidates, cross_fit, sear
 OPTIMISTIC = "tuned and scored on the same films: optimistic, not a result"
 CROSS_FITTED = "thresholds tuned by cross-fitting"
 ALL_EMPTY = "all empty (baseline)"
+FIXED_SCORE = 0.5  # of the film, in a rule that is not tuned: at least as likely positive as negative
 SUMMARY_COLUMNS = {
     "dice": "Dice",
     "dice_positive": "on positives",
@@ -65,6 +66,8 @@ def scores(records: Records, tuned: Tuned, settings: Evaluate, seed: int = 0) ->
     for threshold in PAPER_THRESHOLDS:
         if threshold != settings.threshold:
             headline[f"fixed_{threshold:g}"] = {"mask_threshold": threshold, **score(fixed(threshold))}
+    gated = Triplet(FIXED_SCORE, 0, settings.threshold)
+    headline["fixed_score"] = {"mask_threshold": settings.threshold, "top_score": FIXED_SCORE, **score(gated)}
     if tuned.fit is not None:
         headline["cross_fitted"] = {
             "tuned_on": "other folds" if tuned.by == "fold" else "other patients",
@@ -157,14 +160,15 @@ def film_rows(records: Records, tuned: Tuned, threshold: float) -> list[list[Any
 
 def headline_lines(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """Return (label, scores) of every decision rule; the last one is tuned on the scored films and labelled so."""
-    lines = [(_label(name, entry), entry) for name, entry in result["headline"].items()]
+    lines = [(rule_label(name, entry), entry) for name, entry in result["headline"].items()]
     return [*lines, ("tuned on the scored films (optimistic)", result["optimistic"]["in_sample_triplet"])]
 
 
-def _label(name: str, entry: Mapping[str, Any]) -> str:
+def rule_label(name: str, entry: Mapping[str, Any]) -> str:
     if name == "cross_fitted":
         return CROSS_FITTED
-    return f"fixed threshold {entry['mask_threshold']:g}"
+    score = f", score {entry['top_score']:g}" if "top_score" in entry else ""
+    return f"fixed threshold {entry['mask_threshold']:g}{score}"
 
 
 def caveats(result: Mapping[str, Any]) -> list[str]:
