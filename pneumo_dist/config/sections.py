@@ -130,10 +130,13 @@ class Loss:
             require(0 <= value < math.inf, f"loss.{name}={value} must be at least 0")
         require(self.bce + self.dice > 0, "loss.bce and loss.dice must not both be 0")
         one_of("loss.dice_over", self.dice_over, ("positives", "batch", "all"))
+        require(self.smooth > 0, f"loss.smooth={self.smooth} must be positive: with 0 an empty mask has no gradient")
+
+    def check(self) -> None:
+        """Raise ConfigError for values that must not train; a finished run of an older version may hold them."""
         require(
-            0 < self.smooth <= 0.1,
-            f"loss.smooth={self.smooth} must be positive and at most 0.1: it is a share of the image's pixels, "
-            "for example 0.0001",
+            self.smooth <= 0.1,
+            f"loss.smooth={self.smooth} must be at most 0.1: it is a share of the image's pixels, for example 0.0001",
         )
 
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pneumo_dist.scoring.records import Triplet
-from pneumo_dist.scoring.thresholds import NO_FILM
-
 _LOWEST = 0.01  # Dice on positives; training that works passes it within the first epochs
 _ADVICE = (
     "train again with loss.dice_over=positives, a higher positive_share, a lower lr or more epochs, or start from "
@@ -28,9 +25,9 @@ def collapse(scores: Mapping[str, Any]) -> str:
     return f"{kind}: Dice on positives {dice:.3f}, {100 * empty:.0f} % of the films called empty; {_ADVICE}"
 
 
-def no_rule(triplet: Triplet) -> str:
-    """Return the alarm for tuned thresholds that call every film empty, else ""."""
-    if triplet.top_score < NO_FILM:
+def no_rule(scores: Mapping[str, Any]) -> str:
+    """Return the alarm for scores of tuned thresholds that call every film empty, else ""."""
+    if scores["called_positive"] or not scores["positive"]:
         return ""
     return (
         "no thresholds give a better Dice than calling every film empty: the tuned thresholds do that, and inference "

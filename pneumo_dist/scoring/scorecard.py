@@ -74,16 +74,15 @@ def scores(records: Records, tuned: Tuned, settings: Evaluate, seed: int = 0) ->
             "triplets": [asdict(t) for t in tuned.fit.triplets],
             **score(tuned.fit.decisions),
         }
+    in_sample = score(tuned.triplet)
     return {
         "films": len(records),
         "patients": headline["fixed"]["patients"],
         "positive": headline["fixed"]["positive"],
         "dice_all_empty": headline["fixed"]["dice_all_empty"],
-        "alarms": [text for text in (collapse(headline["fixed"]), no_rule(tuned.triplet)) if text],
+        "alarms": [text for text in (collapse(headline["fixed"]), no_rule(in_sample)) if text],
         "headline": headline,
-        "optimistic": {
-            "in_sample_triplet": {"note": OPTIMISTIC, "triplet": asdict(tuned.triplet), **score(tuned.triplet)}
-        },
+        "optimistic": {"in_sample_triplet": {"note": OPTIMISTIC, "triplet": asdict(tuned.triplet), **in_sample}},
     }
 
 

@@ -59,6 +59,7 @@ class Trainer:
         config, ranks = task.config, task.ranks
         self.task, self.config, self.ranks = task, config, ranks
         self.stage = config.train_stage(task.stage)
+        config.loss.check()
         check_batch(self.stage, task.stage, ranks)
         self.machine = set_threads(config.train)
         self.films = StageFilms(task)
