@@ -36,6 +36,7 @@ class Ensemble:
             "models": list(self.hashes),
             "sizes": self.predictor.sizes,
             "tta": self.predictor.tta,
+            "score": "image-level head" if self.predictor.scored else "highest probability of the mask",
             "triplet": asdict(self.triplet),
             "triplet_from": self.triplet_from,
         }
@@ -73,6 +74,9 @@ def load_ensemble(
     tta = _choose_tta(metas, tta)
     rule, origin = _choose_rule([stored_triplet(meta) for meta in metas], pooled, triplet)
     predictor = Predictor([model for model, _ in loaded], [int(meta["size"]) for meta in metas], device, tta, amp)
+    if not predictor.scored and any(model.film_head is not None for model, _ in loaded) and triplet is None:
+        # Their top scores are thresholds on different quantities.
+        raise ConfigError("models with and without an image-level head have no common thresholds: give infer.triplet")
     return Ensemble(predictor, rule, origin, tuple(sha256_file(path) for path in paths))
 
 

@@ -130,7 +130,7 @@ def films(
         prediction = pictures.fit_mask(masks[case.id], rows, columns)
         empty = np.zeros((rows, columns), bool)
         lines = [
-            f"film, annotation, prediction   Dice {film_dice[case.id]:.2f}   top score {top[case.id]:.2f}",
+            f"film, annotation, prediction   Dice {film_dice[case.id]:.2f}   score {top[case.id]:.2f}",
             case.id,
         ]
         picture = pictures.overlay(
