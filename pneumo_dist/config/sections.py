@@ -106,12 +106,9 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """bce * BCEWithLogits + dice * (1 - soft Dice per image) + image * BCEWithLogits of the films.
+    """bce * BCEWithLogits + dice * (1 - soft Dice per image) + image * BCEWithLogits of the films."""
 
-    The paper names BCE + Dice; the weights, the films of the Dice term and the image-level term are this project's
-    choice.
-    """
-
+    # The paper names BCE + Dice; the weights, the films of the Dice term and the image-level term are our choice.
     bce: float = key(1.0, "weight of the binary cross-entropy of the masks")
     dice: float = key(1.0, "weight of the Dice loss")
     dice_over: str = key(

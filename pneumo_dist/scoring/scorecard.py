@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -178,7 +179,7 @@ def caveats(result: Mapping[str, Any]) -> list[str]:
             "every film counts as a patient of its own: without data.patient_map folds and intervals are by image"
         )
     if result.get("weights") == "best":
-        notes.append("best weights: the epoch was selected by its Dice on these same films (slightly optimistic)")
+        notes.append("best weights: the epoch was selected by its scores on these same films (slightly optimistic)")
     return notes
 
 
@@ -188,7 +189,7 @@ def summary_text(result: Mapping[str, Any], title: str) -> str:
         title,
         f"{result['films']} films of {result['patients']} patients, {result['positive']} with pneumothorax",
         *caveats(result),
-        *(f"WARNING: {alarm}" for alarm in result["alarms"]),
+        *(line for alarm in result["alarms"] for line in wrap(f"WARNING: {alarm}", 110)),
         "",
         _row("decision", SUMMARY_COLUMNS.values()),
     ]

@@ -101,7 +101,10 @@ def test_the_folds_model_is_the_same_weights_plus_the_decision(run_dir):
         and meta["provenance"]["fold"] == 0
     )
     assert meta["config"]["stage1.size"] == 32
-    assert np.array(thresholds["surface"]["dice"]).shape == (13, 12, 13) and "optimistic" in thresholds["note"]
+    surface = thresholds["surface"]
+    axes = tuple(len(surface[name]) for name in ("top_scores", "min_areas", "mask_thresholds"))
+    assert np.array(surface["dice"]).shape == axes and axes[2] == 13 and "optimistic" in thresholds["note"]
+    assert surface["top_scores"][0] == 0.0 and surface["top_scores"][-1] == 2.0  # every film positive; all empty
 
 
 def test_holdout_films_are_scored_apart(run_dir):
@@ -160,7 +163,7 @@ def test_the_summary_fits_one_screen_and_labels_optimistic_scores(run_dir):
     ("changes", "expected"),
     [
         ({}, []),
-        ({"weights": "best"}, ["selected by its Dice on these same films"]),
+        ({"weights": "best"}, ["selected by its scores on these same films"]),
         ({"patients": 9}, ["folds and intervals are by image"]),
     ],
 )
