@@ -64,11 +64,9 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """The paper's four augmentations, and shift, scale and rotation for small data sets (off by default).
+    """The paper's four augmentations, and shift, scale and rotation for small data sets (off by default)."""
 
-    Limits and probabilities are this project's choice (the paper gives none).
-    """
-
+    # Limits and probabilities are this project's choice (the paper gives none).
     hflip: float = key(0.5, "probability of a horizontal flip")
     tone: float = key(0.3, "probability of exactly one of contrast, gamma and brightness")
     contrast: float = key(0.2, "limit of the relative change of contrast")

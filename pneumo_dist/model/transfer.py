@@ -57,9 +57,11 @@ def load_weights(model: ResNet34UNet, path: Path) -> list[str]:
     taken = []
     for part, name in PARTS.items():
         wanted = {key: value for key, value in model.state_dict().items() if key.startswith(f"{part}.")}
-        fits = all(isinstance(state.get(key), Tensor) and state[key].shape == wanted[key].shape for key in wanted)
-        if wanted and fits:
-            model.load_state_dict({key: state[key] for key in wanted}, strict=False)
+        given = {key: state[key] for key in wanted if isinstance(state.get(key), Tensor)}
+        given = {key: value for key, value in given.items() if value.shape == wanted[key].shape}
+        # torch before 0.4.1 did not count the batches of batch norm; the count changes no result here.
+        if wanted and all(key.endswith(".num_batches_tracked") for key in wanted.keys() - given.keys()):
+            model.load_state_dict(given, strict=False)
             taken.append(name)
     if PARTS["encoder"] not in taken:
         raise ConfigError(

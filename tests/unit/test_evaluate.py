@@ -60,7 +60,7 @@ def scores_of(run_dir, fold=0):
 def test_the_headline_is_fixed_and_cross_fitted_and_tuned_on_the_scored_films_is_optimistic(run_dir):
     scores = scores_of(run_dir)
     records = Records.load(run_dir / "fold0" / "evaluate" / "records.npz")
-    assert set(scores["headline"]) == {"fixed", "fixed_0.5", "cross_fitted"}
+    assert set(scores["headline"]) == {"fixed", "fixed_0.5", "fixed_score", "cross_fitted"}
     fixed = scores["headline"]["fixed"]
     assert fixed["mask_threshold"] == 0.55 and fixed["dice"] == dice(records, Triplet(0.0, 0, 0.55)).mean()
     assert scores["headline"]["cross_fitted"]["tuned_on"] == "other patients"
@@ -147,9 +147,13 @@ def test_the_pool_is_the_folds_together_cross_fitted_by_fold(run_dir):
 
 def test_the_summary_fits_one_screen_and_labels_optimistic_scores(run_dir):
     text = (run_dir / "fold0" / "evaluate" / "summary.txt").read_text()
-    assert len(text.splitlines()) <= 24 and all(len(line) <= 110 for line in text.splitlines())
+    # 24 lines and the warnings: random weights segment nothing, and no thresholds help.
+    assert len(text.splitlines()) <= 29 and all(len(line) <= 110 for line in text.splitlines())
     for part in (
+        "WARNING: the network segments nothing",
+        "WARNING: no thresholds give a better Dice than calling every film empty",
         "fixed threshold 0.55",
+        "fixed threshold 0.55, score 0.5",
         "thresholds tuned by cross-fitting",
         "tuned on the scored films (optimistic)",
         "all empty (baseline)",

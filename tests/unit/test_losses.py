@@ -202,7 +202,6 @@ def test_extreme_logits_stay_finite(over: str) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("loss.smooth=1.0", r"loss.smooth=1.0 must be positive and at most 0.1: it is a share of the image's pixels"),
         ("loss.smooth=0", r"loss.smooth=0.0 must be positive"),
         ("loss.dice_over=positive", r"loss.dice_over.*positives, batch.*all"),
         ("loss.bce=0 loss.dice=0", r"loss.bce and loss.dice must not both be 0"),
@@ -214,3 +213,10 @@ def test_a_loss_that_cannot_train_is_refused_with_a_line(words: str, line: str) 
     with pytest.raises(ConfigError, match=line) as error:
         load(None, words.split())
     assert "\n" not in str(error.value)
+
+
+def test_a_smooth_in_pixels_is_read_but_does_not_train() -> None:
+    """Of an older version: its finished runs can still be evaluated."""
+    with pytest.raises(ConfigError, match=r"loss.smooth=1.0 must be at most 0.1: it is a share of the image's pixels"):
+        load(None, ["loss.smooth=1.0"]).loss.check()
+    load(None, ["loss.smooth=0.1"]).loss.check()
