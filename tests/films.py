@@ -60,7 +60,8 @@ def network(seed: int = 0, images: list[np.ndarray] | None = None, film_head: bo
     model = ResNet34UNet(seed, film_head).eval()
     batch = torch.from_numpy(np.stack(images or [picture(100 + i, 32, 32) for i in range(4)]))[:, None]
     with torch.no_grad():
-        for layer, logits, centre in zip((model.head, model.film_head), model(normalise(batch)), (-1.0, 0.0), strict=True):
+        outputs = zip((model.head, model.film_head), model(normalise(batch)), (-1.0, 0.0), strict=True)
+        for layer, logits, centre in outputs:
             if layer is not None:
                 scale = 1.5 / float(logits.std())
                 layer.weight.mul_(scale)

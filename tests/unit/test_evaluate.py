@@ -3,11 +3,15 @@
 import csv
 import json
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from launch.monitor.outcome import print_result
+from launch.monitor.scores import score_table
+from pneumo_dist.chain import Node
 from pneumo_dist.config import ConfigError, load
 from pneumo_dist.data import phantom
 from pneumo_dist.data.cases import find_films, read_cases, read_patient_map
@@ -161,6 +165,20 @@ def test_the_summary_fits_one_screen_and_labels_optimistic_scores(run_dir):
         "hold-out",
     ):
         assert part in text
+
+
+def test_the_last_lines_of_a_command_repeat_the_alarms(run_dir, capsys):
+    folder = run_dir / "fold0" / "evaluate"
+    assert score_table(folder)[-2:] == [f"WARNING: {alarm}" for alarm in scores_of(run_dir)["alarms"]]
+    run = task(run_dir, "1", OVERRIDES).run
+    rows = [{"epoch": 1, "alarm": "the network has collapsed"}, {"epoch": 2, "alarm": ""}]
+    for fold, shown in ((0, rows), (1, rows[:1])):
+        run.metrics("1", fold).write_text("".join(json.dumps(row) + "\n" for row in shown))
+    targets = tuple(Node("1", fold, ()) for fold in (0, 1))
+    print_result(SimpleNamespace(run=run, folds=(0, 1), targets=targets, request=SimpleNamespace(stage="1")))
+    for fold in (0, 1):
+        run.metrics("1", fold).unlink()
+    assert capsys.readouterr().out.splitlines()[1:] == ["WARNING: fold 1, stage 1: the network has collapsed"]
 
 
 @pytest.mark.parametrize(

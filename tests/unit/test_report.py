@@ -77,9 +77,7 @@ def test_the_worklist_is_self_contained_sorted_and_escaped(tmp_path):
     assert [film[0] for film in data["films"]] == ["</script><img src=x>", "low", "bad"]
     assert data["films"][2][2:] == ["unreadable", None, None, "empty file"]
     assert text.count("</script>") == 1 and "it&lt;b&gt;" in text and "<img src=x>" not in text
-    rule = (
-        "any pixel exceeds 0.4 and the mask has at least 10 px (scaled to 1024x1024) and the film's score is at least 0.5"
-    )
+    rule = "any pixel exceeds 0.4 and the mask has at least 10 px (scaled to 1024x1024) and the film's score is at least 0.5"
     assert escape(f"Positive if {rule} (thresholds: model file).") in text and "<svg" in text
 
 

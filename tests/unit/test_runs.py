@@ -287,7 +287,8 @@ def test_progress_and_time_left(run_dir: Path) -> None:
     job = row(run_dir, "stage1-fold0")
     assert job.score == "Dice on positives 0.4000, AUC 0.7500, best epoch 1"
     assert job.progress and job.progress.text.startswith("epoch 2/10")  # by a plain script: never submitted
-    metrics.write_text(json.dumps(line | {"dice_positive": 0.0, "auc": None, "alarm": "the network has collapsed"}) + "\n")
+    collapsed = line | {"dice_positive": 0.0, "auc": None, "alarm": "the network has collapsed"}
+    metrics.write_text(json.dumps(collapsed) + "\n")
     assert row(run_dir, "stage1-fold0").score == "Dice on positives 0.0000, best epoch 1; COLLAPSED (see its log)"
     metrics.write_text(json.dumps(line) + "\n")
     add(run_dir, "stage1-fold0", cluster="local", job_id=str(os.getpid()))

@@ -37,9 +37,7 @@ def merged(loss: Loss, truth: list[int] = TRUTH, scored: bool = True, cut: int =
     """The validation of five films whose losses two ranks have measured."""
     whole = records(truth, [80, 0, 0, 0, 10], [60, 0, 0, 0, 0], SCORES)
     parts = [np.arange(5) < cut, np.arange(5) >= cut]
-    shares = [
-        (whole.select(part), {str(name): FILMS[int(name)] for name in whole.ids[part]}, {}) for part in parts
-    ]
+    shares = [(whole.select(part), {str(name): FILMS[int(name)] for name in whole.ids[part]}, {}) for part in parts]
     return _merged(shares, RULE, loss, scored)
 
 
@@ -135,7 +133,7 @@ def test_the_score_of_each_choice() -> None:
 
 
 @pytest.mark.parametrize("select", ["dice_and_auc", "dice_positive"])
-@pytest.mark.parametrize("order", list(itertools.permutations([True, True, False])) + [(True, False, True, False)])
+@pytest.mark.parametrize("order", [*itertools.permutations([True, True, False]), (True, False, True, False)])
 def test_a_collapsed_epoch_is_never_the_best_one(select: str, order: tuple[bool, ...]) -> None:
     rng = np.random.default_rng(3)
     results = [outcome(rng, collapsed) for collapsed in order]
