@@ -108,6 +108,8 @@ def test_the_evaluation_report_has_every_part(evaluated):
         "Subgroups", "sex F", "Worst films with pneumothorax", "Best films with pneumothorax", "evaluate.mask_thresholds",
     ):  # fmt: skip
         assert part in text, part
+    alarms = json.loads((evaluated / "scores.json").read_text())["alarms"]  # of random weights
+    assert alarms and all(f'<p class="bad">{escape(alarm)}</p>' in text for alarm in alarms)
     links = set(re.findall(r'src="(overlays/[^"]+)"', text))
     assert links and links == {f"overlays/{path.name}" for path in (evaluated / "overlays").iterdir()}
 
