@@ -143,6 +143,11 @@ def test_a_collapsed_epoch_is_never_the_best_one(select: str, order: tuple[bool,
     assert order[best_epoch(results, "dice") - 1]  # what the competition's score alone would choose
 
 
+def test_of_equal_epochs_the_first_is_the_best() -> None:
+    result = outcome(np.random.default_rng(4), collapsed=False)
+    assert best_epoch([result, result], "dice_and_auc") == 1
+
+
 def best_epoch(results: list[Validation], select: str) -> int:
     """The best epoch as `Trainer._end_epoch` records it, without a training."""
     written: list[int] = []
