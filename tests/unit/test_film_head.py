@@ -6,6 +6,7 @@ Nothing in here depends on what the head reads from the network, only that its l
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from pneumo_dist.evaluation import evaluate
 from pneumo_dist.inference import infer
 from pneumo_dist.inference.film_plan import write_film_plan
 from pneumo_dist.model.modelfile import load_model, save_model
+from pneumo_dist.model.resnet import ResNet34Encoder
 from pneumo_dist.model.unet import ResNet34UNet, normalise
 from pneumo_dist.prediction.ensemble import load_ensemble
 from pneumo_dist.prediction.forward import Predictor, predict, predict_records
@@ -30,9 +32,13 @@ OVERRIDES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def thin_network() -> Iterator[None]:
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ResNet34Encoder, "channels", (8, 8, 8, 16, 16))
+        patch.setattr(ResNet34UNet, "widths", (16, 8, 8, 8, 8))
+        yield
 
 
 def films(count: int, size: int = 32) -> torch.Tensor:
