@@ -16,6 +16,7 @@ from pneumo_dist.model.modelfile import load_model
 from pneumo_dist.prediction.predictor import Predictor
 from pneumo_dist.runtime.files import read_json, sha256_file
 from pneumo_dist.scoring.records import Triplet
+from pneumo_dist.scoring.thresholds import NO_FILM
 
 log = logging.getLogger(__name__)
 
@@ -107,10 +108,12 @@ def _choose_rule(stored: Sequence[Triplet], pooled: Path | None, triplet: Triple
         return stored_triplet({"triplet": read_json(pooled)["triplet"]}), "pooled out-of-fold evaluation"
     if len(set(stored)) == 1:
         return stored[0], "model file" if len(stored) == 1 else "model files, all alike"
+    # A rule that calls every film empty has no numbers to average.
+    rules = [t for t in stored if t.top_score < NO_FILM] or stored
     rule = Triplet(
-        float(median(t.top_score for t in stored)),
-        int(median(t.min_area for t in stored)),
-        float(median(t.mask_threshold for t in stored)),
+        float(median(t.top_score for t in rules)),
+        int(median(t.min_area for t in rules)),
+        float(median(t.mask_threshold for t in rules)),
     )
     log.warning("the models store different triplets and their run has no pooled evaluation: using the median %s", rule)
     return rule, "median over the model files"

@@ -31,8 +31,8 @@ ABOUT = """The horizontal axis counts global batches since the stage began, over
   validated epoch, without flips; evaluate: the deployed weights, with the flips of the recipe.
 * `loss/train`: mean over an epoch and all ranks. `loss/validation`: mean over the validation films, at film size.
   `loss/step`: mean over the films of one batch on rank 0. `_bce`, `_dice` and `_image`: the terms before weighting.
-  `_positive`, `_negative`: mean over the films with and without a pneumothorax. `_above_empty`: the loss less the Dice
-  term of an empty answer; near 0 the network has collapsed to that answer.
+  `_positive`, `_negative`: mean over the films with and without a pneumothorax. `_above_empty`: the loss of the masks
+  less the Dice term of an empty answer: slightly above 0 for a collapsed network, below 0 for one that segments.
 * `evaluation/called_empty`: share of the films without a mask. `evaluation/best`: highest score of `train.select`.
 * `overlay/`: the same films every time. Blue: annotation; orange: prediction at the fixed threshold.
 * `train/`: values of single steps. `speed/`: mean since the epoch began; `speed/epoch_`: mean over the whole epoch.

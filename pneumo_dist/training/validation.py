@@ -155,8 +155,9 @@ def _merged(shares: Sequence[tuple[Records, Losses, Masks]], rule: Triplet, loss
 def _losses(records: Records, films: Sequence[FilmLoss], loss: Loss, scored: bool) -> dict[str, float | None]:
     """Return the loss of all films, its terms, and what shows a collapse: fsum is exact, so ranks change no bit.
 
-    loss_positive and loss_negative: mean over the films of that kind. loss_above_empty: what the loss exceeds the Dice
-    term of an empty answer on every film by; near 0 the network has collapsed to that answer.
+    loss_positive and loss_negative: mean over the films of that kind. loss_above_empty: the loss of the masks less the
+    Dice term of an empty answer on every film: the cross-entropy, slightly above 0, once the network has collapsed to
+    that answer, and below 0 where it segments.
     """
 
     def mean(values: Iterable[float]) -> float | None:
@@ -184,6 +185,6 @@ def _losses(records: Records, films: Sequence[FilmLoss], loss: Loss, scored: boo
         "loss_image": image if scored else None,
         "loss_positive": mean(term for term, label in zip(terms, positive, strict=True) if label),
         "loss_negative": mean(term for term, label in zip(terms, positive, strict=True) if not label),
-        "loss_above_empty": whole - loss.dice * empty,
+        "loss_above_empty": whole - loss.image * image - loss.dice * empty,
         "highest_probability": max(film.highest for film in films),
     }
