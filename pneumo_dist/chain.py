@@ -37,6 +37,7 @@ _TRAINING = (
     "train.seed",
     "train.amp",
     "train.clip_norm",
+    "train.select",
     "train.eval_every",
     "train.compile",
     "train.deterministic",

@@ -55,22 +55,32 @@ def write_dicom(path: Path, pixels: np.ndarray, **attributes: Any) -> Path:
     return path
 
 
-def network(seed: int = 0, images: list[np.ndarray] | None = None) -> ResNet34UNet:
+def network(seed: int = 0, images: list[np.ndarray] | None = None, film_head: bool = False) -> ResNet34UNet:
     """Return a random network whose probabilities on `images` spread over 0 to 1 and differ between films and pixels."""
-    model = ResNet34UNet(seed).eval()
+    model = ResNet34UNet(seed, film_head).eval()
     batch = torch.from_numpy(np.stack(images or [picture(100 + i, 32, 32) for i in range(4)]))[:, None]
     with torch.no_grad():
-        logits = model(normalise(batch))
-        scale = 1.5 / float(logits.std())
-        model.head.weight.mul_(scale)
-        model.head.bias.fill_(-float(logits.mean()) * scale - 1.0)
+        outputs = zip((model.head, model.film_head), model(normalise(batch)), (-1.0, 0.0), strict=True)
+        for layer, logits, centre in outputs:
+            if layer is not None:
+                scale = 1.5 / float(logits.std())
+                layer.weight.mul_(scale)
+                layer.bias.fill_(centre - float(logits.mean()) * scale)
     model.lay_out()  # as `load_model` does
     return model
 
 
-def write_model(path: Path, seed: int = 0, size: int = 32, images: list[np.ndarray] | None = None, **meta: Any) -> Path:
+def write_model(
+    path: Path,
+    seed: int = 0,
+    size: int = 32,
+    images: list[np.ndarray] | None = None,
+    film_head: bool = False,
+    **meta: Any,
+) -> Path:
     """Write a model file with a random network."""
-    save_model(path, network(seed, images).state_dict(), {"size": size, "threshold": 0.5, "tta": "hflip", **meta})
+    meta = {"size": size, "threshold": 0.5, "tta": "hflip", **meta}
+    save_model(path, network(seed, images, film_head).state_dict(), meta)
     return path
 
 

@@ -12,6 +12,7 @@ from launch.monitor.scores import score_table
 from launch.planning.plan import Plan
 from pneumo_dist.config import ConfigError
 from pneumo_dist.run import Run
+from pneumo_dist.runtime import history
 
 TAIL_BYTES = 64 * 1024
 # The last line of a traceback, this project's one-line errors, and messages of SLURM and the kernel on a killed job.
@@ -94,6 +95,11 @@ def print_result(plan: Plan) -> None:
     """Print the folder of a finished stage, and the scores after an evaluation, an inference or the whole chain."""
     last = plan.targets[-1]
     print(f"done: {short_path(plan.run.dir_of(last.stage, last.fold))}", flush=True)
+    for stage in dict.fromkeys(node.stage for node in plan.targets if node.stage in plan.run.config.train_stages):
+        for fold in plan.folds:
+            rows = history.read(plan.run.metrics(stage, fold))
+            if rows and rows[-1].get("alarm"):
+                print(f"WARNING: fold {fold}, stage {stage}: {rows[-1]['alarm']}", flush=True)
     if plan.request.stage in ("evaluate", "infer", "all"):
         print(outcome_text(plan.run, plan.folds), flush=True)
 

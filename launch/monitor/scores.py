@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pneumo_dist.runtime.files import read_json
-from pneumo_dist.scoring.scorecard import ALL_EMPTY, CROSS_FITTED
+from pneumo_dist.scoring.scorecard import ALL_EMPTY, CROSS_FITTED, rule_label
 from pneumo_dist.scoring.submission_csv import score_submission, validate_submission
 
 COLUMNS = {
@@ -40,11 +40,11 @@ def score_table(folder: Path) -> list[str]:
         return []
     rows = [("validation films", list(COLUMNS.values()))]
     for name, entry in scores["headline"].items():
-        label = CROSS_FITTED if name == "cross_fitted" else f"fixed threshold {entry['mask_threshold']:g}"
         cells = ["-" if entry[column] is None else f"{entry[column]:.4f}" for column in COLUMNS]
-        rows.append((label, cells))
+        rows.append((rule_label(name, entry), cells))
     rows.append((ALL_EMPTY, [f"{scores['dice_all_empty']:.4f}", "0.0000", "0.0000", "1.0000"]))
     lines = [f"{label:{LABEL_WIDTH}}" + "".join(f"{cell:>14}" for cell in cells) for label, cells in rows]
+    lines += [f"WARNING: {alarm}" for alarm in scores.get("alarms", [])]
     return [f"{scores['films']} films of {scores['patients']} patients, {scores['positive']} with pneumothorax", *lines]
 
 

@@ -191,15 +191,18 @@ def _with_error(row: Row, logs: Sequence[Path]) -> Row:
 def _score(run: Run, node: Node) -> str:
     """Return the scores of a training or an evaluation so far; "" where there are none."""
     epochs = progress.epochs(run, node)
-    if epochs and "best_dice" in epochs[-1]:
-        evaluated = next((epoch for epoch in reversed(epochs) if "dice" in epoch), None)
-        best = f"best {epochs[-1]['best_dice']:.4f} (epoch {epochs[-1]['best_epoch']})"
-        return f"Dice {evaluated['dice']:.4f}, {best}" if evaluated else best
+    evaluated = next((epoch for epoch in reversed(epochs or []) if "dice_positive" in epoch), None)
+    if evaluated:
+        text = f"Dice on positives {evaluated['dice_positive']:.4f}"
+        text += f", AUC {evaluated['auc']:.4f}" if evaluated.get("auc") is not None else ""
+        text += f", best epoch {epochs[-1]['best_epoch']}"
+        return text + ("; COLLAPSED (see its log)" if evaluated.get("alarm") else "")
     if node.stage in ("evaluate", "pool"):
         try:
             scores = read_json(run.dir_of(node.stage, node.fold) / "scores.json")
             fixed, empty = scores["headline"]["fixed"], scores["dice_all_empty"]
-            return f"Dice {fixed['dice']:.4f} (all empty {empty:.4f}), on positives {fixed['dice_positive']:.4f}"
+            text = f"Dice {fixed['dice']:.4f} (all empty {empty:.4f}), on positives {fixed['dice_positive']:.4f}"
+            return text + ("; WARNING (see summary.txt)" if scores.get("alarms") else "")
         except (OSError, KeyError, TypeError, ValueError):
             return ""
     return ""

@@ -83,7 +83,7 @@ def _too_many_ranks(plan: Plan, site: Site) -> Iterator[str]:
             )
 
 
-def _missing_weights(plan: Plan) -> Iterator[str]:
+def _bad_training(plan: Plan) -> Iterator[str]:
     config = plan.run.config
     stages = {node.stage for node in plan.todo}
     if "1" in stages and config.model.weights and not Path(config.model.weights).is_file():
@@ -91,6 +91,8 @@ def _missing_weights(plan: Plan) -> Iterator[str]:
             f"model.weights={config.model.weights}: no such file: name the resnet34 weights of torchvision; "
             "`.venv/bin/python -m pneumo_dist.model.pretrained` downloads them and prints their path"
         )
+    if stages & set(TRAIN_STAGES):
+        yield from _error_line(config.loss.check)
     for stage in stages & set(TRAIN_STAGES):
         init_from = config.train_stage(stage).init_from
         if init_from:
@@ -162,7 +164,7 @@ def problems(plan: Plan, site: Site, probe: bool) -> Iterator[str]:
     """
     yield from plan.conflicts
     yield from _too_many_ranks(plan, site)
-    yield from _missing_weights(plan)
+    yield from _bad_training(plan)
     yield from _missing_films(plan)
     not_writable = _not_writable(plan.run.folder)
     if not_writable:

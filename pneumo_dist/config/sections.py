@@ -64,17 +64,24 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """The paper's four augmentations; limits and probabilities are this project's choice (the paper gives none)."""
+    """The paper's four augmentations, and shift, scale and rotation for small data sets (off by default)."""
 
+    # Limits and probabilities are this project's choice (the paper gives none).
     hflip: float = key(0.5, "probability of a horizontal flip")
     tone: float = key(0.3, "probability of exactly one of contrast, gamma and brightness")
     contrast: float = key(0.2, "limit of the relative change of contrast")
     brightness: float = key(0.2, "limit of the relative change of brightness")
     gamma: float = key(0.2, "gamma is drawn from 1 - limit to 1 + limit")
+    affine: float = key(0.0, "probability of a shift, scale and rotation")
+    shift: float = key(0.0625, "limit of the shift, share of the image's size")
+    scale: float = key(0.1, "limit of the relative change of scale")
+    rotate: float = key(10.0, "limit of the rotation, degrees")
 
     def __post_init__(self) -> None:
-        for name in ("hflip", "tone", "contrast", "brightness", "gamma"):
+        for name in ("hflip", "tone", "contrast", "brightness", "gamma", "affine", "shift"):
             fraction(f"augment.{name}", getattr(self, name))
+        require(0 <= self.scale < 1, f"augment.scale={self.scale} must be at least 0 and below 1")
+        require(0 <= self.rotate <= 180, f"augment.rotate={self.rotate} must be between 0 and 180 degrees")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,16 +104,35 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """bce * BCEWithLogits + dice * (1 - soft Dice per image). Equal weights are this project's choice."""
+    """bce * BCEWithLogits + dice * (1 - soft Dice per image) + image * BCEWithLogits of the films."""
 
-    bce: float = key(1.0, "weight of the binary cross-entropy")
+    # The paper names BCE + Dice; the weights, the films of the Dice term and the image-level term are our choice.
+    bce: float = key(1.0, "weight of the binary cross-entropy of the masks")
     dice: float = key(1.0, "weight of the Dice loss")
-    smooth: float = key(1.0, "added to numerator and denominator of Dice, so that an empty mask has a gradient")
+    dice_over: str = key(
+        "positives",
+        "films of the Dice loss: positives (mean over a batch's positive films), batch (their sum divided by all films "
+        "of the batch) or all (with many negative films, training may end with all masks empty)",
+    )
+    smooth: float = key(1e-4, "added to numerator and denominator of Dice, as a share of the image's pixels")
+    image: float = key(
+        0.5, "weight of the cross-entropy of the films (is there a pneumothorax); 0: a network without that output"
+    )
 
     def __post_init__(self) -> None:
-        good = self.bce >= 0 and self.dice >= 0 and 0 < self.bce + self.dice < math.inf
-        require(good, "loss.bce and loss.dice must be at least 0 and not both 0")
+        for name in ("bce", "dice", "image"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"loss.{name}={value} must be at least 0")
+        require(self.bce + self.dice > 0, "loss.bce and loss.dice must not both be 0")
+        one_of("loss.dice_over", self.dice_over, ("positives", "batch", "all"))
         require(self.smooth > 0, f"loss.smooth={self.smooth} must be positive: with 0 an empty mask has no gradient")
+
+    def check(self) -> None:
+        """Raise ConfigError for values that must not train; a finished run of an older version may hold them."""
+        require(
+            self.smooth <= 0.1,
+            f"loss.smooth={self.smooth} must be at most 0.1: it is a share of the image's pixels, for example 0.0001",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +204,11 @@ class Train:
     workers: int = key(2, "loader processes per rank; no effect on the result")
     # Floating-point sums depend on the number of threads: bit-identical repetition needs the same number.
     threads: int = key(0, "torch threads per rank on the CPU; 0: the task's cores")
+    select: str = key(
+        "dice_and_auc",
+        "score of the best epoch: dice_and_auc (Dice on positives x AUC), dice_positive, auc, or dice (all films; "
+        "highest for a network that calls every film empty)",
+    )
     eval_every: int = key(1, "epochs between two validations; the last epoch is always validated")
     save_every_s: float = key(300.0, "seconds between two checkpoints")
     keep: int = key(2, "checkpoints that are kept")
@@ -190,6 +221,7 @@ class Train:
 
     def __post_init__(self) -> None:
         one_of("train.amp", self.amp, ("auto", "fp16", "bf16", "off"))
+        one_of("train.select", self.select, ("dice_and_auc", "dice_positive", "auc", "dice"))
         require(
             self.keep >= 2, f"train.keep={self.keep} must be at least 2, because the newest checkpoint may be damaged"
         )
@@ -204,19 +236,17 @@ class Evaluate:
     """Evaluation: the fixed threshold of the recipe, and the grids that are searched for the tuned thresholds."""
 
     batch_size: int = key(16, "films of one forward pass on one rank")
-    threshold: float = key(0.55, "fixed mask threshold; also decides the best epoch")
+    threshold: float = key(0.55, "fixed mask threshold, also of the validation during training")
     tta: str = key("hflip", "test-time augmentation: hflip or none")
     mask_thresholds: list[float] = key(
         [0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8],
         "grid: a pixel belongs to the mask above this probability",
     )
     top_scores: list[float] = key(
-        [0.0, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95],
-        "grid: a film is positive if its highest probability reaches this",
+        [], "grid: a film is positive if its score reaches this; empty: quantiles of the films' scores"
     )
     min_areas: list[int] = key(
-        [0, 250, 500, 750, 1000, 1500, 2000, 2500, 3000, 3500, 4000, 5000],
-        "grid: smallest mask of a positive film, pixels of 1024x1024",
+        [], "grid: smallest mask of a positive film, pixels of 1024x1024; empty: quantiles of the masks' areas"
     )
     bootstrap: int = key(1000, "bootstrap resamples of the 95 % confidence intervals; 0: no intervals")
 
@@ -224,11 +254,10 @@ class Evaluate:
         require(self.batch_size >= 1, f"evaluate.batch_size={self.batch_size} must be at least 1")
         fraction("evaluate.threshold", self.threshold)
         one_of("evaluate.tta", self.tta, ("hflip", "none"))
-        filled = bool(self.mask_thresholds and self.top_scores and self.min_areas)
-        require(filled, "evaluate.mask_thresholds, top_scores and min_areas must not be empty")
+        require(bool(self.mask_thresholds), "evaluate.mask_thresholds must not be empty")
         for value in (*self.mask_thresholds, *self.top_scores):
             fraction("evaluate.mask_thresholds and evaluate.top_scores", value)
-        require(min(self.min_areas) >= 0, "evaluate.min_areas must not be negative")
+        require(min(self.min_areas, default=0) >= 0, "evaluate.min_areas must not be negative")
         require(self.bootstrap >= 0, f"evaluate.bootstrap={self.bootstrap} must not be negative")
 
 

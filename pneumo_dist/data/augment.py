@@ -1,4 +1,4 @@
-"""The recipe's four augmentations as a pure function of (seed, epoch, index), independent of workers and ranks.
+"""The recipe's augmentations as a pure function of (seed, epoch, index), independent of workers and ranks.
 
 albumentations draws from generators of its own. They are seeded again for every sample, or epochs would repeat.
 """
@@ -19,7 +19,7 @@ import albumentations
 
 
 class Augmenter:
-    """Flip, and change one of contrast, brightness and gamma, with the configured probabilities and limits."""
+    """Move, flip, and change one of contrast, brightness and gamma, with the configured probabilities and limits."""
 
     def __init__(self, config: Augment, seed: int) -> None:
         self.config, self.seed = config, seed
@@ -49,8 +49,15 @@ def _build(config: Augment) -> Any:
     """Build the pipeline; a limit of 0 disables its augmentation."""
     contrast, brightness, gamma = config.contrast, config.brightness, config.gamma
     lowest = max(1, round(100 * (1 - gamma)))  # albumentations takes gamma in per cent, at least 1
+    affine = albumentations.Affine(
+        translate_percent=(-config.shift, config.shift),
+        scale=(1 - config.scale, 1 + config.scale),
+        rotate=(-config.rotate, config.rotate),
+        p=config.affine,
+    )
     return albumentations.Compose(
         [
+            *([affine] if config.affine else []),
             albumentations.HorizontalFlip(p=config.hflip),
             albumentations.OneOf(
                 [

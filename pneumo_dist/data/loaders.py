@@ -131,13 +131,23 @@ class TrainBatches:
         return max(0, (self.epochs - epoch) * self.steps_per_epoch - batch)
 
     def __iter__(self) -> Iterator[list[Key]]:
+        for epoch, batch in self._global_batches():
+            yield [(epoch, index) for index in split_batch(batch, self.rank, self.world_size)]
+
+    def positives(self) -> Iterator[int]:
+        """Yield the number of positive films of each global batch, in the order of the batches; needs `labels`."""
+        assert self.labels is not None
+        for _, batch in self._global_batches():
+            yield sum(1 for index in batch if self.labels[index])
+
+    def _global_batches(self) -> Iterator[tuple[int, list[int]]]:
+        """Yield (epoch, indices of the films) of each global batch from `start` on."""
         first_epoch, first_batch = self.start
         for epoch in range(first_epoch, self.epochs):
             share = share_at(self.shares, epoch, self.epochs) if self.shares else None
             order = epoch_order(self.n, self.seed, epoch, self.labels, share).tolist()
             for batch in range(first_batch if epoch == first_epoch else 0, self.steps_per_epoch):
-                whole = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-                yield [(epoch, index) for index in split_batch(whole, self.rank, self.world_size)]
+                yield epoch, order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
 def fixed_batches(n: int, batch_size: int) -> list[list[int]]:

@@ -119,7 +119,8 @@ def _heading(title: str, result: Mapping[str, Any], threshold: float) -> str:
     ]
     tiles = [(label, result[key], "") for label, key in counts]
     tiles += [(label, "-" if value is None else f"{value:.4f}", style) for label, value, style in scores]
-    text = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    text = "".join(f'<p class="bad">{escape(alarm)}</p>' for alarm in result["alarms"])
+    text += "".join(f"<p>{escape(note)}</p>" for note in notes)
     return f"<h1>{escape(title)}</h1>{text}{page.tiles(tiles)}"
 
 
@@ -145,15 +146,15 @@ def _curves(evaluation: Evaluation, settings: Evaluate, film_dice: NDArray[np.fl
         sizes[scorecard.CROSS_FITTED] = headline["cross_fitted"]["by_mask_size"]
     surface = plots.threshold_surface(
         tuned.surface,
-        settings.top_scores,
-        settings.min_areas,
+        tuned.top_scores,
+        tuned.min_areas,
         settings.mask_thresholds,
         (best.top_score, best.min_area, best.mask_threshold),
     )
     reliability = plots.reliability(records.top, positive, evaluation.pixels)
     figures = [
         (plots.learning_curves(evaluation.curves), "Learning curves"),
-        (plots.ranking_curves(records.top, positive), "Classification of the films by their top score"),
+        (plots.ranking_curves(records.top, positive), "Classification of the films by their score"),
         (reliability, "Reliability diagram (diagonal: perfectly calibrated)"),
         (surface, "Threshold search on the scored films (optimistic)"),
         (plots.dice_by_size(sizes), "Dice by mask size"),

@@ -21,7 +21,7 @@ from pneumo_dist.inference.film_plan import PlannedFilm
 from pneumo_dist.inference.reading import THUMB_PX, ReadFilm, fit
 from pneumo_dist.reports import pictures
 from pneumo_dist.runtime.files import write_text
-from pneumo_dist.scoring.metrics import Triplet, apply_triplet
+from pneumo_dist.scoring.records import Triplet, apply_triplet, film_score
 from pneumo_dist.scoring.submission_csv import problems_of, score_submission, validate_submission, write_submission
 
 __all__ = [
@@ -50,19 +50,20 @@ class FilmWriter:
     triplet: Triplet
     segment: Segment | None = None  # writes a DICOM SEG and returns (bytes, sha256), or returns the reason for none
 
-    def write(self, film: PlannedFilm, read: ReadFilm, prob: NDArray[np.float32]) -> Row:
+    def write(self, film: PlannedFilm, read: ReadFilm, prob: NDArray[np.float32], score: float | None) -> Row:
         """Decide, write the configured files, and return the row.
 
         Args:
             prob: float32 (rows, columns), the mean probability at film size.
+            score: mean probability of the image-level heads; None: a model has none.
         """
-        mask = apply_triplet(prob, self.triplet)
-        top, area = float(prob.max()), int(np.count_nonzero(mask))
+        mask = apply_triplet(prob, self.triplet, score)
+        area = int(np.count_nonzero(mask))
         row: Row = {
             "film": film.id,
             "status": "ok",
             "decision": "positive" if area else "negative",
-            "top_score": top,
+            "top_score": film_score(prob, score),
             "area_px": area,
             "share": area / mask.size,
             "reason": "",

@@ -26,7 +26,7 @@ from pneumo_dist.inference.reading import PICTURE_PX, THUMB_PX, ReadFilm, ReadJo
 from pneumo_dist.prediction.ensemble import Ensemble, load_ensemble
 from pneumo_dist.prediction.filmsize import mean_film_probability
 from pneumo_dist.prediction.overlap import film_threads, overlap
-from pneumo_dist.prediction.predictor import Predictor
+from pneumo_dist.prediction.predictor import Forward, Predictor
 from pneumo_dist.run import pooled_thresholds
 from pneumo_dist.runtime import ranks
 from pneumo_dist.runtime.files import sha256_text
@@ -122,18 +122,18 @@ def _stream(
             for film in batch.films
         ]
 
-    def compute(batch: FilmBatch, films: list[ReadFilm]) -> Callable[[], dict[int, Tensor]]:
+    def compute(batch: FilmBatch, films: list[ReadFilm]) -> Callable[[], dict[int, Forward]]:
         slots = _slots(films, config.infer.batch_size, predictor.device)
         waiting = {size: predictor.launch(_stack(slots, size, predictor.device), size) for size in predictor.sizes}
         return lambda: {size: wait() for size, wait in waiting.items()}
 
     with film_threads() as pool:
 
-        def write(batch: FilmBatch, films: list[ReadFilm], probs: dict[int, Tensor]) -> list[Future[Row]]:
+        def write(batch: FilmBatch, films: list[ReadFilm], forward: dict[int, Forward]) -> list[Future[Row]]:
             slots = _slots(films, config.infer.batch_size, predictor.device)
             slot_of = {id(film): i for i, film in enumerate(slots) if film}
             return [
-                pool.submit(_write_film, batch.part.writer, film, read, _maps(predictor, probs, slot_of.get(id(read))))
+                pool.submit(_write_film, batch.part.writer, film, read, *_of(predictor, forward, slot_of.get(id(read))))
                 for film, read in zip(batch.films, films, strict=True)
             ]
 
@@ -191,14 +191,23 @@ def _stack(slots: Sequence[ReadFilm | None], size: int, device: torch.device) ->
     return stacked
 
 
-def _maps(predictor: Predictor, probs: dict[int, Tensor], slot: int | None) -> list[tuple[float, np.ndarray]]:
-    """Return (weight, probability map) of one film per size, [] for an unreadable film."""
+Maps = list[tuple[float, NDArray[np.float32]]]
+
+
+def _of(predictor: Predictor, forward: dict[int, Forward], slot: int | None) -> tuple[Maps, float | None]:
+    """Return (weight, probability map) of one film per size and its mean score; ([], None) for an unreadable film."""
     if slot is None:
-        return []
-    return [(predictor.weight(size), prob[slot].numpy()) for size, prob in probs.items()]
+        return [], None
+    maps = [(predictor.weight(size), of_size.maps[slot].numpy()) for size, of_size in forward.items()]
+    scores = [
+        predictor.weight(size) * float(of_size.scores[slot])
+        for size, of_size in forward.items()
+        if of_size.scores is not None
+    ]
+    return maps, sum(scores) if predictor.scored else None
 
 
-def _write_film(writer: FilmWriter, film: PlannedFilm, read: ReadFilm, maps: list[tuple[float, np.ndarray]]) -> Row:
+def _write_film(writer: FilmWriter, film: PlannedFilm, read: ReadFilm, maps: Maps, score: float | None) -> Row:
     if read.reason:
         return unreadable_row(film, read.reason)
-    return writer.write(film, read, mean_film_probability(maps, read.rows, read.columns))
+    return writer.write(film, read, mean_film_probability(maps, read.rows, read.columns), score)

@@ -109,7 +109,7 @@ def write_worklist(path: Path, rows: Sequence[Mapping[str, Any]], inference: Map
     write_text(path, page.page(f"Worklist {inference['label']}", "\n".join(parts), _SCRIPT, data))
 
 
-SETTINGS = ("label", "models", "sizes", "tta", "triplet", "triplet_from", "outputs", "ignored_files")
+SETTINGS = ("label", "models", "sizes", "tta", "score", "triplet", "triplet_from", "outputs", "ignored_files")
 
 
 def _heading(inference: Mapping[str, Any]) -> str:
@@ -123,8 +123,10 @@ def decision_rule(triplet: Mapping[str, Any]) -> str:
     conditions = []
     if triplet["min_area"]:
         conditions.append(f"the mask has at least {triplet['min_area']:,} px (scaled to 1024x1024)")
-    if triplet["top_score"] > triplet["mask_threshold"]:
-        conditions.append(f"the top score is at least {triplet['top_score']:g}")
+    if triplet["top_score"] > 1:  # no score reaches it
+        return "Every film is called negative: no thresholds gave a better Dice on the validation films"
+    if triplet["top_score"] > 0:
+        conditions.append(f"the film's score is at least {triplet['top_score']:g}")
     return " and ".join([f"Positive if any pixel exceeds {triplet['mask_threshold']:g}", *conditions])
 
 

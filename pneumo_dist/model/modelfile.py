@@ -40,17 +40,18 @@ def portable(config: Config) -> dict[str, Any]:
 def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state of the network as float32 copies on the CPU, without wrapper prefixes and averaging count.
 
+    The image-level head is optional.
+
     Raises:
         ValueError: the keys are not those of the network.
     """
-    with torch.device("meta"):
-        wanted = ResNet34UNet().state_dict()
     plain: dict[str, Tensor] = {}
     for key, value in state.items():
         while key.startswith(_WRAPPERS):
             key = key.partition(".")[2]
         if key != "n_averaged":
             plain[key] = value
+    wanted = _empty_network(plain).state_dict()
     if plain.keys() != wanted.keys():
         missing, extra = sorted(wanted.keys() - plain.keys()), sorted(plain.keys() - wanted.keys())
         raise ValueError(
@@ -60,6 +61,12 @@ def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         key: plain[key].detach().to("cpu", like.dtype, copy=True, memory_format=torch.contiguous_format)
         for key, like in wanted.items()
     }
+
+
+def _empty_network(state: Mapping[str, Tensor]) -> ResNet34UNet:
+    """Return the network that `state` is of, without values: no memory, no random numbers."""
+    with torch.device("meta"):
+        return ResNet34UNet(film_head="film_head.weight" in state)
 
 
 def save_model(path: str | Path, state_dict: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -97,9 +104,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Re
             f"{path} is not a model file (format {file_format!r}, expected {FORMAT!r}): "
             "give a model.pt that training wrote"
         )
-    with torch.device("meta"):  # no memory, no random numbers: all values come from the file
-        model = ResNet34UNet()
     try:
+        model = _empty_network(payload["model"])
         model.load_state_dict(payload["model"], assign=True)
     except (RuntimeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} does not fit this network: {' '.join(str(error).split())[:300]}") from None

@@ -111,13 +111,13 @@ def load_imagenet(model: ResNet34UNet, weights: str | Path | None = None) -> Non
     model.encoder.load_state_dict({key: value for key, value in state.items() if not key.startswith("fc.")})
 
 
-def build_model(config: Model, seed: int) -> ResNet34UNet:
+def build_model(config: Model, seed: int, film_head: bool = False) -> ResNet34UNet:
     """Build the network on the CPU; random weights are a pure function of `seed`, the global generator is not used.
 
     Raises:
         ConfigError: see `imagenet_file`.
     """
-    model = ResNet34UNet(seed)
+    model = ResNet34UNet(seed, film_head)
     if config.pretrained == "imagenet":
         load_imagenet(model, config.weights)
     return model

@@ -38,37 +38,24 @@ def start_path(start: str, fold: int | None) -> Path:
     return path
 
 
-def _read(path: Path) -> ResNet34UNet:
-    """Load the network from a model file or a training checkpoint; only the weights are used."""
-    import pickle
-
-    import torch
-
-    from pneumo_dist.model.modelfile import plain_state
-    from pneumo_dist.model.unet import ResNet34UNet
-
-    model = ResNet34UNet()
-    try:
-        model.load_state_dict(plain_state(torch.load(path, map_location="cpu", weights_only=True)["model"]))
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-        cause = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"{path} has no weights of this network ({cause}): give a model file or a checkpoint"
-        ) from None
-    return model
-
-
 def start_model(task: Task) -> ResNet34UNet:
     """Build the network of a training stage with its starting weights, on the CPU, in train mode."""
     from pneumo_dist.model.pretrained import build_model
+    from pneumo_dist.model.transfer import PARTS, load_weights
+    from pneumo_dist.model.unet import ResNet34UNet
 
-    stage = task.config.train_stage(task.stage)
-    before = task.config.train_stages[: task.config.train_stages.index(task.stage)]
+    config, stage = task.config, task.config.train_stage(task.stage)
+    before = config.train_stages[: config.train_stages.index(task.stage)]
+    film_head = config.loss.image > 0
     if stage.init_from:
         path = start_path(stage.init_from, task.fold)
     elif before:
         path = task.dir_of(before[-1]) / "best.pt"
     else:
-        return build_model(task.config.model, task.config.train.seed)
-    log.info("starting from the weights of %s", path)
-    return _read(path).train()
+        return build_model(config.model, config.train.seed, film_head)
+    model = ResNet34UNet(config.train.seed, film_head)
+    taken = load_weights(model, path)
+    fresh = [name for part, name in PARTS.items() if getattr(model, part) is not None and name not in taken]
+    random = f"; random start: {', '.join(fresh)}" if fresh else ""
+    log.info("starting from the weights of %s: %s%s", path, ", ".join(taken), random)
+    return model.train()

@@ -44,13 +44,18 @@ class DecoderBlock(nn.Module):
 
 
 class ResNet34UNet(nn.Module):
-    """The segmentation network: normalised float (N, 3, S, S), S a multiple of 32 -> logits float (N, 1, S, S)."""
+    """The segmentation network, with or without an image-level head (is there a pneumothorax at all).
+
+    Normalised float (N, 3, S, S), S a multiple of 32 -> mask logits float (N, 1, S, S) and, with the head, film logits
+    float (N,), else None. The head is a linear layer over the mean of the encoder's last map: this project's choice,
+    not part of the papers.
+    """
 
     # The papers do not give decoder widths; these are in common use with this encoder.
     widths = (256, 128, 64, 32, 16)
 
-    def __init__(self, seed: int = 0) -> None:
-        """Build the network with random weights that are a pure function of `seed`."""
+    def __init__(self, seed: int = 0, film_head: bool = False) -> None:
+        """Build the network with random weights that are a pure function of `seed`, with or without the head."""
         super().__init__()
         with torch.random.fork_rng(devices=[]):  # torch's layers draw their defaults from the global generator
             self.encoder = ResNet34Encoder()
@@ -58,15 +63,16 @@ class ResNet34UNet(nn.Module):
             inputs = (ResNet34Encoder.channels[-1], *self.widths[:-1])
             self.decoder = nn.ModuleList(DecoderBlock(*sizes) for sizes in zip(inputs, skips, self.widths, strict=True))
             self.head = nn.Conv2d(self.widths[-1], 1, 3, 1, 1)
+            self.film_head = nn.Linear(ResNet34Encoder.channels[-1], 1) if film_head else None
         if not self.head.weight.is_meta:
             self._initialise(torch.Generator().manual_seed(seed))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         *skips, x = self.encoder(x)
+        film_logits = None if self.film_head is None else self.film_head(x.mean((2, 3))).squeeze(1)
         for block in self.decoder:
             x = block(x, skips.pop() if skips else None)
-        logits: Tensor = self.head(x)
-        return logits
+        return self.head(x), film_logits
 
     def lay_out(self, size: int | None = None) -> None:
         """Store all weights channels_last; with `size` (px) in the fastest layout for CPU training on such films."""
@@ -84,6 +90,9 @@ class ResNet34UNet(nn.Module):
                 nn.init.kaiming_uniform_(module.weight, mode="fan_in", nonlinearity="relu", generator=generator)
         nn.init.xavier_uniform_(self.head.weight, generator=generator)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+        if self.film_head is not None:
+            nn.init.xavier_uniform_(self.film_head.weight, generator=generator)
+            nn.init.zeros_(self.film_head.bias)
 
 
 @cache

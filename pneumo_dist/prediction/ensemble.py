@@ -16,6 +16,7 @@ from pneumo_dist.model.modelfile import load_model
 from pneumo_dist.prediction.predictor import Predictor
 from pneumo_dist.runtime.files import read_json, sha256_file
 from pneumo_dist.scoring.records import Triplet
+from pneumo_dist.scoring.thresholds import NO_FILM
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Ensemble:
             "models": list(self.hashes),
             "sizes": self.predictor.sizes,
             "tta": self.predictor.tta,
+            "score": "image-level head" if self.predictor.scored else "highest probability of the mask",
             "triplet": asdict(self.triplet),
             "triplet_from": self.triplet_from,
         }
@@ -73,6 +75,9 @@ def load_ensemble(
     tta = _choose_tta(metas, tta)
     rule, origin = _choose_rule([stored_triplet(meta) for meta in metas], pooled, triplet)
     predictor = Predictor([model for model, _ in loaded], [int(meta["size"]) for meta in metas], device, tta, amp)
+    if not predictor.scored and any(model.film_head is not None for model, _ in loaded) and triplet is None:
+        # Their top scores are thresholds on different quantities.
+        raise ConfigError("models with and without an image-level head have no common thresholds: give infer.triplet")
     return Ensemble(predictor, rule, origin, tuple(sha256_file(path) for path in paths))
 
 
@@ -103,10 +108,12 @@ def _choose_rule(stored: Sequence[Triplet], pooled: Path | None, triplet: Triple
         return stored_triplet({"triplet": read_json(pooled)["triplet"]}), "pooled out-of-fold evaluation"
     if len(set(stored)) == 1:
         return stored[0], "model file" if len(stored) == 1 else "model files, all alike"
+    # A rule that calls every film empty has no numbers to average.
+    rules = [t for t in stored if t.top_score < NO_FILM] or stored
     rule = Triplet(
-        float(median(t.top_score for t in stored)),
-        int(median(t.min_area for t in stored)),
-        float(median(t.mask_threshold for t in stored)),
+        float(median(t.top_score for t in rules)),
+        int(median(t.min_area for t in rules)),
+        float(median(t.mask_threshold for t in rules)),
     )
     log.warning("the models store different triplets and their run has no pooled evaluation: using the median %s", rule)
     return rule, "median over the model files"

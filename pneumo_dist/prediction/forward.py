@@ -26,9 +26,9 @@ from pneumo_dist.model.modelfile import load_model
 from pneumo_dist.prediction.ensemble import stored_triplet
 from pneumo_dist.prediction.filmsize import film_probability, mean_film_probability
 from pneumo_dist.prediction.overlap import film_threads, overlap
-from pneumo_dist.prediction.predictor import Predictor
+from pneumo_dist.prediction.predictor import Forward, Predictor
 from pneumo_dist.runtime.stopping import StopSignal
-from pneumo_dist.scoring.records import FilmRecord, Records, Triplet, apply_triplet, film_record
+from pneumo_dist.scoring.records import FilmRecord, Records, Triplet, apply_triplet, film_record, film_score
 
 __all__ = ["Prediction", "Predictor", "film_probability", "mean_film_probability", "predict", "predict_records"]
 
@@ -66,10 +66,10 @@ def predict_records(
         def read(batch: list[Case]) -> list[Future[Tensor]]:
             return [pool.submit(_images, reader, batch)]
 
-        def count(batch: list[Case], _: list[Tensor], probs: Tensor) -> list[Future[FilmRecord]]:
+        def count(batch: list[Case], _: list[Tensor], forward: Forward) -> list[Future[FilmRecord]]:
             return [
-                pool.submit(_record, case, prob, thresholds, per_film)
-                for case, prob in zip(batch, probs.numpy(), strict=True)
+                pool.submit(_record, case, prob, score, thresholds, per_film)
+                for case, (prob, score) in zip(batch, forward.films(), strict=True)
             ]
 
         for batch, counts in overlap(until_stop, read, lambda _, images: predictor.launch(images[0]), count):
@@ -83,12 +83,18 @@ def _images(reader: ShardReader, batch: Sequence[Case]) -> Tensor:
     return torch.from_numpy(np.stack([reader.image(case.shard, case.row) for case in batch]))[:, None]
 
 
-def _record(case: Case, prob: NDArray[np.float32], thresholds: Sequence[float], per_film: PerFilm | None) -> FilmRecord:
+def _record(
+    case: Case,
+    prob: NDArray[np.float32],
+    score: float | None,
+    thresholds: Sequence[float],
+    per_film: PerFilm | None,
+) -> FilmRecord:
     truth = decode_rle(case.rle, case.rows, case.columns)
     probability = film_probability(prob, case.rows, case.columns)
     if per_film is not None:
         per_film(case, probability, truth)
-    return film_record(probability, truth, thresholds)
+    return film_record(probability, truth, thresholds, score)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +103,7 @@ class Prediction:
 
     mask: NDArray[np.bool_]  # (rows, columns); all False: negative
     probability: NDArray[np.float32]  # (rows, columns)
-    top_score: float  # highest probability of the film
+    top_score: float  # probability of a pneumothorax; without an image-level head the mask's highest probability
 
     @property
     def positive(self) -> bool:
@@ -145,9 +151,10 @@ def predict(
     for start in range(0, len(films), batch_size):
         pixels = [_pixels(film) for film in films[start : start + batch_size]]
         images = torch.from_numpy(np.stack([to_size(image, size) for image in pixels]))[:, None]
-        for image, prob in zip(pixels, predictor.probabilities(images).numpy(), strict=True):
+        for image, (prob, score) in zip(pixels, predictor.probabilities(images).films(), strict=True):
             probability = film_probability(prob, *image.shape)
-            predictions.append(Prediction(apply_triplet(probability, rule), probability, float(probability.max())))
+            mask = apply_triplet(probability, rule, score)
+            predictions.append(Prediction(mask, probability, film_score(probability, score)))
     return predictions
 
 

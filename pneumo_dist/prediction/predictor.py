@@ -1,4 +1,4 @@
-"""The forward pass without gradients: uint8 films -> mean probability over flips and models.
+"""The forward pass without gradients: uint8 films -> mean probabilities over flips and models.
 
 Trainer, evaluation, inference and `predict` all use it. No files, collectives or thresholds in here.
 """
@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from functools import cache
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pneumo_dist.model.precision import amp_dtype, autocast
@@ -20,6 +23,23 @@ from pneumo_dist.model.unet import normalise
 log = logging.getLogger(__name__)
 
 Pass = tuple[nn.Module, bool]  # a model, and whether it sees the mirrored films
+
+
+class Forward(NamedTuple):
+    """What the network says of N films, means over flips and models, on the CPU."""
+
+    maps: Tensor  # float32 (N, S, S), probability of each pixel
+    scores: Tensor | None  # float32 (N,), probability of a pneumothorax; None: a model has no image-level head
+
+    def films(self) -> Iterator[tuple[NDArray[np.float32], float | None]]:
+        """Yield map (S, S) and score of each film."""
+        scores = [None] * len(self.maps) if self.scores is None else self.scores.tolist()
+        return zip(self.maps.numpy(), scores, strict=True)
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Forward:
+        """Apply a function to both tensors."""
+        return Forward(function(self.maps), None if self.scores is None else function(self.scores))
+
 
 TTA = {"none": (False,), "hflip": (False, True)}
 
@@ -58,6 +78,8 @@ class Predictor:
         self.groups: dict[int, list[nn.Module]] = {size: [] for size in sorted(set(model_sizes))}
         for model, size in zip(models, model_sizes, strict=True):
             self.groups[size].append(model)
+        # Films are ranked by the image-level heads only if every model has one.
+        self.scored = all(model.film_head is not None for model in models)
 
     @property
     def sizes(self) -> list[int]:
@@ -72,76 +94,88 @@ class Predictor:
         """Cancel forward passes that were launched and have not begun."""
         self._closed = True
 
-    def probabilities(self, images: Tensor, size: int | None = None) -> Tensor:
-        """Return the mean probability over flips and the models of one size.
+    def probabilities(self, images: Tensor, size: int | None = None) -> Forward:
+        """Return the mean over flips and the models of one size.
 
         Args:
             images: uint8 (N, 1, S, S) on the CPU.
             size: S; defaults to the size of `images`.
-
-        Returns:
-            float32 (N, S, S) on the CPU.
         """
         return self.launch(images, size)()
 
-    def launch(self, images: Tensor, size: int | None = None) -> Callable[[], Tensor]:
+    def launch(self, images: Tensor, size: int | None = None) -> Callable[[], Forward]:
         """Start `probabilities` and return a function that waits for the result; the caller can work meanwhile."""
         models = self.groups[images.shape[-1] if size is None else size]
         passes = [(model, flip) for model in models for flip in TTA[self.tta]]
         return self._on_cpu(images, passes) if self.device.type == "cpu" else self._on_gpu(images, passes)
 
-    def _on_cpu(self, images: Tensor, passes: Sequence[Pass]) -> Callable[[], Tensor]:
+    def _on_cpu(self, images: Tensor, passes: Sequence[Pass]) -> Callable[[], Forward]:
         pool = _one_core_threads(torch.get_num_threads())
         films = [
-            [pool.submit(self._probability, images[i : i + 1], *one_pass) for one_pass in passes]
+            [pool.submit(self._forward, images[i : i + 1], *one_pass) for one_pass in passes]
             for i in range(len(images))
         ]
 
-        def wait() -> Tensor:
-            means = [_mean([future.result() for future in film]) for film in films]
-            return torch.cat(means) if means else torch.empty((0, *images.shape[-2:]))
+        def wait() -> Forward:
+            return _joined([_mean([future.result() for future in film]) for film in films], images.shape[-1])
 
         return wait
 
-    def _on_gpu(self, images: Tensor, passes: Sequence[Pass]) -> Callable[[], Tensor]:
+    def _on_gpu(self, images: Tensor, passes: Sequence[Pass]) -> Callable[[], Forward]:
         moved = images.to(self.device, non_blocking=True)
-        mean = _mean([self._probability(moved, *one_pass) for one_pass in passes])
+        mean = _mean([self._forward(moved, *one_pass) for one_pass in passes])
         # Only float16 can overflow. The check runs on the device, so that the host does not wait for it here.
-        finite = torch.isfinite(mean).all() if self.dtype is torch.float16 else None
-        host = torch.empty(mean.shape, dtype=torch.float32, pin_memory=True)
-        host.copy_(mean, non_blocking=True)
+        finite = torch.isfinite(mean.maps).all() if self.dtype is torch.float16 else None
+        host = mean.each(_pinned_copy)
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self.device))
 
-        def wait() -> Tensor:
+        def wait() -> Forward:
             ready.synchronize()
             if finite is None or bool(finite):
                 return host
             log.warning("a batch of %d films overflowed %s: repeating it in float32", len(images), self.dtype)
-            return _mean(
-                [self._probability(images.to(self.device), *one_pass, exact=True) for one_pass in passes]
-            ).cpu()
+            moved = images.to(self.device)
+            return _mean([self._forward(moved, *one_pass, exact=True) for one_pass in passes]).each(Tensor.cpu)
 
         return wait
 
     @torch.inference_mode()
-    def _probability(self, images: Tensor, model: nn.Module, flip: bool, exact: bool = False) -> Tensor:
-        """Return one model's probability, float32 (N, S, S), for uint8 films (N, 1, S, S), mirrored first if `flip`."""
+    def _forward(self, images: Tensor, model: nn.Module, flip: bool, exact: bool = False) -> Forward:
+        """Return what one model says of uint8 films (N, 1, S, S), mirrored first if `flip`, on its device."""
         if self._closed:
             raise CancelledError
         inputs = normalise(images)
         with autocast(None if exact else self.dtype, self.device):
-            logits = model(inputs.flip(-1) if flip else inputs)
-        probability = torch.sigmoid(logits.float()).squeeze(1)
-        return probability.flip(-1) if flip else probability
+            logits, film_logits = model(inputs.flip(-1) if flip else inputs)
+        maps = torch.sigmoid(logits.float()).squeeze(1)
+        scores = None if film_logits is None or not self.scored else torch.sigmoid(film_logits.float())
+        return Forward(maps.flip(-1) if flip else maps, scores)
 
 
-def _mean(maps: Sequence[Tensor]) -> Tensor:
-    """Sum in the order given and divide once: the bits do not depend on which map was ready first."""
-    total = maps[0].clone()
-    for probability in maps[1:]:
-        total += probability
-    return total / len(maps)
+def _mean(passes: Sequence[Forward]) -> Forward:
+    """Sum in the order given and divide once: the bits do not depend on which pass was ready first."""
+
+    def mean(tensors: Sequence[Tensor]) -> Tensor:
+        total = tensors[0].clone()
+        for tensor in tensors[1:]:
+            total += tensor
+        return total / len(tensors)
+
+    scores = [one.scores for one in passes if one.scores is not None]
+    return Forward(mean([one.maps for one in passes]), mean(scores) if scores else None)
+
+
+def _joined(films: Sequence[Forward], size: int) -> Forward:
+    """Join results of one film each."""
+    if not films:
+        return Forward(torch.empty((0, size, size)), None)
+    scores = [film.scores for film in films if film.scores is not None]
+    return Forward(torch.cat([film.maps for film in films]), torch.cat(scores) if scores else None)
+
+
+def _pinned_copy(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=torch.float32, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 @cache

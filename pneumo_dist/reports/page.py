@@ -38,6 +38,7 @@ figure svg { display: block; max-width: 100%; height: auto; }
 .films { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: .6rem; }
 .film { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; overflow: hidden;
   content-visibility: auto; contain-intrinsic-size: 170px 240px; }
+p.bad { color: var(--bad); font-weight: bold; }
 .film.found { border-color: var(--found); } .film.bad { border-color: var(--bad); }
 .film img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: #000; }
 .film div { padding: .35rem .5rem; font-size: .85rem; } .film b { font-size: 1rem; } .film.found b {

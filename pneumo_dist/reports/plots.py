@@ -27,7 +27,7 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-ORANGE, BLUE, GREY = "#d98200", "#1a7f9c", "#888888"
+ORANGE, BLUE, GREEN, GREY = "#d98200", "#1a7f9c", "#4f9c1a", "#888888"
 Floats = NDArray[np.floating[Any]]
 
 
@@ -46,7 +46,7 @@ def _svg(figure: Figure) -> str:
 
 
 def score_histogram(scores: Floats, positive: NDArray[np.bool_], threshold: float) -> str:
-    """Plot the histogram of the films' top scores, by decision, with the triplet's top score as a line."""
+    """Plot the histogram of the films' scores, by decision, with the triplet's top score as a line."""
     with matplotlib.rc_context(_STYLE):
         figure, (axes,) = _figure(1, 7.0, 2.4)
         bins = np.linspace(0, 1, 41)
@@ -57,9 +57,9 @@ def score_histogram(scores: Floats, positive: NDArray[np.bool_], threshold: floa
             color=[ORANGE, GREY],
             label=["positive", "negative"],
         )
-        if threshold > 0:
+        if 0 < threshold <= 1:
             axes.axvline(threshold, color="black", linewidth=1, linestyle="--")
-        axes.set(xlabel="top score", ylabel="films", xlim=(0, 1))
+        axes.set(xlabel="score of the film", ylabel="films", xlim=(0, 1))
         axes.legend(frameon=False)
         return _svg(figure)
 
@@ -73,7 +73,12 @@ def learning_curves(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         figure, axes = _figure(2 * len(trained), 3.6)
         for i, (name, rows) in enumerate(trained.items()):
             loss, dice = axes[2 * i], axes[2 * i + 1]
-            for key, label, colour in (("train_loss", "training", GREY), ("loss", "validation", BLUE)):
+            for key, label, colour in (
+                ("train_loss", "training", GREY),
+                ("loss", "validation", BLUE),
+                ("loss_positive", "validation, with pneumothorax", ORANGE),
+                ("loss_negative", "validation, without", GREEN),
+            ):
                 _line(loss, rows, key, label, colour)
             for key, label, colour in (("dice", "all films", BLUE), ("dice_positive", "on positives", ORANGE)):
                 _line(dice, rows, key, label, colour)
@@ -92,7 +97,7 @@ def _line(axes: Any, rows: Sequence[Mapping[str, Any]], key: str, label: str, co
 
 
 def ranking_curves(top: Floats, positive: NDArray[np.bool_]) -> str:
-    """Plot ROC and precision-recall curves of the films' top scores; "" if one class is missing."""
+    """Plot ROC and precision-recall curves of the films' scores; "" if one class is missing."""
     if not positive.any() or positive.all():
         return ""
     order = np.argsort(-top, kind="stable")
@@ -115,7 +120,7 @@ def ranking_curves(top: Floats, positive: NDArray[np.bool_]) -> str:
 def reliability(top: Floats, positive: NDArray[np.bool_], pixels: NDArray[np.int64]) -> str:
     """Plot observed share against predicted probability, for films and for pixels.
 
-    top, positive: (n,) top score and class of the films, drawn in 10 bins.
+    top, positive: (n,) score and class of the films, drawn in 10 bins.
     pixels: (2, bins) counts of pixels outside and inside the annotation, by probability.
     """
     with matplotlib.rc_context(_STYLE):
@@ -126,7 +131,7 @@ def reliability(top: Floats, positive: NDArray[np.bool_], pixels: NDArray[np.int
         mean = np.bincount(bins, top, 10)[filled] / count[filled]
         share = np.bincount(bins, positive, 10)[filled] / count[filled]
         film_axes.scatter(mean, share, s=12 + 120 * count[filled] / count.max(), color=BLUE, clip_on=False)
-        film_axes.set(title="films: share with pneumothorax", xlabel="top score", ylabel="observed share")
+        film_axes.set(title="films: share with pneumothorax", xlabel="score", ylabel="observed share")
         total = pixels.sum(0)
         filled = total > 0
         middle = (np.arange(len(total)) + 0.5) / max(1, len(total))
@@ -155,12 +160,12 @@ def threshold_surface(
         image = heat.imshow(surface[:, :, nearest[2]], origin="lower", aspect="auto", cmap="viridis")
         heat.grid(False)
         heat.set_xticks(range(len(areas)), [str(area) for area in areas], rotation=60)
-        heat.set_yticks(range(len(tops)), [f"{top:g}" for top in tops])
+        heat.set_yticks(range(len(tops)), ["no film" if top > 1 else f"{top:g}" for top in tops])
         heat.plot(nearest[1], nearest[0], "wo", mfc="none")
         heat.set(
             title=f"mean Dice, mask threshold {masks[nearest[2]]:g}",
             xlabel="minimum area (px of 1024x1024)",
-            ylabel="top score",
+            ylabel="lowest score of a positive film",
         )
         figure.colorbar(image, ax=heat)
         order = np.argsort(masks)

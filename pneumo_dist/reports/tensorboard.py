@@ -46,9 +46,18 @@ def layout(cuda: bool, scaled: bool) -> dict[str, dict[str, list[str]]]:
                 f"evaluation/{name}$" for name in ("dice", "dice_positive", "dice_all_empty")
             ],
             "Loss by epoch: training and validation": ["loss/train$", "loss/validation$"],
+            "Validation loss: films with and without pneumothorax, above an empty answer": [
+                f"loss/validation_{name}$" for name in ("positive", "negative", "above_empty")
+            ],
+            "Share of films called empty, highest probability": [
+                "evaluation/called_empty$",
+                "evaluation/highest_probability$",
+            ],
             "Sensitivity, specificity, AUC": [f"evaluation/{name}$" for name in ("sensitivity", "specificity", "auc")],
-            "Training loss by step: sum, cross-entropy, Dice": ["loss/step"],
-            "Validation loss: sum, cross-entropy, Dice": ["loss/validation"],
+            "Training loss by step: sum, cross-entropy, Dice, image-level": ["loss/step"],
+            "Validation loss: sum, cross-entropy, Dice, image-level": [
+                f"loss/validation{name}$" for name in ("", "_bce", "_dice", "_image")
+            ],
             "Learning rate": ["train/lr"],
         },
         "Throughput and stability": health,
@@ -121,7 +130,7 @@ def films(
         prediction = pictures.fit_mask(masks[case.id], rows, columns)
         empty = np.zeros((rows, columns), bool)
         lines = [
-            f"film, annotation, prediction   Dice {film_dice[case.id]:.2f}   top score {top[case.id]:.2f}",
+            f"film, annotation, prediction   Dice {film_dice[case.id]:.2f}   score {top[case.id]:.2f}",
             case.id,
         ]
         picture = pictures.overlay(

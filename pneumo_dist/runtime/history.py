@@ -35,8 +35,16 @@ def line(row: dict[str, Any]) -> str:
     """Return a row as one line of a log."""
     text = f"epoch {row['epoch']}/{row['epochs']}  loss {row['train_loss']:.4f}"
     if "dice" in row:
-        text += f"  validation: loss {row['loss']:.4f}, Dice {row['dice']:.4f}, on positives {row['dice_positive']:.4f}"
+        losses = {"positive": "loss_positive", "negative": "loss_negative", "above an empty answer": "loss_above_empty"}
+        scores = {"Dice": "dice", "on positives": "dice_positive", "AUC": "auc"}
+        text += f"  validation: loss {row['loss']:.4f} ({_values(row, losses)}), {_values(row, scores)}, "
+        empty = f"{100 * row['called_empty']:.0f} % called empty"
+        text += f"{empty}, highest probability {row['highest_probability']:.2f}"
     return text + f"  {row['images_per_s']:.1f} images/s, {100 * row['wait_share']:.0f} % waiting"
+
+
+def _values(row: dict[str, Any], columns: dict[str, str]) -> str:
+    return ", ".join(f"{name} {row[key]:.4f}" for name, key in columns.items() if row[key] is not None)
 
 
 class Throughput:

@@ -26,9 +26,10 @@ PAPER_THRESHOLDS = (0.5, 0.55)
 
 @dataclass(frozen=True)
 class Triplet:
-    """A decision rule: a film is positive if top >= top_score and area(mask_threshold) >= min_area.
+    """A decision rule: a film is positive if score >= top_score and area(mask_threshold) >= min_area.
 
-    min_area is in pixels of a 1024x1024 film and scales with the film's pixels. A fixed threshold t is
+    A film's score is the probability of the image-level head; of a network without one, the highest probability of
+    the mask. min_area is in pixels of a 1024x1024 film and scales with the film's pixels. A fixed threshold t is
     Triplet(0.0, 0, t).
     """
 
@@ -37,18 +38,24 @@ class Triplet:
     mask_threshold: float
 
 
-def apply_triplet(prob: NDArray[np.float32], triplet: Triplet) -> NDArray[np.bool_]:
+def apply_triplet(prob: NDArray[np.float32], triplet: Triplet, score: float | None = None) -> NDArray[np.bool_]:
     """Return the mask of one film, bool of prob's shape, all False where the film is negative.
 
-    prob: float32 (rows, columns) at film size. Evaluation and inference share this decision.
+    prob: float32 (rows, columns) at film size. score: of the image-level head; None: the highest probability of
+    `prob`. Evaluation and inference share this decision.
     """
     mask = prob > np.float32(triplet.mask_threshold)
     area = int(np.count_nonzero(mask))
     # Integers: no rounding can make `decide`, which has only the counts, decide otherwise.
     large_enough = area * REFERENCE_PX >= triplet.min_area * prob.size
-    if not (large_enough and prob.max(initial=0) >= np.float32(triplet.top_score)):
+    if not (large_enough and np.float32(film_score(prob, score)) >= np.float32(triplet.top_score)):
         mask[:] = False
     return mask
+
+
+def film_score(prob: NDArray[np.float32], score: float | None) -> float:
+    """Return the score of a film: that of the image-level head if there is one, else the highest probability."""
+    return float(prob.max(initial=0)) if score is None else score
 
 
 @dataclass(frozen=True)
@@ -67,10 +74,13 @@ def record_thresholds(evaluate: Evaluate) -> tuple[float, ...]:
     return tuple(sorted({*evaluate.mask_thresholds, evaluate.threshold, *PAPER_THRESHOLDS}))
 
 
-def film_record(prob: NDArray[np.float32], truth: NDArray[np.bool_], thresholds: Sequence[float]) -> FilmRecord:
+def film_record(
+    prob: NDArray[np.float32], truth: NDArray[np.bool_], thresholds: Sequence[float], score: float | None = None
+) -> FilmRecord:
     """Count one film.
 
-    prob: float32 (rows, columns) at film size. truth: bool of the same shape, the union of the annotations.
+    prob: float32 (rows, columns) at film size. truth: bool of the same shape, the union of the annotations. score: as
+    for `apply_triplet`.
     """
     if prob.shape != truth.shape:
         raise ValueError(f"probabilities are {prob.shape}, truth is {truth.shape}")
@@ -84,7 +94,7 @@ def film_record(prob: NDArray[np.float32], truth: NDArray[np.bool_], thresholds:
         above = values > np.float32(threshold)
         areas[i] = np.count_nonzero(above)
         hits[i] = np.count_nonzero(above & inside)
-    return FilmRecord(float(prob.max(initial=0)), areas, hits, int(np.count_nonzero(truth)), prob.size)
+    return FilmRecord(film_score(prob, score), areas, hits, int(np.count_nonzero(truth)), prob.size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +106,7 @@ class Records:
     folds: NDArray[np.int64]  # (n,)
     truth_px: NDArray[np.int64]  # (n,)
     film_px: NDArray[np.int64]  # (n,)
-    top: NDArray[np.float32]  # (n,) highest probability of the film
+    top: NDArray[np.float32]  # (n,) score of the film
     thresholds: NDArray[np.float64]  # (T,)
     areas: NDArray[np.int64]  # (n, T)
     hits: NDArray[np.int64]  # (n, T)

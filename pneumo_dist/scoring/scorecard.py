@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pneumo_dist.config import Evaluate
+from pneumo_dist.scoring.alarm import collapse, no_rule
 from pneumo_dist.scoring.metrics import Decisions, Records, Triplet, decide, dice, summary
 from pneumo_dist.scoring.records import PAPER_THRESHOLDS
-from pneumo_dist.scoring.thresholds import CrossFit, cross_fit, search
+from pneumo_dist.scoring.thresholds import CrossFit, candidates, cross_fit, search
 
 OPTIMISTIC = "tuned and scored on the same films: optimistic, not a result"
 CROSS_FITTED = "thresholds tuned by cross-fitting"
 ALL_EMPTY = "all empty (baseline)"
+FIXED_SCORE = 0.5  # of the film, in a rule that is not tuned: at least as likely positive as negative
 SUMMARY_COLUMNS = {
     "dice": "Dice",
     "dice_positive": "on positives",
@@ -35,6 +38,8 @@ class Tuned:
 
     triplet: Triplet
     surface: NDArray[np.float64]  # (top scores, minimum areas, mask thresholds)
+    top_scores: list[float]
+    min_areas: list[int]
     fit: CrossFit | None  # None: a single patient or fold, so no other films to tune on
     by: str  # the parts of the cross-fit: "group" (patients) or "fold"
 
@@ -46,9 +51,10 @@ def fixed(threshold: float) -> Triplet:
 
 def tune(records: Records, settings: Evaluate, by: str) -> Tuned:
     """Search the triplet on all films, and cross-fit it by patient ("group") or by "fold"."""
-    grid = (settings.top_scores, settings.min_areas, settings.mask_thresholds)
-    triplet, surface = search(records, *grid)
-    return Tuned(triplet, surface, cross_fit(records, *grid, by=by), by)
+    given, masks = (settings.top_scores, settings.min_areas), settings.mask_thresholds
+    top_scores, min_areas = candidates(records, *given, masks)
+    triplet, surface = search(records, top_scores, min_areas, masks)
+    return Tuned(triplet, surface, top_scores, min_areas, cross_fit(records, *given, masks, by=by), by)
 
 
 def scores(records: Records, tuned: Tuned, settings: Evaluate, seed: int = 0) -> dict[str, Any]:
@@ -61,21 +67,23 @@ def scores(records: Records, tuned: Tuned, settings: Evaluate, seed: int = 0) ->
     for threshold in PAPER_THRESHOLDS:
         if threshold != settings.threshold:
             headline[f"fixed_{threshold:g}"] = {"mask_threshold": threshold, **score(fixed(threshold))}
+    gated = Triplet(FIXED_SCORE, 0, settings.threshold)
+    headline["fixed_score"] = {"mask_threshold": settings.threshold, "top_score": FIXED_SCORE, **score(gated)}
     if tuned.fit is not None:
         headline["cross_fitted"] = {
             "tuned_on": "other folds" if tuned.by == "fold" else "other patients",
             "triplets": [asdict(t) for t in tuned.fit.triplets],
             **score(tuned.fit.decisions),
         }
+    in_sample = score(tuned.triplet)
     return {
         "films": len(records),
         "patients": headline["fixed"]["patients"],
         "positive": headline["fixed"]["positive"],
         "dice_all_empty": headline["fixed"]["dice_all_empty"],
+        "alarms": [text for text in (collapse(headline["fixed"]), no_rule(in_sample)) if text],
         "headline": headline,
-        "optimistic": {
-            "in_sample_triplet": {"note": OPTIMISTIC, "triplet": asdict(tuned.triplet), **score(tuned.triplet)}
-        },
+        "optimistic": {"in_sample_triplet": {"note": OPTIMISTIC, "triplet": asdict(tuned.triplet), **in_sample}},
     }
 
 
@@ -91,8 +99,8 @@ def threshold_table(tuned: Tuned, settings: Evaluate) -> dict[str, Any]:
         if tuned.fit is None
         else {"by": tuned.by, "triplets": [asdict(t) for t in tuned.fit.triplets]},
         "surface": {
-            "top_scores": list(settings.top_scores),
-            "min_areas": list(settings.min_areas),
+            "top_scores": tuned.top_scores,
+            "min_areas": tuned.min_areas,
             "mask_thresholds": list(settings.mask_thresholds),
             "dice": np.round(tuned.surface, 6).tolist(),
         },
@@ -152,14 +160,15 @@ def film_rows(records: Records, tuned: Tuned, threshold: float) -> list[list[Any
 
 def headline_lines(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """Return (label, scores) of every decision rule; the last one is tuned on the scored films and labelled so."""
-    lines = [(_label(name, entry), entry) for name, entry in result["headline"].items()]
+    lines = [(rule_label(name, entry), entry) for name, entry in result["headline"].items()]
     return [*lines, ("tuned on the scored films (optimistic)", result["optimistic"]["in_sample_triplet"])]
 
 
-def _label(name: str, entry: Mapping[str, Any]) -> str:
+def rule_label(name: str, entry: Mapping[str, Any]) -> str:
     if name == "cross_fitted":
         return CROSS_FITTED
-    return f"fixed threshold {entry['mask_threshold']:g}"
+    score = f", score {entry['top_score']:g}" if "top_score" in entry else ""
+    return f"fixed threshold {entry['mask_threshold']:g}{score}"
 
 
 def caveats(result: Mapping[str, Any]) -> list[str]:
@@ -170,7 +179,7 @@ def caveats(result: Mapping[str, Any]) -> list[str]:
             "every film counts as a patient of its own: without data.patient_map folds and intervals are by image"
         )
     if result.get("weights") == "best":
-        notes.append("best weights: the epoch was selected by its Dice on these same films (slightly optimistic)")
+        notes.append("best weights: the epoch was selected by its scores on these same films (slightly optimistic)")
     return notes
 
 
@@ -180,6 +189,7 @@ def summary_text(result: Mapping[str, Any], title: str) -> str:
         title,
         f"{result['films']} films of {result['patients']} patients, {result['positive']} with pneumothorax",
         *caveats(result),
+        *(line for alarm in result["alarms"] for line in wrap(f"WARNING: {alarm}", 110)),
         "",
         _row("decision", SUMMARY_COLUMNS.values()),
     ]

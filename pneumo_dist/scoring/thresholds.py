@@ -14,6 +14,28 @@ from numpy.typing import NDArray
 from pneumo_dist.scoring.metrics import Decisions, decide, dice
 from pneumo_dist.scoring.records import Records, Triplet
 
+NO_FILM = 2.0  # a top score that no film reaches: every film is called empty
+_SCORES, _AREAS = 40, 15  # quantiles of the network's scores and areas in a grid
+
+
+def candidates(
+    records: Records, top_scores: Sequence[float], min_areas: Sequence[int], masks: Sequence[float]
+) -> tuple[list[float], list[int]]:
+    """Return the top scores and minimum areas to search; in place of an empty list, quantiles over `records`.
+
+    The last top score calls every film empty, so that the best rule is never worse on these films than that.
+    """
+    scores, areas = list(top_scores), list(min_areas)
+    if not scores:
+        quantiles = np.quantile(records.top, np.linspace(0, 1, _SCORES)) if len(records) else np.zeros(0)
+        scores = np.unique([0.0, *(np.floor(quantiles.astype(np.float64) * 1e4) / 1e4)]).tolist()
+    if not areas:
+        given = np.concatenate([records.scaled_area(records.column(mask)) for mask in masks])
+        given = given[given > 0]
+        quantiles = np.quantile(given, np.linspace(0, 1, _AREAS)) if len(given) else np.zeros(0)
+        areas = np.unique([0, *quantiles.astype(np.int64)]).tolist()
+    return [*scores, NO_FILM], areas
+
 
 def search(
     records: Records,
@@ -79,6 +101,8 @@ def cross_fit(
 ) -> CrossFit | None:
     """Decide each film by the triplet that is best on the films of the other parts; None if there is only one part.
 
+    The grid is that of `candidates` on those other films.
+
     by: "fold" takes each training fold as a part, "group" splits the patients into k parts, positives first.
     Score the result with `dice(records, fit.decisions)` and `summary(records, fit.decisions)`.
     """
@@ -90,7 +114,9 @@ def cross_fit(
     triplets = []
     for p in range(len(names)):
         held_out = part == p
-        triplet, _ = search(records.select(~held_out), top_scores, min_areas, mask_thresholds)
+        others = records.select(~held_out)
+        masks = others.thresholds.tolist() if mask_thresholds is None else mask_thresholds
+        triplet, _ = search(others, *candidates(others, top_scores, min_areas, masks), masks)
         decisions = decide(records.select(held_out), triplet)
         area[held_out], hits[held_out] = decisions.area, decisions.hits
         triplets.append(triplet)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from pneumo_dist.config import ConfigError, TrainStage
 from pneumo_dist.data.augment import Augmenter
 from pneumo_dist.data.cases import read_cases
-from pneumo_dist.data.loaders import Batch, FilmDataset, TrainBatches, fold_cases, make_loader, stage_shards
+from pneumo_dist.data.loaders import FilmDataset, TrainBatches, fold_cases, make_loader, stage_shards
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.runtime.task import Task
+from pneumo_dist.training.step import TrainBatch
 
 
 def check_batch(stage: TrainStage, name: str, ranks: Ranks) -> None:
@@ -50,12 +54,16 @@ class StageFilms:
                 f"training films of fold {task.fold}: lower it"
             )
         self.steps_per_epoch = len(self.training) // self._stage.batch_size
+        self.labels = torch.tensor([case.label for case in self.training], dtype=torch.float32)
 
-    def batches(self, epoch: int, batch: int) -> Iterator[Batch]:
-        """Return this rank's batches of all epochs from a position on; one loader, so that its workers start once."""
+    def batches(self, epoch: int, batch: int) -> Iterator[tuple[TrainBatch, Tensor]]:
+        """Return this rank's batches of all epochs from a position on, each with the indices of its films.
+
+        One loader reads them all, so that its workers start once.
+        """
         if epoch >= self._stage.epochs:
-            return iter(())
-        ranks, train, share = self._task.ranks, self._task.config.train, self._stage.positive_share
+            return
+        ranks, train = self._task.ranks, self._task.config.train
         sampler = TrainBatches(
             len(self.training),
             self._stage.batch_size,
@@ -64,13 +72,15 @@ class StageFilms:
             ranks.rank,
             ranks.world_size,
             start=(epoch, batch),
-            labels=[case.label for case in self.training] if share else None,
-            shares=share or None,
+            labels=self.labels.numpy(),
+            shares=self._stage.positive_share or None,
         )
         augmenter = Augmenter(self._task.config.augment, train.seed)
         dataset = FilmDataset(self.shard_dir, self._stage.size, self.training, augmenter)
         cuda = ranks.device.type == "cuda"
-        return iter(make_loader(dataset, sampler, train.workers, train.seed, cuda, train.first_timeout_s))
+        loader = make_loader(dataset, sampler, train.workers, train.seed, cuda, train.first_timeout_s)
+        for (images, masks, indices), positives in zip(loader, sampler.positives(), strict=True):
+            yield TrainBatch(images, masks, self.labels[indices], self._stage.batch_size, positives), indices
 
 
 def _node_shards(task: Task, size: int) -> Path:

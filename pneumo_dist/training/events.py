@@ -30,7 +30,10 @@ ABOUT = """The horizontal axis counts global batches since the stage began, over
 * `evaluation/`: scores of the validation films at film size with the fixed mask threshold. Stages 1 and 2: after each
   validated epoch, without flips; evaluate: the deployed weights, with the flips of the recipe.
 * `loss/train`: mean over an epoch and all ranks. `loss/validation`: mean over the validation films, at film size.
-  `loss/step`: mean over the films of one batch on rank 0. `_bce` and `_dice`: the terms before weighting.
+  `loss/step`: mean over the films of one batch on rank 0. `_bce`, `_dice` and `_image`: the terms before weighting.
+  `_positive`, `_negative`: mean over the films with and without a pneumothorax. `_above_empty`: the loss of the masks
+  less the Dice term of an empty answer: slightly above 0 for a collapsed network, below 0 for one that segments.
+* `evaluation/called_empty`: share of the films without a mask. `evaluation/best`: highest score of `train.select`.
 * `overlay/`: the same films every time. Blue: annotation; orange: prediction at the fixed threshold.
 * `train/`: values of single steps. `speed/`: mean since the epoch began; `speed/epoch_`: mean over the whole epoch.
 * `run/attempt`: 1, 2, ...; each restart adds one. Steps that a restart repeats are shown once.
@@ -69,13 +72,14 @@ class TrainingEvents:
         if not self.task.ranks.first:
             return
         films = len(split_batch(range(self.stage.batch_size), 0, self.task.ranks.world_size))
-        on_device = [result.loss, result.bce, result.dice, result.grad_norm, result.rate[0]]
-        loss, bce, dice, norm, rate = torch.stack(on_device).tolist()
+        on_device = [result.loss, result.bce, result.dice, result.image, result.grad_norm, result.rate[0]]
+        loss, bce, dice, image, norm, rate = torch.stack(on_device).tolist()
         factor = self.stage.batch_size / films  # rank 0's share of the global mean -> mean over its own films
         values = {
             "loss/step": loss * factor,
             "loss/step_bce": bce * factor,
             "loss/step_dice": dice * factor,
+            "loss/step_image": image * factor,
             "train/lr": rate,
             "train/grad_norm": norm,
             "speed/images_per_s": images_per_s,
@@ -98,11 +102,12 @@ class TrainingEvents:
             "speed/epoch_wait_share": row["wait_share"] if row["images_per_s"] else None,
         }
         if validation is not None and validation.records is not None:
-            values |= {
-                "loss/validation": validation.loss,
-                "loss/validation_bce": validation.loss_bce,
-                "loss/validation_dice": validation.loss_dice,
-                "evaluation/best_dice": row["best_dice"],
+            losses = dict(validation.losses)
+            highest = losses.pop("highest_probability")
+            values |= {name.replace("loss", "loss/validation", 1): value for name, value in losses.items()} | {
+                "evaluation/highest_probability": highest,
+                "evaluation/called_empty": row["called_empty"],
+                "evaluation/best": row["best"],
             }
             threshold = self.task.config.evaluate.threshold
             tensorboard.scores(self.log, step, validation.scores, validation.records, threshold)

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from pneumo_dist.data.loaders import split_batch
 from pneumo_dist.model.precision import amp_dtype, autocast
 from pneumo_dist.model.unet import ResNet34UNet, normalise
 from pneumo_dist.runtime.ranks import Ranks
-from pneumo_dist.training.losses import BCEDice
+from pneumo_dist.training.losses import BatchLoss
 
 # Training never reads batch-norm buffers, and only those of rank 0 are saved (see `Trainer`): sending them at every
 # step would be wasted. torch 2.13 renamed the option.
@@ -33,13 +33,24 @@ _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel._
 _LEAVE_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 
+class TrainBatch(NamedTuple):
+    """This rank's films of one global batch, n of them on the CPU, and what every rank knows of the whole batch."""
+
+    images: Tensor  # uint8 (n, 1, S, S)
+    masks: Tensor  # uint8 (n, 1, S, S), 0 and 1
+    labels: Tensor  # float32 (n,), 1 for a film with a pneumothorax
+    films: int  # of the global batch
+    positives: int  # its films with a pneumothorax
+
+
 @dataclass(frozen=True)
 class StepResult:
     """The results of one step; tensors stay on the device until they are read."""
 
     loss: Tensor  # this rank's share of the global batch's loss, float32 scalar
-    bce: Tensor  # its cross-entropy and 1 - soft Dice, before weighting
+    bce: Tensor  # its mask cross-entropy, Dice term and film cross-entropy, before weighting
     dice: Tensor
+    image: Tensor
     grad_norm: Tensor  # of the whole gradient, the same on every rank
     finite: Tensor  # bool scalar: whether the weights were updated; the same on every rank
     rate: Tensor  # learning rate, float32 (1,)
@@ -67,7 +78,7 @@ class Stepper:
         self.ranks, self.stage = ranks, stage
         self.device = ranks.device
         self.clip_norm = config.train.clip_norm
-        self.loss = BCEDice(config.loss)
+        self.loss = BatchLoss(config.loss)
         self.dtype = amp_dtype(config.train.amp, self.device)
         if wants_sync_bn(config, stage, ranks):
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -115,40 +126,44 @@ class Stepper:
         """
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
         blank = torch.zeros((2, 1, self.stage.size, self.stage.size), dtype=torch.uint8)
-        self._backward(blank, blank, global_batch=2 * self.ranks.world_size)
+        films = TrainBatch(blank, blank, torch.zeros(2), 2 * self.ranks.world_size, 0)
+        self._backward(films)
         self.optimizer.zero_grad()
         self.model.load_state_dict(before)
 
-    def micro_batches(self, images: Tensor, masks: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        """Cut this rank's images into micro-batches; the flag marks the last one, which exchanges the gradients."""
-        count = min(self.stage.accumulate, len(images))
-        indices = list(range(len(images)))
+    def micro_batches(self, batch: TrainBatch) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
+        """Cut this rank's films into micro-batches of images, masks and labels on the device.
+
+        The flag marks the last micro-batch, which exchanges the gradients.
+        """
+        count = min(self.stage.accumulate, len(batch.images))
+        indices = list(range(len(batch.images)))
         for i in range(count):
             chosen = split_batch(indices, i, count)
             part = slice(chosen[0], chosen[-1] + 1)
-            yield images[part], masks[part], i == count - 1
+            images, masks, labels = (
+                tensor[part].to(self.device, non_blocking=True) for tensor in (batch.images, batch.masks, batch.labels)
+            )
+            yield images, masks, labels, i == count - 1
 
-    def _backward(self, images: Tensor, masks: Tensor, global_batch: int) -> Tensor:
-        """Accumulate the gradient; return this rank's share of the loss and of its two terms, float32 (3,)."""
-        total = torch.zeros(3, device=self.device)
-        for image, mask, last in self.micro_batches(images, masks):
-            image = image.to(self.device, non_blocking=True)
-            mask = mask.to(self.device, non_blocking=True)
+    def _backward(self, batch: TrainBatch) -> Tensor:
+        """Accumulate the gradient; return this rank's share of the loss and of its terms, as `BatchLoss.share`."""
+        total = torch.zeros(4, device=self.device)
+        for images, masks, labels, last in self.micro_batches(batch):
             with nullcontext() if last else self._no_sync():  # around the forward pass too: DDP requires it
                 with autocast(self.dtype, self.device):
-                    logits = self.ddp(normalise(image))
-                bce, dice = self.loss.parts(logits, mask)
-                loss = self.loss.weighted(bce, dice).sum() / global_batch
-                self.scaler.scale(loss * self.ranks.world_size).backward()
-            total += torch.stack([loss, bce.sum() / global_batch, dice.sum() / global_batch]).detach()
+                    logits, film_logits = self.ddp(normalise(images))
+                share = self.loss.share(logits, film_logits, masks, labels, batch.films, batch.positives)
+                self.scaler.scale(share[0] * self.ranks.world_size).backward()
+            total += share.detach()
         return total
 
     def _no_sync(self) -> AbstractContextManager[Any]:
         """Return a context in which DDP does not exchange gradients."""
         return self.ddp.no_sync() if isinstance(self.ddp, DistributedDataParallel) else nullcontext()
 
-    def step(self, images: Tensor, masks: Tensor) -> StepResult:
-        """Train on this rank's uint8 (n, 1, S, S) images and masks of one global batch.
+    def step(self, batch: TrainBatch) -> StepResult:
+        """Train on this rank's films of one global batch.
 
         If the gradient is not finite, the step is skipped: on all ranks, because gradients are averaged over them. A
         skipped step does not count for the schedule.
@@ -157,7 +172,7 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         statistics = [buffer.clone() for buffer in self._statistics]
-        loss, bce, dice = self._backward(images, masks, self.stage.batch_size)
+        loss, bce, dice, image = self._backward(batch)
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = get_total_norm(gradients)
@@ -172,7 +187,7 @@ class Stepper:
         self._done += finite
         for buffer, before in zip(self._statistics, statistics, strict=True):
             buffer.copy_(torch.where(finite, buffer, before))
-        return StepResult(loss, bce, dice, norm, finite, rate)
+        return StepResult(loss, bce, dice, image, norm, finite, rate)
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights, optimizer, scaler and step count; the batch-norm buffers are those of this rank."""

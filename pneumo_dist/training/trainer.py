@@ -27,6 +27,7 @@ from pneumo_dist.runtime.processor import set_threads, warn_if_bits_may_differ
 from pneumo_dist.runtime.runlog import RunLog
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.runtime.task import Task
+from pneumo_dist.scoring.alarm import collapse
 from pneumo_dist.training.agreement import Agreement, NonFiniteLosses, Requests
 from pneumo_dist.training.batches import StageFilms, check_batch
 from pneumo_dist.training.checkpoint import CheckpointStore
@@ -58,6 +59,7 @@ class Trainer:
         config, ranks = task.config, task.ranks
         self.task, self.config, self.ranks = task, config, ranks
         self.stage = config.train_stage(task.stage)
+        config.loss.check()
         check_batch(self.stage, task.stage, ranks)
         self.machine = set_threads(config.train)
         self.films = StageFilms(task)
@@ -187,8 +189,8 @@ class Trainer:
         while self.state.epoch < self.stage.epochs:
             throughput = history.Throughput()
             while self.state.batch < self.steps_per_epoch:
-                images, masks, indices = throughput.next(batches)
-                result = self.stepper.step(images, masks)
+                batch, indices = throughput.next(batches)
+                result = self.stepper.step(batch)
                 throughput.add(self.stage.batch_size)
                 self._after_step(result, indices)
                 self._report_step(result, throughput)
@@ -238,9 +240,10 @@ class Trainer:
                 self.plateau.step(validation.loss)
                 self._set_rates()
         losses = self.ranks.gather(float(self._loss_sum) / self.steps_per_epoch)
-        better = validation is not None and validation.dice > self.state.best
-        if validation is not None and better:
-            self.state.best, self.state.best_epoch = validation.dice, number
+        score = validation.selection(self.config.train.select) if validation is not None else -1.0
+        better = score > self.state.best
+        if better:
+            self.state.best, self.state.best_epoch = score, number
         row: dict[str, Any] = {
             "epoch": number,
             "epochs": self.stage.epochs,
@@ -249,9 +252,13 @@ class Trainer:
             "lr": float(f"{float(self.stepper.rate):.7g}"),  # the digits of the float32 on the device
             **speed,
             "train_loss": sum(losses or []),
-            "best_dice": self.state.best,
+            "select": self.config.train.select,
+            "best": self.state.best,
             "best_epoch": self.state.best_epoch,
-        } | (validation.row() if validation else {})
+        }
+        if validation is not None:
+            # The first epochs may predict nothing; training that works leaves that state in a quarter of its epochs.
+            row |= validation.row() | {"alarm": collapse(validation.scores) if number > self.stage.epochs / 4 else ""}
         self.ranks.on_first(lambda: self._note_epoch(row, validation, better))
         self.state.epoch, self.state.batch = number, 0
 
@@ -279,6 +286,8 @@ class Trainer:
         self.events.epoch(self._batches_done, row, validation, reader)
         history.append(self.task.metrics, row)
         log.info("%s", history.line(row))
+        if row.get("alarm"):
+            log.warning("%s", row["alarm"])
 
     # --- model files -------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import faulthandler
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,17 @@ from pneumo_dist.runtime.task import Task
 from pneumo_dist.scoring.metrics import Records, Triplet, apply_triplet, summary
 from pneumo_dist.training.step import Stepper
 
-Losses = dict[str, tuple[float, float]]  # film id -> cross-entropy and 1 - soft Dice
+
+@dataclass(frozen=True)
+class FilmLoss:
+    """The terms of one film's loss at film size, before weighting, and its highest probability."""
+
+    bce: float
+    dice: float  # 1 - soft Dice
+    highest: float
+
+
+Losses = dict[str, FilmLoss]  # by film id
 Masks = dict[str, NDArray[np.bool_]]  # film id -> prediction at panel size, of the films to draw
 
 
@@ -38,30 +48,43 @@ class Validation:
     """The result of one validation, the same on every rank; records and masks on rank 0 only."""
 
     scores: dict[str, Any]  # `summary` at the fixed threshold
-    loss: float  # mean over films, at film size
-    loss_bce: float  # its terms before weighting
-    loss_dice: float
+    losses: dict[str, float | None]  # columns of metrics.jsonl, see `_losses`; None without films of that kind
     records: Records | None = None  # of all films; None on ranks other than 0
     masks: Masks = field(default_factory=dict)
 
     @property
-    def dice(self) -> float:
-        """Competition Dice, mean over films."""
-        return float(self.scores["dice"])
+    def loss(self) -> float:
+        """The loss over all films at film size, as the plateau rule reads it."""
+        return float(self.losses["loss"] or 0.0)
 
     def row(self) -> dict[str, float | None]:
         """Return the columns of metrics.jsonl; a score is None where it is undefined, Dice on positives 0."""
         named = {name: self.scores[name] for name in SCORES} | {"dice_positive": self.scores["dice_positive"] or 0.0}
-        return named | {"loss": self.loss, "loss_bce": self.loss_bce, "loss_dice": self.loss_dice}
+        called_empty = 1 - self.scores["called_positive"] / self.scores["films"]
+        return named | self.losses | {"called_empty": called_empty}
+
+    def selection(self, select: str) -> float:
+        """Return the score that decides the best epoch, by `train.select`.
+
+        Competition Dice alone is highest for a network that calls every film empty; Dice on positives and its product
+        with the AUC are 0 there.
+        """
+        dice_positive, auc = self.scores["dice_positive"], self.scores["auc"]
+        if select == "dice" or dice_positive is None:
+            return float(self.scores["dice"])
+        if select == "dice_positive" or auc is None:
+            return float(dice_positive)
+        return float(auc if select == "auc" else dice_positive * auc)
 
 
-def film_losses(prob: NDArray[np.float32], truth: NDArray[np.bool_], smooth: float) -> tuple[float, float]:
-    """Return cross-entropy and 1 - soft Dice of one film from float32 probabilities at film size (clipped at 1e-7)."""
+def film_loss(prob: NDArray[np.float32], truth: NDArray[np.bool_], smooth: float) -> FilmLoss:
+    """Return the terms of one film from float32 probabilities at film size (clipped at 1e-7)."""
     likelihood = np.clip(np.where(truth, prob, 1 - prob), 1e-7, 1)
     bce = -float(np.log(likelihood).mean(dtype=np.float64))
     overlap = float(prob.sum(where=truth, dtype=np.float64))
     total = float(prob.sum(dtype=np.float64)) + float(np.count_nonzero(truth))
-    return bce, 1 - (2 * overlap + smooth) / (total + smooth)
+    smooth_px = smooth * prob.size
+    return FilmLoss(bce, 1 - (2 * overlap + smooth_px) / (total + smooth_px), float(prob.max(initial=0)))
 
 
 def evaluation_copy(model: nn.Module, ranks: Ranks) -> nn.Module:
@@ -98,7 +121,7 @@ def validate(
     masks: Masks = {}
 
     def note(case: Case, prob: NDArray[np.float32], truth: NDArray[np.bool_]) -> None:
-        losses[case.id] = film_losses(prob, truth, config.loss.smooth)
+        losses[case.id] = film_loss(prob, truth, config.loss.smooth)
         if case.id in shown:
             masks[case.id] = fit_mask(apply_triplet(prob, rule), *panel_shape(case))
         faulthandler.dump_traceback_later(config.train.timeout_s / 2)  # the next film gets as long again
@@ -113,21 +136,55 @@ def validate(
     if ranks.any(stop.requested):
         return None
     shares = ranks.gather((records, losses, masks))
-    merged = _merged(shares, rule, config.loss) if shares is not None else None
+    merged = _merged(shares, rule, config.loss, predictor.scored) if shares is not None else None
     numbers: Validation | None = ranks.broadcast(replace(merged, records=None, masks={}) if merged else None)
     return merged or numbers
 
 
-def _merged(shares: Sequence[tuple[Records, Losses, Masks]], rule: Triplet, loss: Loss) -> Validation:
-    """Return the validation on the films of all ranks; fsum is exact, so the number of ranks changes no bit."""
+def _merged(shares: Sequence[tuple[Records, Losses, Masks]], rule: Triplet, loss: Loss, scored: bool) -> Validation:
     records = Records.concatenate([share for share, _, _ in shares])
-    by_film = {name: terms for _, share, _ in shares for name, terms in share.items()}
-    terms = [by_film[name] for name in records.ids]
+    by_film = {name: film for _, share, _ in shares for name, film in share.items()}
     return Validation(
         scores=summary(records, rule),
-        loss=math.fsum(loss.bce * bce + loss.dice * dice for bce, dice in terms) / len(records),
-        loss_bce=math.fsum(bce for bce, _ in terms) / len(records),
-        loss_dice=math.fsum(dice for _, dice in terms) / len(records),
+        losses=_losses(records, [by_film[name] for name in records.ids], loss, scored),
         records=records,
         masks={name: mask for _, _, share in shares for name, mask in share.items()},
     )
+
+
+def _losses(records: Records, films: Sequence[FilmLoss], loss: Loss, scored: bool) -> dict[str, float | None]:
+    """Return the loss of all films, its terms, and what shows a collapse: fsum is exact, so ranks change no bit.
+
+    loss_positive and loss_negative: mean over the films of that kind. loss_above_empty: the loss of the masks less the
+    Dice term of an empty answer on every film: the cross-entropy, slightly above 0, once the network has collapsed to
+    that answer, and below 0 where it segments.
+    """
+
+    def mean(values: Iterable[float]) -> float | None:
+        values = list(values)
+        return math.fsum(values) / len(values) if values else None
+
+    positive = (records.truth_px > 0).tolist()
+    scores = np.clip(np.where(positive, records.top, 1 - records.top.astype(np.float64)), 1e-7, 1)
+    of_film = (-np.log(scores)).tolist() if scored else [0.0] * len(films)
+    counted = [label or loss.dice_over == "all" for label in positive]
+    terms = [
+        loss.bce * film.bce + loss.image * image + loss.dice * film.dice * counts
+        for film, image, counts in zip(films, of_film, counted, strict=True)
+    ]
+    dice = [film.dice for film, counts in zip(films, counted, strict=True) if counts]
+    # As the training loss is normalised: by the films of the term, or by all films.
+    dice_term = math.fsum(dice) / (len(films) if loss.dice_over == "batch" else max(len(dice), 1))
+    empty = float(any(positive)) if loss.dice_over == "positives" else sum(positive) / len(films)
+    bce, image = mean(film.bce for film in films) or 0.0, mean(of_film) or 0.0
+    whole = loss.bce * bce + loss.dice * dice_term + loss.image * image
+    return {
+        "loss": whole,
+        "loss_bce": bce,
+        "loss_dice": dice_term,
+        "loss_image": image if scored else None,
+        "loss_positive": mean(term for term, label in zip(terms, positive, strict=True) if label),
+        "loss_negative": mean(term for term, label in zip(terms, positive, strict=True) if not label),
+        "loss_above_empty": whole - loss.image * image - loss.dice * empty,
+        "highest_probability": max(film.highest for film in films),
+    }

@@ -22,7 +22,7 @@ from pneumo_dist.model.unet import ResNet34UNet, normalise
 from pneumo_dist.runtime.processes import keep_memory
 from pneumo_dist.runtime.processor import set_threads
 from pneumo_dist.runtime.ranks import Ranks
-from pneumo_dist.training.step import Stepper
+from pneumo_dist.training.step import Stepper, TrainBatch
 
 Run = Callable[[int], float]  # steps -> seconds
 
@@ -97,9 +97,12 @@ class Ours:
             f"train.threads={torch.get_num_threads()}", "model.pretrained=none", *words,
         )  # fmt: skip
         self.config = configuration.load(None, list(words))
-        self.images, self.masks = films(case)
+        images, masks = films(case)
+        labels = masks.flatten(1).any(1).float()
+        positives = int(labels.sum()) * ranks.world_size
+        self.batch = TrainBatch(images, masks, labels, case.batch * ranks.world_size, positives)
         with self.settings():
-            self.stepper = Stepper(ResNet34UNet(0), self.config, self.config.stage1, ranks)
+            self.stepper = Stepper(ResNet34UNet(0, film_head=True), self.config, self.config.stage1, ranks)
         self._run = timed(self.step, case.device)
 
     def settings(self) -> Settings:
@@ -108,7 +111,7 @@ class Ours:
 
     def step(self) -> object:
         """Train one step."""
-        return self.stepper.step(self.images, self.masks)
+        return self.stepper.step(self.batch)
 
     def __call__(self, steps: int) -> float:
         with self.settings():

@@ -36,7 +36,7 @@ from pneumo_dist.inference.film_plan import write_film_plan
 from pneumo_dist.model.modelfile import load_model, save_model
 from pneumo_dist.model.precision import amp_dtype, autocast
 from pneumo_dist.model.unet import ResNet34UNet, normalise
-from pneumo_dist.prediction.predictor import Predictor
+from pneumo_dist.prediction.predictor import Forward, Predictor
 from pneumo_dist.run import Run
 from pneumo_dist.runtime.task import Task
 from tests.benchmarks import frame
@@ -46,7 +46,7 @@ BARE = "bare forward"
 
 def bare(predictor: Predictor, images: torch.Tensor, batch: int) -> None:
     """Forward preloaded films, one batch in flight ahead of the one waited for."""
-    waiting: Callable[[], torch.Tensor] | None = None
+    waiting: Callable[[], Forward] | None = None
     for start in range(0, len(images), batch):
         started = predictor.launch(images[start : start + batch])
         if waiting:
@@ -69,9 +69,9 @@ def plain_loop(model: torch.nn.Module, paths: list[Path], size: int, device: tor
         image = torch.from_numpy(small)[None, None].to(device)
         inputs = normalise(image)
         with autocast(dtype, device):
-            prob = torch.sigmoid(model(inputs).float())
+            prob = torch.sigmoid(model(inputs)[0].float())
             if tta == "hflip":
-                prob = (prob + torch.sigmoid(model(inputs.flip(-1)).float()).flip(-1)) / 2
+                prob = (prob + torch.sigmoid(model(inputs.flip(-1))[0].float()).flip(-1)) / 2
         wide = cv2.resize(prob[0, 0].cpu().numpy(), pixels.shape[::-1], interpolation=cv2.INTER_LINEAR)
         encode_rle(wide > 0.5)
 

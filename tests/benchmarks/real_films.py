@@ -1,216 +1,269 @@
-"""Learning on real films: out-of-fold scores of this project beside the same training with another library's network.
+"""Learning on real films: out-of-fold scores of this project's recipe, of its former loss, and of a peer.
 
-    python tests/benchmarks/real_films.py --dicom-dir DIR --csv FILE --patients FILE --work DIR [--folds 0,1,2,3,4]
-        [--size 128 --epochs 15 ...] [--arm ours|peer] [--json FILE]
+    python -m tests.benchmarks real_films --dicom-dir DIR --csv FILE... --patients FILE... --work DIR [--seeds 0,1]
+        [--size 96 --epochs 30 ...] [--arms ours,before,peer] [--weights FILE --device cuda]
 
-Both arms start from random weights and see the same films in the same batches with the same augmentation, loss, Adam
-and cosine. "ours" is trained by the ordinary stage functions, "peer" is segmentation_models_pytorch's
-Unet("resnet34") in a plain loop. The last epoch's weights count: none are chosen by looking. Both are scored by the same
-functions as a pooled evaluation; triplets are tuned on other folds. Two sizes (--size 256,512 --epochs 30,10) make two
-passes. Finished folds are not repeated when --work is given again; the arms may run at the same time.
+Every arm sees the same films and patient folds, for as many epochs of the same size. "ours" is configs/small.yaml;
+"before" is the same with Dice over all films and without the image-level term; "peer" is segmentation_models_pytorch's
+Unet("resnet34") with its own DiceLoss and BCE in a plain loop over shuffled films. All start from random weights, or
+all from torchvision's ImageNet weights (--weights). No epoch is chosen by looking. Thresholds are tuned on other folds.
+Finished folds are not repeated, and an unfinished one resumes, when --work is given again; processes with other seeds
+or arms may run at the same time.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torch.utils.data import DataLoader
 
 from pneumo_dist import config as configuration
 from pneumo_dist.data.augment import Augmenter
 from pneumo_dist.data.cases import Case, read_cases
 from pneumo_dist.data.loaders import FilmDataset, TrainBatches, fold_cases, make_loader
-from pneumo_dist.model.pretrained import import_torchvision
+from pneumo_dist.model.pretrained import imagenet_file, import_torchvision
+from pneumo_dist.model.unet import normalise
 from pneumo_dist.prediction.forward import Predictor, predict_records
 from pneumo_dist.runtime.files import write_json, write_text
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.scoring import scorecard
+from pneumo_dist.scoring.metrics import Decisions, auc, dice
 from pneumo_dist.scoring.records import Records, record_thresholds
 from pneumo_dist.stages import run_stage
+from tests.benchmarks.environment import ROOT
 
-ARMS = ("ours", "peer")
-SHOWN = {"dice": "Dice", "dice_positive": "on positives", "auc": "AUC", "sensitivity": "sens.", "specificity": "spec."}
+BEFORE = ("loss.dice_over=all", "loss.image=0", "train.select=dice", "stage1.positive_share=", "augment.affine=0")
+COLUMNS = ("Dice on positives", "AUC", "sens. at 0.9 spec.", "Dice, cross-fitted", "spec. at the threshold")
+Floats = NDArray[np.float64]
 
 
-def recipe(options: argparse.Namespace) -> configuration.Config:
-    """Return the configuration of both arms: one pass for each size."""
-    passes = list(zip(options.size, options.epochs, strict=True))
+def recipe(options: argparse.Namespace, arm: str, seed: int) -> configuration.Config:
+    """Return the configuration of one arm; the peer takes films, size and length from it."""
     words = [
-        f"stages={','.join(str(n + 1) for n in range(len(passes)))}",
         f"data.dicom_dir={options.dicom_dir.absolute()}",
-        f"data.rle_csv={options.csv.absolute()}",
-        f"data.patient_map={options.patients.absolute()}",
+        f"data.rle_csv={options.work / 'rle.csv'}",
+        f"data.patient_map={options.work / 'patients.csv'}",
         f"data.shard_dir={options.work / 'shards'}",
         "data.shards=4",
         "data.workers=1",
-        "model.pretrained=none",
-        f"train.seed={options.seed}",
+        f"model.pretrained={'imagenet' if options.weights else 'none'}",
+        f"train.seed={seed}",
         f"train.threads={options.threads}",
         "train.workers=0",
-        "train.amp=off",
-        "train.eval_every=1000000",  # after the last epoch only, so that "best" is the last epoch
-        "evaluate.threshold=0.5",
+        f"train.amp={options.amp}",
+        "train.eval_every=5",
+        "train.save_every_s=60",
+        f"stage1.size={options.size}",
+        f"stage1.epochs={options.epochs}",
     ]
-    for n, (size, epochs) in enumerate(passes, start=1):
-        words += [f"stage{n}.size={size}", f"stage{n}.epochs={epochs}", f"stage{n}.batch_size={options.batch}"]
-        words += [f"stage{n}.lr={options.lr}", f"stage{n}.positive_share={options.positive_share}"]
-    return configuration.load(None, words)
+    words += [f"model.weights={options.weights.absolute()}"] if options.weights else []
+    words += BEFORE if arm == "before" else ()
+    return configuration.load(ROOT / "configs" / "small.yaml", words)
 
 
-def prepare(options: argparse.Namespace, config: configuration.Config) -> list[Case]:
-    """Make the shards and folds, which both arms share, and return the films."""
-    run_dir = options.work / "data"
-    run_dir.mkdir(parents=True, exist_ok=True)
+def join_lists(paths: list[Path], target: Path) -> None:
+    """Join csv files of equal heads into one."""
+    texts = [path.read_text(encoding="utf-8-sig").splitlines() for path in paths]
+    write_text(target, "\n".join([texts[0][0], *(line for text in texts for line in text[1:])]) + "\n")
+
+
+def prepare(options: argparse.Namespace) -> list[Case]:
+    """Make the shards and folds that all arms share, and return the films."""
+    options.work.mkdir(parents=True, exist_ok=True)
     with open(options.work / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the other arm may be starting too
-        write_text(run_dir / "config.yaml", configuration.to_yaml(config))
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be starting too
+        join_lists(options.csv, options.work / "rle.csv")
+        join_lists(options.patients, options.work / "patients.csv")
+        folder = options.work / f"data-{options.size}"
+        write_text(folder / "config.yaml", configuration.to_yaml(recipe(options, "ours", 0)))
         for stage in ("preprocess", "finalize"):
-            run_stage(stage, run_dir)
+            run_stage(stage, folder)
     return read_cases(options.work / "shards")
 
 
-def ours(options: argparse.Namespace, config: configuration.Config, fold: int) -> Path:
+def ours(options: argparse.Namespace, arm: str, seed: int, fold: int) -> Path:
     """Train and evaluate one fold through the ordinary stages; return the file of its records."""
-    run_dir = options.work / "ours"
+    run_dir = options.work / f"{arm}-{options.size}-seed{seed}"
+    config = recipe(options, arm, seed)
     write_text(run_dir / "config.yaml", configuration.to_yaml(config))
-    for stage in (*config.train_stages, "evaluate"):
+    for stage in (*config.stages, "evaluate"):
         run_stage(stage, run_dir, fold)
     return run_dir / f"fold{fold}" / "evaluate" / "records.npz"
 
 
-def plain_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Return binary cross-entropy plus 1 - soft Dice per image, averaged over the batch."""
-    chance = torch.sigmoid(logits)
-    hit, size = (chance * masks).sum((1, 2, 3)), (chance + masks).sum((1, 2, 3))
-    return binary_cross_entropy_with_logits(logits, masks) + (1 - (2 * hit + 1) / (size + 1)).mean()
+class PeerNet(nn.Module):
+    """The other library's network, called as this project's predictor calls its own."""
+
+    film_head = None
+
+    def __init__(self, weights: Path | None) -> None:
+        super().__init__()
+        import_torchvision()  # the library imports it
+        import segmentation_models_pytorch as smp
+
+        self.net = smp.Unet("resnet34", encoder_weights=None, in_channels=3, classes=1)
+        if weights:
+            state = torch.load(imagenet_file(weights), map_location="cpu", weights_only=True)
+            self.net.encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.net(x), None
 
 
-def fit(net: nn.Module, films: DataLoader[Any], steps: int, lr: float, device: torch.device) -> None:
-    """Train one pass in a plain loop."""
-    mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(1, 3, 1, 1)
-    std = torch.tensor([0.229, 0.224, 0.225], device=device).view(1, 3, 1, 1)
-    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    net.train()
+def peer(options: argparse.Namespace, seed: int, fold: int, cases: list[Case]) -> Path:
+    """Train the other library's network on one fold, score it as ours is; return the file of its records."""
+    path = options.work / f"peer-{options.size}-seed{seed}" / f"fold{fold}" / "records.npz"
+    if path.exists():
+        return path
+    config, device = recipe(options, "before", seed), Ranks().device
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(seed)
+    net = PeerNet(options.weights).to(device)
+    import segmentation_models_pytorch as smp
+
+    train, validation = fold_cases(cases, fold)
+    stage, shards, half = config.stage1, options.work / "shards", options.amp == "bf16"
+    batches = TrainBatches(len(train), stage.batch_size, seed, stage.epochs)
+    films = make_loader(FilmDataset(shards, stage.size, train, Augmenter(config.augment, seed)), batches, 0, seed)
+    optimizer = torch.optim.Adam(net.parameters(), lr=stage.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+    dice_loss = smp.losses.DiceLoss("binary")
     for image, mask, _ in films:
-        image, mask = image.to(device), mask.to(device)
-        loss = plain_loss(net((image.float() / 255 - mean) / std), mask.float())
+        image, mask = image.to(device), mask.to(device).float()
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            logits = net(normalise(image))[0]
+        logits = logits.float()
+        loss = dice_loss(logits, mask) + binary_cross_entropy_with_logits(logits, mask)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-
-
-def peer(options: argparse.Namespace, config: configuration.Config, fold: int, cases: list[Case]) -> Path:
-    """Train the other library's network on one fold, score it as ours is; return the file of its records."""
-    path = options.work / "peer" / f"fold{fold}" / "records.npz"
-    if path.exists():
-        return path
-    import_torchvision()  # the library imports it
-    import segmentation_models_pytorch as smp
-
-    device = Ranks().device
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    net = smp.Unet("resnet34", encoder_weights=None, in_channels=3, classes=1).to(device)
-    train, validation = fold_cases(cases, fold)
-    shards = options.work / "shards"
-    for name in config.train_stages:
-        stage = config.train_stage(name)
-        batches = TrainBatches(
-            len(train), stage.batch_size, options.seed, stage.epochs,
-            labels=[case.label for case in train], shares=stage.positive_share,
-        )  # fmt: skip
-        dataset = FilmDataset(shards, stage.size, train, Augmenter(config.augment, options.seed))
-        fit(net, make_loader(dataset, batches, 0, options.seed), len(batches), stage.lr, device)
-    settings, size = config.evaluate, config.sizes[-1]
-    predictor = Predictor([net.eval()], size, device, settings.tta, config.train.amp)
+    settings = config.evaluate
+    predictor = Predictor([net.eval()], stage.size, device, settings.tta, config.train.amp)
     records = predict_records(
-        predictor, validation, shards, size, settings.batch_size, record_thresholds(settings)
+        predictor, validation, shards, stage.size, settings.batch_size, record_thresholds(settings)
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     records.save(path)
     return path
 
 
-def cell(entry: dict[str, Any], name: str) -> str:
-    """Show one score with its interval by patient."""
-    low, high = entry["intervals"][name]
-    return f"{entry[name]:.3f} ({low:.3f}-{high:.3f})"
+def sensitivity_at(scores: NDArray[Any], positive: NDArray[np.bool_], weights: Floats, specificity: float) -> Floats:
+    """Return the sensitivity at the lowest threshold of at least that specificity, for each row of weights, (B,)."""
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.diff(scores[order]) != 0, True)  # films of equal score pass together
+    called = np.cumsum(weights[:, order] * ~positive[order], 1)[:, last]
+    found = np.cumsum(weights[:, order] * positive[order], 1)[:, last]
+    allowed = called <= (1 - specificity) * (weights @ ~positive)[:, None]
+    return np.where(allowed, found, 0).max(1) / np.maximum(weights @ positive, 1)
 
 
-def report(parts: dict[str, list[Path]], config: configuration.Config) -> dict[str, Any]:
-    """Pool the folds of each arm, print the table, and return every score."""
-    result: dict[str, Any] = {}
-    head = f"{'arm and decision':52}" + "".join(f"{title:>22}" for title in SHOWN.values())
-    for arm, files in parts.items():
-        records = Records.concatenate(Records.load(path) for path in files)
-        tuned = scorecard.tune(records, config.evaluate, by="fold")
-        result[arm] = scores = scorecard.scores(records, tuned, config.evaluate)
-        if head:
-            print(
-                f"{scores['films']} films of {scores['patients']} patients, {scores['positive']} positive, out of fold"
-            )
-            print(head)
-            empty = scores["headline"]["fixed"]
-            print(
-                f"{scorecard.ALL_EMPTY:52}{cell(empty, 'dice_all_empty'):>22}{0:>22.3f}{0.5:>22.3f}{0:>22.3f}{1:>22.3f}"
-            )
-            head = ""
-        for label, entry in scorecard.headline_lines(scores):
-            print(f"{arm + ': ' + label:52}" + "".join(f"{cell(entry, name):>22}" for name in SHOWN))
-    return result
+def of_arm(files: list[Path], settings: configuration.Evaluate, weights: Floats) -> dict[str, Floats]:
+    """Return every column over the films of all folds, for each row of weights: those of one arm and seed."""
+    records = Records.concatenate(Records.load(path) for path in files)
+    tuned = scorecard.tune(records, settings, by="fold")
+    positive, rule = records.truth_px > 0, scorecard.fixed(settings.threshold)
+    fitted: Decisions | Any = tuned.fit.decisions if tuned.fit else rule
+    empty = dice(records, rule) * 0 + ~positive
+
+    def mean(values: Floats, over: NDArray[np.bool_]) -> Floats:
+        return (weights @ (values * over)) / np.maximum(weights @ over, 1)
+
+    every = np.ones(len(records), bool)
+    called = records.areas[:, records.column(settings.threshold)] > 0
+    values = (
+        mean(dice(records, rule), positive),
+        auc(records.top, positive, weights),
+        sensitivity_at(records.top, positive, weights, 0.9),
+        mean(dice(records, fitted), every),
+        mean((~called).astype(float), ~positive),
+    )
+    return dict(zip(COLUMNS, values, strict=True)) | {"all empty": mean(empty, every)}
 
 
-def numbers(text: str) -> list[int]:
-    """Read a list such as 0,1,2."""
-    return [int(word) for word in text.split(",")]
+def resamples(files: list[Path], count: int = 1000) -> Floats:
+    """Return how often each film occurs, (count + 1, n): first once each, then in resamples of whole patients."""
+    groups = np.unique(Records.concatenate(Records.load(path) for path in files).groups, return_inverse=True)[1]
+    patients = int(groups.max()) + 1
+    drawn = np.random.default_rng(0).multinomial(patients, np.full(patients, 1 / patients), size=count)
+    return np.vstack([np.ones((1, len(groups))), drawn[:, groups]]).astype(np.float64)
+
+
+def cell(values: Floats) -> str:
+    """Show a score, or a difference of two, with its 95 % interval by patient."""
+    low, high = np.nanquantile(values[1:], (0.025, 0.975))
+    return f"{values[0]:.3f} ({low:.3f} to {high:.3f})"
+
+
+def report(parts: dict[tuple[str, int], list[Path]], settings: configuration.Evaluate) -> dict[str, Any]:
+    """Pool the folds of each arm and seed, print scores and paired differences, and return them."""
+    weights = resamples(next(iter(parts.values())))
+    scores = {key: of_arm(files, settings, weights) for key, files in parts.items()}
+    first = next(iter(scores.values()))
+    print(f"\n{weights.shape[1]} films out of fold; calling every film empty: Dice {cell(first['all empty'])}")
+    print(f"| {'arm, seed':28} | " + " | ".join(f"{name:24}" for name in COLUMNS) + " |")
+    print("|" + "|".join(["-" * 30, *["-" * 26] * len(COLUMNS)]) + "|")
+    rows = {f"{arm}, {seed}": score for (arm, seed), score in scores.items()}
+    rows |= {
+        f"ours - {arm}, {seed}": {name: scores["ours", seed][name] - score[name] for name in COLUMNS}
+        for (arm, seed), score in scores.items()
+        if arm != "ours" and ("ours", seed) in scores
+    }
+    for label, row in rows.items():
+        print(f"| {label:28} | " + " | ".join(f"{cell(row[name]):24}" for name in COLUMNS) + " |")
+    return {label: {name: [float(v) for v in (x[0], *np.nanquantile(x[1:], (0.025, 0.975)))] for name, x in row.items()} for label, row in rows.items()}  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(word) for word in text.split(",")]
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dicom-dir", type=Path, required=True, help="searched recursively")
+    parser.add_argument("--csv", type=Path, nargs="+", required=True, help="RLE lists")
+    parser.add_argument("--patients", type=Path, nargs="+", required=True, help="csv files of ImageId,PatientKey")
+    parser.add_argument("--work", type=Path, required=True, help="folder of shards, runs and records")
+    parser.add_argument("--arms", type=lambda text: text.split(","), default=["ours", "before", "peer"])
+    parser.add_argument("--seeds", type=numbers, default=[0, 1])
+    parser.add_argument("--folds", type=numbers, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--size", type=int, default=96, help="pixels")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--weights", type=Path, help="torchvision's resnet34 weights; default: random start")
+    parser.add_argument("--amp", default="bf16", help="train.amp: bf16, or off where the processor has no bfloat16")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads on the CPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the GPU that torch sees")
+    parser.add_argument("--json", type=Path, help="where to write every score")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
+    options.work = options.work.absolute()
+    return options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dicom-dir", type=Path, required=True)
-    parser.add_argument("--csv", type=Path, required=True, help="RLE list")
-    parser.add_argument("--patients", type=Path, required=True, help="csv of ImageId,PatientKey")
-    parser.add_argument("--work", type=Path, required=True, help="folder of shards, runs and records")
-    parser.add_argument(
-        "--arm", choices=ARMS, help="train this arm only and print nothing; default: both, and the table"
-    )
-    parser.add_argument("--json", type=Path, help="where to write every score")
-    parser.add_argument("--folds", type=numbers, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--size", type=numbers, default=[128], help="pixels; two for two passes")
-    parser.add_argument("--epochs", type=numbers, default=[15], help="of each pass")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--positive-share", default="0.8,0.4", help="of the films drawn, first and last epoch")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="torch threads on the CPU")
-    options = parser.parse_args()
-    if len(options.size) != len(options.epochs) or len(options.size) > 2:
-        parser.error("--size and --epochs take one number each, or two each")
-    options.work = options.work.absolute()
-    config = recipe(options)
-    cases = prepare(options, config)
-    parts: dict[str, list[Path]] = {arm: [] for arm in ARMS}
-    for fold in options.folds:
-        if options.arm != "peer":
-            parts["ours"].append(ours(options, config, fold))
-        if options.arm != "ours":
-            parts["peer"].append(peer(options, config, fold, cases))
-    if options.arm is None:
-        result = report(parts, config)
-        if options.json:
-            settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-            write_json(options.json, {"options": settings, **result})
+    """Train what is missing, and print the tables."""
+    options = arguments()
+    cases = prepare(options)
+    parts: dict[tuple[str, int], list[Path]] = {}
+    for seed in options.seeds:
+        for arm in options.arms:
+            parts[arm, seed] = [
+                peer(options, seed, fold, cases) if arm == "peer" else ours(options, arm, seed, fold)
+                for fold in options.folds
+            ]
+    result = report(parts, recipe(options, "ours", 0).evaluate)
+    if options.json:
+        settings = {k: str(v) for k, v in vars(options).items()}
+        write_json(options.json, {"options": settings, "scores": result})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pneumo_dist import config as configuration
 from pneumo_dist.config import Loss
 from pneumo_dist.model.precision import autocast
 from pneumo_dist.model.unet import ResNet34UNet, normalise
-from pneumo_dist.training.losses import BCEDice
+from pneumo_dist.training.losses import BatchLoss
 from pneumo_dist.training.step import _LEAVE_BUFFERS
 from tests.benchmarks.contestants import Case, Run, Settings, films, timed
 
@@ -39,7 +39,7 @@ class Variant:
 def step_of(variant: Variant, case: Case, ranks: int = 1) -> Run:
     """Return the loop of `variant`; with more than one rank the process group must exist."""
     device = torch.device(case.device)
-    model = ResNet34UNet(0).to(device)
+    model = ResNet34UNet(0, film_head=True).to(device)
     if variant.layout is None:
         model.lay_out(case.size if case.device == "cpu" else None)
     else:
@@ -50,16 +50,18 @@ def step_of(variant: Variant, case: Case, ranks: int = 1) -> Run:
         if variant.hook:
             wrapped.register_comm_hook(None, variant.hook)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=variant.fused)
-    loss_of = BCEDice(Loss())
+    loss_of = BatchLoss(Loss())
     images, masks = films(case)
+    labels = masks.flatten(1).any(1).float().to(device)
+    counts = len(images) * ranks, int(labels.sum()) * ranks
     if not variant.uint8:
         images = normalise(images)
 
     def step() -> None:
         x, y = images.to(device, non_blocking=True), masks.to(device, non_blocking=True)
         with autocast(case.dtype, device):
-            logits = wrapped(normalise(x) if variant.uint8 else x)
-        loss_of.weighted(*loss_of.parts(logits, y)).mean().backward()
+            logits, film_logits = wrapped(normalise(x) if variant.uint8 else x)
+        (loss_of.share(logits, film_logits, y, labels, *counts)[0] * ranks).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -57,7 +57,7 @@ def fingerprint(run_dir: Path, stage: str = "1") -> dict[str, object]:
     """Return what must not depend on interruptions: the bits of all weight files, and the numbers of every epoch."""
     out = run_dir / "fold0" / f"stage{stage}"
     rows = history.read(out / "metrics.jsonl")
-    kept = ("epoch", "step", "lr", "train_loss", "best_dice", "dice", "loss", "dice_positive")
+    kept = ("epoch", "step", "lr", "train_loss", "best", "dice", "loss", "dice_positive")
     return {name: weights(out / f"{name}.pt") for name in ("best", "last", "swa")} | {
         "epochs": [{key: row.get(key) for key in kept} for row in rows]
     }

@@ -19,8 +19,8 @@ from pneumo_dist import config as configuration
 from pneumo_dist import stages
 from pneumo_dist.runtime.task import Attempt
 from pneumo_dist.training.checkpoint import CheckpointStore
-from pneumo_dist.training.losses import BCEDice
-from pneumo_dist.training.step import Stepper
+from pneumo_dist.training.losses import BatchLoss
+from pneumo_dist.training.step import Stepper, TrainBatch
 from tests.dist import small_run
 from tests.dist.spawn import exits
 
@@ -43,12 +43,12 @@ def note_films(run_dir: Path) -> None:
     """Record the input of every step: a hash of each augmented film, for all ranks in one file."""
     original = Stepper.step
 
-    def step(stepper: Stepper, images: torch.Tensor, masks: torch.Tensor, *rest: Any) -> Any:
-        for image in images:
+    def step(stepper: Stepper, batch: TrainBatch) -> Any:
+        for image in batch.images:
             name = hashlib.sha256(image.numpy().tobytes()).hexdigest()[:16]
             with (run_dir / "seen").open("a") as seen:
                 seen.write(f"{name}\n")
-        return original(stepper, images, masks, *rest)
+        return original(stepper, batch)
 
     Stepper.step = step  # type: ignore[method-assign]
 
@@ -85,12 +85,12 @@ def be_overtaken_at_3(run_dir: Path) -> None:
 
 def diverge_from_3(_run_dir: Path) -> None:
     if os.environ["RANK"] == "1":
-        original = BCEDice.weighted
+        original = BatchLoss.share
 
         def broken(*arguments: Any) -> torch.Tensor:
             return original(*arguments) * float("nan")
 
-        _before_step(3, lambda: setattr(BCEDice, "weighted", broken))
+        _before_step(3, lambda: setattr(BatchLoss, "share", broken))
 
 
 def signalled_while_saving(_run_dir: Path) -> None:

@@ -72,6 +72,7 @@ def test_a_worklist_of_5000_films_opens_at_once(tmp_path):
         "models": ["ab"],
         "sizes": [512],
         "tta": "hflip",
+        "score": "image-level head",
         "triplet": RULE,
         "triplet_from": "model file",
     }

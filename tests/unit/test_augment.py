@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from pneumo_dist.config import Augment
+from pneumo_dist.config import Augment, ConfigError, load
 from pneumo_dist.data.augment import Augmenter
 from tests.film_files import grey
 
@@ -104,6 +104,50 @@ def test_limits_bound_each_tone(name, limit):
     assert values.min() >= max(0, low - 1) and values.max() <= min(255, high + 1)
     if name != "contrast":  # a flat picture has no contrast to change
         assert values.max() - values.min() > 0.5 * (min(255, high) - max(0, low))
+
+
+def ellipse() -> np.ndarray:
+    y, x = np.mgrid[:96, :96] - 47.5
+    return ((x / 36) ** 2 + (y / 12) ** 2 < 1).astype(np.uint8)
+
+
+def moved(count: int, **limits: float) -> list[tuple[np.ndarray, np.ndarray]]:
+    limits = {"shift": 0.0, "scale": 0.0, "rotate": 0.0, **limits}
+    augmenter, mask = Augmenter(Augment(**NONE, affine=1.0, **limits), 3), ellipse()
+    return [augmenter(mask * np.uint8(200), mask, 0, index) for index in range(count)]
+
+
+def test_a_film_and_its_mask_are_moved_together_and_the_mask_stays_one():
+    for image, mask in moved(30, shift=0.2, scale=0.3, rotate=30.0):
+        assert image.dtype == mask.dtype == np.uint8 and set(np.unique(mask)) == {0, 1}
+        assert np.mean((image > 100) == mask) > 0.99  # the film is interpolated, the mask is not
+
+
+def test_limits_bound_shift_scale_and_rotation():
+    centres = np.array([np.argwhere(mask).mean(0) - np.argwhere(ellipse()).mean(0) for _, mask in moved(60, shift=0.1)])
+    assert 6 < np.abs(centres).max() <= 9.6 + 1 and centres.min() < -6 and centres.max() > 6
+    scales = np.array([np.sqrt(mask.sum() / ellipse().sum()) for _, mask in moved(60, scale=0.2)])
+    assert 0.79 < scales.min() < 0.86 and 1.14 < scales.max() < 1.21
+    angles = []
+    for _, mask in moved(60, rotate=20.0):
+        assert abs(int(mask.sum()) - int(ellipse().sum())) < 40
+        (yy, xy), (_, xx) = np.cov(np.argwhere(mask).T)
+        angles.append(np.degrees(np.arctan2(2 * xy, xx - yy)) / 2)
+    assert -20.5 < min(angles) < -12 and 12 < max(angles) < 20.5
+
+
+def test_moving_is_off_by_default_and_draws_by_its_probability():
+    plain, other = Augmenter(Augment(), 5), Augmenter(Augment(shift=0.5, scale=0.5, rotate=90.0), 5)
+    assert all(np.array_equal(plain(IMAGE, MASK, 0, i), other(IMAGE, MASK, 0, i)) for i in range(40))
+    augmenter = Augmenter(Augment(**NONE, affine=0.5), 5)
+    changed = sum(not np.array_equal(augmenter(IMAGE, MASK, 0, i)[0], IMAGE) for i in range(200))
+    assert abs(changed - 100) < 5 * 7  # five standard deviations of 200 draws
+
+
+@pytest.mark.parametrize("word", ["affine=1.1", "shift=-0.1", "scale=1", "rotate=181"])
+def test_limits_that_make_no_sense_are_refused(word: str):
+    with pytest.raises(ConfigError, match=rf"augment\.{word.partition('=')[0]}"):
+        load(None, [f"augment.{word}"])
 
 
 def test_inputs_are_left_as_they_are_and_types_are_kept():

@@ -41,7 +41,8 @@ def test_the_listing_has_every_key_with_type_default_and_meaning(capsys: pytest.
     assert columns["data.dicom_dir"] == ["str or null", "null"]
     assert columns["train.deterministic"] == ["bool", "true"]
     assert columns["stages"] == ["list of str", "1,2,swa"] and columns["infer.models"] == ["list of str", "[]"]
-    assert columns["evaluate.min_areas"] == ["list of int", "0,250,500,750,1000,1500,2000,2500,3000,3500,4000,5000"]
+    grid = "0.2,0.25,0.3,0.35,0.4,0.45,0.5,0.55,0.6,0.65,0.7,0.75,0.8"
+    assert columns["evaluate.mask_thresholds"] == ["list of float", grid]
     words = [f"{name}={default.replace('[]', '')}" for name, (_, default) in columns.items()]
     assert load(None, words) == Config()  # the printed defaults are those of the schema
 
@@ -49,7 +50,7 @@ def test_the_listing_has_every_key_with_type_default_and_meaning(capsys: pytest.
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("loss.", ["loss.bce", "loss.dice", "loss.smooth"]),
+        ("loss.", ["loss.bce", "loss.dice", "loss.dice_over", "loss.smooth", "loss.image"]),
         ("POSITIVE_share", ["stage1.positive_share", "stage2.positive_share"]),
         ("horizontal flip", ["augment.hflip"]),
     ],
@@ -76,4 +77,4 @@ def test_an_unknown_key_of_a_recipe_names_the_listing() -> None:
 
 
 def test_each_configuration_has_lists_of_its_own() -> None:
-    assert Config().evaluate.min_areas is not Config().evaluate.min_areas
+    assert Config().evaluate.mask_thresholds is not Config().evaluate.mask_thresholds

@@ -3,11 +3,15 @@
 import csv
 import json
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from launch.monitor.outcome import print_result
+from launch.monitor.scores import score_table
+from pneumo_dist.chain import Node
 from pneumo_dist.config import ConfigError, load
 from pneumo_dist.data import phantom
 from pneumo_dist.data.cases import find_films, read_cases, read_patient_map
@@ -60,7 +64,7 @@ def scores_of(run_dir, fold=0):
 def test_the_headline_is_fixed_and_cross_fitted_and_tuned_on_the_scored_films_is_optimistic(run_dir):
     scores = scores_of(run_dir)
     records = Records.load(run_dir / "fold0" / "evaluate" / "records.npz")
-    assert set(scores["headline"]) == {"fixed", "fixed_0.5", "cross_fitted"}
+    assert set(scores["headline"]) == {"fixed", "fixed_0.5", "fixed_score", "cross_fitted"}
     fixed = scores["headline"]["fixed"]
     assert fixed["mask_threshold"] == 0.55 and fixed["dice"] == dice(records, Triplet(0.0, 0, 0.55)).mean()
     assert scores["headline"]["cross_fitted"]["tuned_on"] == "other patients"
@@ -101,7 +105,10 @@ def test_the_folds_model_is_the_same_weights_plus_the_decision(run_dir):
         and meta["provenance"]["fold"] == 0
     )
     assert meta["config"]["stage1.size"] == 32
-    assert np.array(thresholds["surface"]["dice"]).shape == (13, 12, 13) and "optimistic" in thresholds["note"]
+    surface = thresholds["surface"]
+    axes = tuple(len(surface[name]) for name in ("top_scores", "min_areas", "mask_thresholds"))
+    assert np.array(surface["dice"]).shape == axes and axes[2] == 13 and "optimistic" in thresholds["note"]
+    assert surface["top_scores"][0] == 0.0 and surface["top_scores"][-1] == 2.0  # every film positive; all empty
 
 
 def test_holdout_films_are_scored_apart(run_dir):
@@ -144,9 +151,13 @@ def test_the_pool_is_the_folds_together_cross_fitted_by_fold(run_dir):
 
 def test_the_summary_fits_one_screen_and_labels_optimistic_scores(run_dir):
     text = (run_dir / "fold0" / "evaluate" / "summary.txt").read_text()
-    assert len(text.splitlines()) <= 24 and all(len(line) <= 110 for line in text.splitlines())
+    # 24 lines and the warnings: random weights segment nothing, and no thresholds help.
+    assert len(text.splitlines()) <= 29 and all(len(line) <= 110 for line in text.splitlines())
     for part in (
+        "WARNING: the network segments nothing",
+        "WARNING: no thresholds give a better Dice than calling every film empty",
         "fixed threshold 0.55",
+        "fixed threshold 0.55, score 0.5",
         "thresholds tuned by cross-fitting",
         "tuned on the scored films (optimistic)",
         "all empty (baseline)",
@@ -156,11 +167,25 @@ def test_the_summary_fits_one_screen_and_labels_optimistic_scores(run_dir):
         assert part in text
 
 
+def test_the_last_lines_of_a_command_repeat_the_alarms(run_dir, capsys):
+    folder = run_dir / "fold0" / "evaluate"
+    assert score_table(folder)[-2:] == [f"WARNING: {alarm}" for alarm in scores_of(run_dir)["alarms"]]
+    run = task(run_dir, "1", OVERRIDES).run
+    rows = [{"epoch": 1, "alarm": "the network has collapsed"}, {"epoch": 2, "alarm": ""}]
+    for fold, shown in ((0, rows), (1, rows[:1])):
+        run.metrics("1", fold).write_text("".join(json.dumps(row) + "\n" for row in shown))
+    targets = tuple(Node("1", fold, ()) for fold in (0, 1))
+    print_result(SimpleNamespace(run=run, folds=(0, 1), targets=targets, request=SimpleNamespace(stage="1")))
+    for fold in (0, 1):
+        run.metrics("1", fold).unlink()
+    assert capsys.readouterr().out.splitlines()[1:] == ["WARNING: fold 1, stage 1: the network has collapsed"]
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({}, []),
-        ({"weights": "best"}, ["selected by its Dice on these same films"]),
+        ({"weights": "best"}, ["selected by its scores on these same films"]),
         ({"patients": 9}, ["folds and intervals are by image"]),
     ],
 )

@@ -41,9 +41,9 @@ def shards(tmp_path_factory):
 def test_flips_are_averaged_before_any_threshold(model):
     images = films(3)
     with torch.inference_mode():
-        plain = torch.sigmoid(model(normalise(images)))[:, 0]
-        mirrored = torch.sigmoid(model(normalise(images.flip(-1)))).flip(-1)[:, 0]
-    probabilities = Predictor([model], 32, tta="hflip").probabilities(images)
+        plain = torch.sigmoid(model(normalise(images))[0])[:, 0]
+        mirrored = torch.sigmoid(model(normalise(images.flip(-1)))[0]).flip(-1)[:, 0]
+    probabilities = Predictor([model], 32, tta="hflip").probabilities(images).maps
     assert probabilities.dtype == torch.float32 and probabilities.shape == (3, 32, 32)
     # The reference forwards the batch as a whole: other kernels, other rounding.
     torch.testing.assert_close(probabilities, (plain + mirrored) / 2, atol=1e-5, rtol=0)
@@ -56,13 +56,13 @@ def test_a_films_bits_depend_on_neither_batch_nor_threads(model, size):
     try:
         torch.set_num_threads(2)
         predictor = Predictor([model], size)
-        whole = predictor.probabilities(images)
+        whole = predictor.probabilities(images).maps
         assert torch.get_num_threads() == 2  # the caller's setting stays
         for cut in ([0, 6], [0, 1, 6], [0, 2, 4, 6], [0, 5, 6]):
-            parts = [predictor.probabilities(images[a:b]) for a, b in itertools.pairwise(cut)]
+            parts = [predictor.probabilities(images[a:b]).maps for a, b in itertools.pairwise(cut)]
             assert torch.equal(torch.cat(parts), whole)
         torch.set_num_threads(1)
-        assert torch.equal(predictor.probabilities(images.flip(0)).flip(0), whole)
+        assert torch.equal(predictor.probabilities(images.flip(0)).maps.flip(0), whole)
     finally:
         torch.set_num_threads(before)
 
@@ -70,8 +70,8 @@ def test_a_films_bits_depend_on_neither_batch_nor_threads(model, size):
 def test_an_ensemble_is_the_mean_of_its_models():
     models = [network(seed) for seed in (1, 2, 3)]
     images = films(2)
-    each = [Predictor([model], 32, tta="none").probabilities(images) for model in models]
-    together = Predictor(models, 32, tta="none").probabilities(images)
+    each = [Predictor([model], 32, tta="none").probabilities(images).maps for model in models]
+    together = Predictor(models, 32, tta="none").probabilities(images).maps
     assert torch.equal(together, (each[0] + each[1] + each[2]) / 3)
 
 
@@ -108,7 +108,7 @@ def test_records_are_the_steps_done_by_hand(model, shards):
     reader, predictor = ShardReader(shards, 32), Predictor([model], 32)
     for i, case in enumerate(cases):
         image = torch.from_numpy(reader.image(case.shard, case.row))[None, None]
-        prob = film_probability(predictor.probabilities(image)[0].numpy(), case.rows, case.columns)
+        prob = film_probability(predictor.probabilities(image).maps[0].numpy(), case.rows, case.columns)
         wanted = film_record(prob, decode_rle(case.rle, case.rows, case.columns), THRESHOLDS)
         assert records.top[i] == np.float32(wanted.top)
         assert records.areas[i].tolist() == wanted.areas.tolist() and records.hits[i].tolist() == wanted.hits.tolist()
@@ -149,7 +149,7 @@ def test_predict_takes_paths_and_arrays_and_uses_the_stored_decision(tmp_path):
     loaded = pneumo_dist.load_model(path)
     by_path, by_array = pneumo_dist.predict(loaded, [film, picture(3)])
     prob = Predictor([loaded[0]], 32).probabilities(torch.from_numpy(to_size(read_film(film).pixels, 32))[None, None])
-    wanted = film_probability(prob[0].numpy(), 96, 80)
+    wanted = film_probability(prob.maps[0].numpy(), 96, 80)
     for answer in (by_path, by_array, predict(path, film)[0]):
         assert np.array_equal(answer.probability, wanted)
         assert np.array_equal(answer.mask, apply_triplet(wanted, rule))

@@ -113,6 +113,19 @@ def test_a_resume_skips_to_the_same_batches():
     assert list(sampler) == whole[10:]  # an iterator more starts at the same place
 
 
+@pytest.mark.parametrize("shares", [None, (0.8, 0.3)])
+@pytest.mark.parametrize("start", [(0, 0), (1, 3), (2, 6), (2, 7), (3, 0)])
+def test_every_rank_knows_the_positive_films_of_each_global_batch(shares, start):
+    labels = np.arange(59) % 5 == 0
+    whole = TrainBatches(59, 8, 1, 3, start=start, labels=labels, shares=shares)
+    wanted = [sum(labels[index] for _, index in batch) for batch in whole]
+    assert len(wanted) == len(whole) and (len(set(wanted)) > 1 or len(wanted) < 2)
+    for world_size in (1, 3):
+        for rank in range(world_size):
+            mine = TrainBatches(59, 8, 1, 3, rank, world_size, start=start, labels=labels, shares=shares)
+            assert list(mine.positives()) == wanted
+
+
 def test_batches_that_cannot_be_are_refused():
     with pytest.raises(ConfigError, match="a batch of 8 does not fit into 7"):
         TrainBatches(7, 8, 0, 1)

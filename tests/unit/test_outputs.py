@@ -148,7 +148,8 @@ def test_a_film_writer_hashes_what_it_wrote(tmp_path):
     film = PlannedFilm("x/ü", "x/ü.dcm", 1, "x_name")
     prob = np.full((96, 80), 0.2, np.float32)
     prob[10:50, 20:40] = 0.9
-    row = FilmWriter(tmp_path, ("csv", "masks", "overlays", "probs"), Triplet(0.5, 0, 0.5)).write(film, read, prob)
+    writer = FilmWriter(tmp_path, ("csv", "masks", "overlays", "probs"), Triplet(0.5, 0, 0.5))
+    row = writer.write(film, read, prob, None)
     assert row["decision"] == "positive" and row["area_px"] == 800 and row["share"] == 800 / 7680
     assert set(row["files"]) == {
         f"{f}/x_name.{e}" for f, e in [("thumbs", "jpg"), ("masks", "png"), ("overlays", "png"), ("probs", "png")]
@@ -156,8 +157,11 @@ def test_a_film_writer_hashes_what_it_wrote(tmp_path):
     for name, (size, digest) in row["files"].items():
         data = (tmp_path / name).read_bytes()
         assert len(data) == size and hashlib.sha256(data).hexdigest() == digest
-    empty = FilmWriter(tmp_path, ("csv",), Triplet(0.95, 0, 0.5)).write(film, read, prob)
+    writer = FilmWriter(tmp_path, ("csv",), Triplet(0.95, 0, 0.5))
+    empty = writer.write(film, read, prob, None)
     assert empty["decision"] == "negative" and empty["rle"] == "-1" and empty["top_score"] == pytest.approx(0.9)
+    scored = writer.write(film, read, prob, 0.97)  # of an image-level head
+    assert scored["decision"] == "positive" and scored["top_score"] == 0.97
     assert unreadable_row(film, "because")["reason"] == "because"
 
 

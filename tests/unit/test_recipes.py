@@ -120,5 +120,12 @@ def test_every_value_is_the_papers_or_marked_as_a_choice(name: str) -> None:
     assert sorted(unmarked) == sorted(GIVEN[name])
 
 
+def test_small_takes_what_learns_from_few_films() -> None:
+    config = load(CONFIGS / "small.yaml")
+    assert config.loss.dice_over == "positives" and config.train.select != "dice"
+    assert config.augment.affine > 0 and config.stage1.positive_share
+    assert [stage for stage in config.train_stages if config.averages(stage)] == [config.train_stages[-1]]
+
+
 def test_kaggle_says_that_all_its_values_are_choices() -> None:
     assert "All values are this project's choice" in (CONFIGS / "kaggle.yaml").read_text()

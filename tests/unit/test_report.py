@@ -2,6 +2,7 @@
 
 import json
 import re
+from html import escape
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from pneumo_dist.evaluation.report import pick
 from pneumo_dist.inference.worklist import decision_rule, write_worklist
 from pneumo_dist.reports import page, plots
 from pneumo_dist.scoring.metrics import Records
+from pneumo_dist.scoring.thresholds import NO_FILM
 from tests.films import make_shards, task, write_model
 
 OVERRIDES = [
@@ -41,6 +43,7 @@ def worklist(path, rows):
         "models": ["ab"],
         "sizes": [32],
         "tta": "none",
+        "score": "image-level head",
         "triplet": rule,
         "triplet_from": "model file",
         "outputs": [],
@@ -74,18 +77,20 @@ def test_the_worklist_is_self_contained_sorted_and_escaped(tmp_path):
     assert [film[0] for film in data["films"]] == ["</script><img src=x>", "low", "bad"]
     assert data["films"][2][2:] == ["unreadable", None, None, "empty file"]
     assert text.count("</script>") == 1 and "it&lt;b&gt;" in text and "<img src=x>" not in text
-    rule = (
-        "any pixel exceeds 0.4 and the mask has at least 10 px (scaled to 1024x1024) and the top score is at least 0.5"
-    )
-    assert f"Positive if {rule} (thresholds: model file)." in text and "<svg" in text
+    rule = "any pixel exceeds 0.4 and the mask has at least 10 px (scaled to 1024x1024) and the film's score is at least 0.5"
+    assert escape(f"Positive if {rule} (thresholds: model file).") in text and "<svg" in text
 
 
 def test_the_decision_rule_names_only_conditions_that_decide():
     assert (
         decision_rule({"top_score": 0.0, "min_area": 0, "mask_threshold": 0.7}) == "Positive if any pixel exceeds 0.7"
     )
-    rule = decision_rule({"top_score": 0.7, "min_area": 1500, "mask_threshold": 0.7})
+    rule = decision_rule({"top_score": 0.0, "min_area": 1500, "mask_threshold": 0.7})
     assert rule == "Positive if any pixel exceeds 0.7 and the mask has at least 1,500 px (scaled to 1024x1024)"
+    rule = decision_rule({"top_score": 0.3, "min_area": 0, "mask_threshold": 0.7})  # a score is no pixel's probability
+    assert rule == "Positive if any pixel exceeds 0.7 and the film's score is at least 0.3"
+    rule = decision_rule({"top_score": NO_FILM, "min_area": 0, "mask_threshold": 0.2})
+    assert rule.startswith("Every film is called negative")
 
 
 def test_equal_answers_make_an_equal_page(tmp_path):
@@ -103,6 +108,8 @@ def test_the_evaluation_report_has_every_part(evaluated):
         "Subgroups", "sex F", "Worst films with pneumothorax", "Best films with pneumothorax", "evaluate.mask_thresholds",
     ):  # fmt: skip
         assert part in text, part
+    alarms = json.loads((evaluated / "scores.json").read_text())["alarms"]  # of random weights
+    assert alarms and all(f'<p class="bad">{escape(alarm)}</p>' in text for alarm in alarms)
     links = set(re.findall(r'src="(overlays/[^"]+)"', text))
     assert links and links == {f"overlays/{path.name}" for path in (evaluated / "overlays").iterdir()}
 

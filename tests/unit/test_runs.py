@@ -280,12 +280,17 @@ def test_a_local_job_that_has_not_started_waits_for_the_stage_before_it(run_dir:
 def test_progress_and_time_left(run_dir: Path) -> None:
     (run_dir / "fold0" / "stage1").mkdir(parents=True)
     same = {"epochs": 10, "steps": 1000}
-    line = same | {"epoch": 2, "step": 200, "images_per_s": 64.0, "dice": 0.4, "best_dice": 0.5, "best_epoch": 1}
+    scores = {"dice": 0.8, "dice_positive": 0.4, "auc": 0.75, "best": 0.3, "best_epoch": 1, "alarm": ""}
+    line = same | {"epoch": 2, "step": 200, "images_per_s": 64.0, **scores}
     metrics = run_dir / "fold0" / "stage1" / "metrics.jsonl"
     metrics.write_text(json.dumps(line) + "\n")
     job = row(run_dir, "stage1-fold0")
-    assert job.score == "Dice 0.4000, best 0.5000 (epoch 1)"
+    assert job.score == "Dice on positives 0.4000, AUC 0.7500, best epoch 1"
     assert job.progress and job.progress.text.startswith("epoch 2/10")  # by a plain script: never submitted
+    collapsed = line | {"dice_positive": 0.0, "auc": None, "alarm": "the network has collapsed"}
+    metrics.write_text(json.dumps(collapsed) + "\n")
+    assert row(run_dir, "stage1-fold0").score == "Dice on positives 0.0000, best epoch 1; COLLAPSED (see its log)"
+    metrics.write_text(json.dumps(line) + "\n")
     add(run_dir, "stage1-fold0", cluster="local", job_id=str(os.getpid()))
     held = lock(RunFolder(run_dir).lock("stage1-fold0"))
     assert str(row(run_dir, "stage1-fold0").progress) == "epoch 2/10, step 200/1000, 64.0 images/s, 13 min left"

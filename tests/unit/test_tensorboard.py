@@ -32,11 +32,13 @@ from tests.dist import small_run
 
 WORDS = ("stages=1,swa", "stage1.epochs=3", "train.log_every=1", "evaluate.threshold=0.5")
 STEPS, EPOCH_ENDS = list(range(1, 7)), [2, 4, 6]  # 10 training films in batches of 4
-STEP_TAGS = {"loss/step", "loss/step_bce", "loss/step_dice", "train/lr", "train/grad_norm",
+STEP_TAGS = {"loss/step", "loss/step_bce", "loss/step_dice", "loss/step_image", "train/lr", "train/grad_norm",
              "speed/images_per_s", "speed/wait_share"}  # fmt: skip
 SCORE_TAGS = {f"evaluation/{name}" for name in tensorboard.SCORES}
-EPOCH_TAGS = {"loss/train", "loss/validation", "loss/validation_bce", "loss/validation_dice", "evaluation/best_dice",
-              "threshold/fixed", "speed/epoch_images_per_s", "speed/epoch_wait_share"} | SCORE_TAGS  # fmt: skip
+VALIDATION_TAGS = {f"loss/validation{name}" for name in ("", "_bce", "_dice", "_image", "_positive", "_negative",
+                                                         "_above_empty")}  # fmt: skip
+EPOCH_TAGS = {"loss/train", "evaluation/best", "evaluation/called_empty", "evaluation/highest_probability",
+              "threshold/fixed", "speed/epoch_images_per_s", "speed/epoch_wait_share"} | SCORE_TAGS | VALIDATION_TAGS  # fmt: skip
 
 
 def events(folder):
@@ -122,17 +124,22 @@ def test_the_values_are_those_of_the_training(run_dir, trained):
     rows = history.read(run_dir / "fold0" / "stage1" / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     for i, row in enumerate(rows):
-        shown = {name: row[name] for name in tensorboard.SCORES} | {"best_dice": row["best_dice"]}
+        shown = {name: row[name] for name in (*tensorboard.SCORES, "best", "called_empty", "highest_probability")}
         for name, value in shown.items():
             assert points(trained, f"evaluation/{name}")[EPOCH_ENDS[i]] == pytest.approx(value), name
-        for tag, name in (("train", "train_loss"), ("validation", "loss"), ("validation_bce", "loss_bce")):
+        terms = ("bce", "dice", "image", "positive", "negative", "above_empty")
+        tags = {"train": "train_loss", "validation": "loss"} | {f"validation_{name}": f"loss_{name}" for name in terms}
+        for tag, name in tags.items():
             assert points(trained, f"loss/{tag}")[EPOCH_ENDS[i]] == pytest.approx(row[name])
-        assert row["loss"] == pytest.approx(row["loss_bce"] + row["loss_dice"])
+        assert row["loss"] == pytest.approx(row["loss_bce"] + row["loss_dice"] + 0.5 * row["loss_image"])
+        assert bool(row["alarm"]) == (row["dice_positive"] < 0.01)
         # One rank and every step shown: the epoch's loss is the mean of its steps'.
         steps = [points(trained, "loss/step")[EPOCH_ENDS[i] - k] for k in (0, 1)]
         assert np.mean(steps) == pytest.approx(row["train_loss"])
-    loss, bce, dice = (points(trained, f"loss/step{name}") for name in ("", "_bce", "_dice"))
-    assert all(loss[s] == pytest.approx(bce[s] + dice[s]) and bce[s] > 0.1 and 0.1 < dice[s] < 1 for s in STEPS)
+    loss, bce, dice, image = (points(trained, f"loss/step{name}") for name in ("", "_bce", "_dice", "_image"))
+    assert all(loss[s] == pytest.approx(bce[s] + dice[s] + 0.5 * image[s]) for s in STEPS)
+    # A batch without a positive film has no Dice term.
+    assert all(bce[s] > 0.1 and 0 <= dice[s] < 1 and image[s] > 0.1 for s in STEPS) and max(dice.values()) > 0.1
     rates = points(trained, "train/lr")
     assert rates[1] == pytest.approx(config.stage1.lr) and rates == dict(sorted(rates.items(), key=lambda r: -r[1]))
     assert all(
@@ -271,11 +278,12 @@ def test_a_steps_loss_is_the_mean_of_rank_0s_own_films():
     training_events = TrainingEvents.__new__(TrainingEvents)
     training_events.log, training_events.stepper = mute, stepper
     training_events.task, training_events.stage = SimpleNamespace(ranks=ranks), SimpleNamespace(batch_size=14)
-    loss, bce, dice, norm = torch.tensor([6 / 14, 4 / 14, 2 / 14, 3.0])
-    result = StepResult(loss, bce, dice, norm, finite=torch.tensor(True), rate=torch.tensor([0.1]))
-    training_events.step(7, result, 10.0, 0.5)  # 14 films on 4 ranks: 4 of them on rank 0, with a loss of 1.5 each
-    assert shown["loss/step"] == pytest.approx(1.5)
+    loss, bce, dice, image, norm = torch.tensor([6.5 / 14, 4 / 14, 2 / 14, 1 / 14, 3.0])
+    result = StepResult(loss, bce, dice, image, norm, finite=torch.tensor(True), rate=torch.tensor([0.1]))
+    training_events.step(7, result, 10.0, 0.5)  # 14 films on 4 ranks: 4 of them on rank 0, with a loss of 1.625 each
+    assert shown["loss/step"] == pytest.approx(1.625)
     assert shown["loss/step_bce"] == pytest.approx(1.0) and shown["loss/step_dice"] == pytest.approx(0.5)
+    assert shown["loss/step_image"] == pytest.approx(0.25)
     assert shown["train/lr"] == pytest.approx(0.1) and shown["train/grad_norm"] == 3.0
     assert shown["train/amp_scale"] == 512.0 and "speed/gpu_memory_mib" not in shown
 

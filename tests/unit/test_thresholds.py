@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pneumo_dist.config import load
+from pneumo_dist.scoring import scorecard
 from pneumo_dist.scoring.metrics import Records, Triplet, decide, dice, summary
-from pneumo_dist.scoring.thresholds import cross_fit, search
+from pneumo_dist.scoring.thresholds import NO_FILM, candidates, cross_fit, search
 
 GRID = (0.3, 0.5, 0.7)
 TOPS, AREAS = (0.0, 0.4, 0.6, 0.8, 0.95), (0, 500, 2000, 20_000)
@@ -102,7 +105,7 @@ def test_cross_fit_decides_each_film_by_the_triplet_of_the_other_parts(by: str) 
     assert len(fit.triplets) == (5 if by == "fold" else 4) == len(np.unique(fit.part))
     for p, triplet in enumerate(fit.triplets):
         held_out = fit.part == p
-        assert triplet == search(records.select(~held_out), TOPS, AREAS)[0]
+        assert triplet == search(records.select(~held_out), (*TOPS, NO_FILM), AREAS)[0]
         decisions = decide(records.select(held_out), triplet)
         np.testing.assert_array_equal(fit.decisions.area[held_out], decisions.area)
         np.testing.assert_array_equal(fit.decisions.hits[held_out], decisions.hits)
@@ -162,3 +165,81 @@ def test_tuning_on_noise_looks_good_in_sample_only() -> None:
         assert fit is not None
         gains.append(tuned - summary(records, fit.decisions)["dice"])
     assert np.mean(gains) > 0.005
+
+
+def test_an_empty_list_becomes_quantiles_of_what_the_network_gave() -> None:
+    records = make_records(500, seed=11, coarse=False)
+    tops, areas = candidates(records, [], [], GRID)
+    assert tops == sorted(set(tops)) and tops[0] == 0.0 and tops[-1] == NO_FILM and 35 <= len(tops) <= 42
+    assert areas == sorted(set(areas)) and areas[0] == 0 and 10 <= len(areas) <= 16
+    given = np.concatenate([records.scaled_area(records.column(mask)) for mask in GRID])
+    assert areas[1] >= 1 and areas[-1] == given.max()
+    accepted = [int((records.top >= np.float32(top)).sum()) for top in tops[1:-1]]
+    # The lowest quantile keeps all films, the highest those of the highest score.
+    assert (accepted[0], accepted[-1]) == (len(records), (records.top == records.top.max()).sum())
+    steps = -np.diff(accepted)[:-1]
+    assert steps.max() <= 2 * len(records) / 40  # as many films between two scores, wherever the scores lie
+    assert all(type(top) is float for top in tops) and all(type(area) is int for area in areas)
+
+
+def test_the_quantiles_follow_scores_that_a_fixed_list_would_miss() -> None:
+    records = make_records(300, seed=12, coarse=False)
+    low = replace(records, top=records.top * np.float32(0.05), areas=records.areas // 50, hits=records.hits // 50)
+    tops, areas = candidates(low, [], [], GRID)
+    assert len(tops) > 30 and 0 < tops[-2] <= 0.05 and 0 < areas[-1] < 20_000
+    assert candidates(low, [0.0, 0.5], [0, 9], GRID) == ([0.0, 0.5, NO_FILM], [0, 9])  # a list is kept
+    assert candidates(low, [0.0, 0.5], [], GRID) == ([0.0, 0.5, NO_FILM], areas)
+    assert candidates(low, [], [0, 9], GRID) == (tops, [0, 9])
+
+
+def test_few_or_empty_films_still_have_a_grid() -> None:
+    records = make_records(30, seed=13)
+    empty = replace(records, areas=np.zeros_like(records.areas), hits=np.zeros_like(records.hits))
+    assert candidates(empty, [], [], GRID)[1] == [0]
+    assert candidates(records.select(np.arange(0)), [], [], GRID) == ([0.0, NO_FILM], [0])
+    assert candidates(replace(records, top=np.zeros_like(records.top)), [], [], GRID)[0] == [0.0, NO_FILM]
+
+
+def all_empty(records: Records) -> float:
+    return float((records.truth_px == 0).mean())
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000), st.integers(1, 60), st.sampled_from(["good", "noise", "nothing"]), st.booleans())
+def test_the_best_rule_is_never_worse_than_calling_every_film_empty(seed: int, n: int, kind: str, lists: bool) -> None:
+    records = make_records(n, seed, coarse=bool(seed % 2))
+    if kind == "noise":
+        records = replace(records, top=np.random.default_rng(seed).permutation(records.top))
+    if kind != "good":
+        records = replace(records, hits=np.zeros_like(records.hits))
+    tops, areas = candidates(records, TOPS if lists else [], AREAS if lists else [], GRID)
+    best, surface = search(records, tops, areas)
+    assert dice(records, best).mean() >= all_empty(records) - 1e-12
+    np.testing.assert_allclose(surface[-1], all_empty(records), rtol=0, atol=1e-12)  # the last top score
+
+
+def test_a_useless_network_is_answered_by_no_film_and_a_tie_keeps_the_films() -> None:
+    records = make_records(60, seed=14)
+    missed = replace(records, hits=np.zeros_like(records.hits), areas=np.maximum(records.areas, 1))
+    missed = replace(missed, top=np.where(records.truth_px == 0, 0.9, 0.5).astype(np.float32))
+    best, _ = search(missed, *candidates(missed, [], [0], GRID))
+    assert best.top_score == NO_FILM and not decide(missed, best).area.any()
+    nothing = replace(records, hits=np.zeros_like(records.hits), areas=np.zeros_like(records.areas))
+    assert search(nothing, *candidates(nothing, [], [], GRID))[0] == Triplet(0.0, 0, 0.3)  # every rule scores the same
+
+
+def test_cross_fitting_takes_its_quantiles_from_the_other_films() -> None:
+    records = make_records(300, seed=15, coarse=False)
+    fit = cross_fit(records, [], [], GRID, by="fold")
+    assert fit is not None
+    for p, triplet in enumerate(fit.triplets):
+        others = records.select(fit.part != p)
+        assert triplet == search(others, *candidates(others, [], [], GRID), GRID)[0]
+
+
+def test_the_lists_of_the_kaggle_recipe_are_searched_as_they_are() -> None:
+    settings = load(Path(__file__).parents[2] / "configs" / "kaggle.yaml").evaluate
+    records = make_records(200, seed=16, thresholds=tuple(settings.mask_thresholds))
+    tuned = scorecard.tune(records, settings, by="fold")
+    assert tuned.top_scores == [*settings.top_scores, NO_FILM] and tuned.min_areas == settings.min_areas
+    assert tuned.surface.shape == (20, 15, 11)

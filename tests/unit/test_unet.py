@@ -66,7 +66,7 @@ def test_logits_and_gradients_equal_the_peer(
     outputs, gradients = [], []
     for net in (ours, theirs):
         net.zero_grad()
-        logits = net(x)
+        logits = net(x)[0] if net is ours else net(x)
         (logits.sigmoid() - target).square().mean().backward()
         outputs.append(logits.detach())
         gradients.append({key: p.grad for key, p in net.named_parameters()})
@@ -93,7 +93,7 @@ def test_start_is_a_pure_function_of_the_seed_and_leaves_the_global_generator() 
 def test_a_start_gives_logits_of_moderate_size() -> None:
     torch.set_num_threads(1)
     images = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    logits = ResNet34UNet(seed=0)(normalise(images))
+    logits, _ = ResNet34UNet(seed=0)(normalise(images))
     assert torch.isfinite(logits).all() and logits.std() < 3  # sigmoid is not saturated, so gradients flow
 
 
@@ -102,9 +102,9 @@ def test_channels_last_changes_nothing_but_the_layout() -> None:
     net = ResNet34UNet(seed=1).eval()
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        plain = net(x)
+        plain, _ = net(x)
         net.lay_out()
-        last = net(x)
+        last, _ = net(x)
     assert (last - plain).abs().max() <= 1e-5 * plain.abs().max()  # other kernels, other order of sums
 
 
