@@ -54,7 +54,10 @@ _SHARDS = (
     "data.max_pixels",
 )
 _SCORES = ("evaluate.",)
+# Keys that change the tables of an inference but not the answer to a film: the same command merges again.
+TABLES = ("infer.unreadable", "infer.follow_links")
 _INFER = (
+    *TABLES,
     "infer.tta",
     "infer.triplet",
     "infer.outputs",

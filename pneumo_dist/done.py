@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pneumo_dist import config as configuration
-from pneumo_dist.chain import STAGES, job_key, upstream
+from pneumo_dist.chain import STAGES, TABLES, job_key, upstream
 from pneumo_dist.config import Config, ConfigError
-from pneumo_dist.data.cases import find_films
+from pneumo_dist.data.films.listing import find_films
 from pneumo_dist.model.start import start_path
 from pneumo_dist.run import Run, pooled_thresholds
 from pneumo_dist.runtime.files import read_json, sha256_file, sha256_text, write_json
@@ -40,9 +40,9 @@ def settings_of(config: Config, stage: str) -> dict[str, Any]:
     return {k: v for k, v in configuration.flatten(config).items() if _matches(k, patterns) and k not in dropped}
 
 
-def _listing_hash(folder: Path) -> str:
+def _listing_hash(folder: Path, follow_links: bool = True) -> str:
     """Hash the names and sizes of the films in a folder; reading all their bytes here would take too long."""
-    films, _ = find_films(folder)
+    films, _ = find_films(folder, follow_links)
     return sha256_text("".join(f"{name}\t{path}\t{(folder / path).stat().st_size}\n" for name, path in films))
 
 
@@ -75,7 +75,7 @@ def _source_hashes(run: Run) -> dict[str, str]:
 def _inference_hashes(run: Run) -> dict[str, str]:
     """Hash the list of films, the models and the pooled thresholds that inference reads."""
     folder = run.infer_source
-    hashes = {"films": _listing_hash(folder)} if folder else {}
+    hashes = {"films": _listing_hash(folder, run.infer_follows_links)} if folder else {}
     models = run.model_paths()
     hashes |= {f"model{i}": _file_hash(path, "infer.models") for i, path in enumerate(models)}
     pooled = pooled_thresholds(models)
@@ -153,8 +153,8 @@ def differences(run: Run, stage: str, fold: int | None) -> list[str] | None:
     """Compare a stage's DONE.json with the current settings and inputs.
 
     Returns:
-        None when the stage is not done (or one of its inputs is missing now), [] when it is done with the same
-        settings and inputs, else the keys that differ.
+        None when the stage has to run: it is not done, an input is missing now, or only keys of its tables differ.
+        [] when it is done with the same settings and inputs, else the keys that differ.
     """
     done = read_done(run, stage, fold)
     if done is None:
@@ -166,6 +166,8 @@ def differences(run: Run, stage: str, fold: int | None) -> list[str] | None:
     now = settings_of(run.config, stage) | inputs
     before = done["settings"] | done["inputs"]
     keys = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
+    if keys and set(keys) <= set(TABLES):
+        return None  # the merge writes the tables again, from the parts in place
     if not keys and stage == "finalize" and not shards_cover(run.config, done):
         return None  # preprocessing adds the new size to the existing shards
     return keys

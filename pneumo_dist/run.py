@@ -144,6 +144,11 @@ class Run(RunFolder):
         return self.source("dicom_dir")
 
     @property
+    def infer_follows_links(self) -> bool:
+        """Whether inference reads films outside its folder through symbolic links, as training does."""
+        return self.config.infer.follow_links or not self.config.infer.dir
+
+    @property
     def shard_dir(self) -> Path:
         """The directory of the shards: `data.shard_dir`, else the run's own."""
         shared = self.config.data.shard_dir

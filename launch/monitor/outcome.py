@@ -13,6 +13,7 @@ from launch.planning.plan import Plan
 from pneumo_dist.config import ConfigError
 from pneumo_dist.run import Run
 from pneumo_dist.runtime import history
+from pneumo_dist.runtime.files import read_json
 
 TAIL_BYTES = 64 * 1024
 # The last line of a traceback, this project's one-line errors, and messages of SLURM and the kernel on a killed job.
@@ -104,14 +105,24 @@ def print_result(plan: Plan) -> None:
         print(outcome_text(plan.run, plan.folds), flush=True)
 
 
+def inference_notes(folder: Path) -> list[str]:
+    """Return the notes of an inference on films without an answer and ignored files; [] where there are none."""
+    try:
+        return [str(note) for note in read_json(folder / "inference.json").get("notes", [])]
+    except (OSError, ValueError):
+        return []
+
+
 def outcome_text(run: Run, folds: tuple[int, ...]) -> str:
     """Return the scores of a run (pooled, where there are several folds) and the paths of its results."""
     evaluations = [run.dir_of("pool")] if len(folds) > 1 else [run.dir_of("evaluate", k) for k in folds]
     scores = [line for folder in evaluations if (folder / "DONE.json").is_file() for line in score_table(folder)]
     results = [("model", run.model(k)) for k in folds]
     results += [("report", folder / "report.html") for folder in evaluations]
+    notes: list[str] = []
     try:
         folder = run.infer_dir
+        notes = inference_notes(folder)
         files = {"submission": "submission.csv", "overlays": "overlays", "masks": "masks", "films": "report.html"}
         results += [(name, folder / file) for name, file in files.items()]
     except ConfigError:
@@ -120,5 +131,5 @@ def outcome_text(run: Run, folds: tuple[int, ...]) -> str:
     if any(run.folder.glob("fold*/*/tensorboard")):
         program = short_path(bootstrap.ROOT / "launch" / "runs.py")
         paths.append(f"{'TensorBoard':14}python {program} tensorboard {short_path(run.folder)}")
-    blocks = ["\n".join(block) for block in (scores, paths) if block]
+    blocks = ["\n".join(block) for block in (scores, paths, notes) if block]
     return "\n" + "\n\n".join(blocks) if blocks else ""

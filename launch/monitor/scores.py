@@ -7,7 +7,7 @@ from typing import Any
 
 from pneumo_dist.runtime.files import read_json
 from pneumo_dist.scoring.scorecard import ALL_EMPTY, CROSS_FITTED, rule_label
-from pneumo_dist.scoring.submission_csv import score_submission, validate_submission
+from pneumo_dist.scoring.submission_csv import score_submission, validation_of
 
 COLUMNS = {
     "dice": "Dice",
@@ -49,10 +49,14 @@ def score_table(folder: Path) -> list[str]:
 
 
 def print_validation(submission: Path, against: Path) -> bool:
-    """Print the problems of a submission and return whether it is valid."""
-    problems = validate_submission(submission, against)
+    """Print the problems of a submission and its films without an answer; return whether it is valid."""
+    result = validation_of(submission, against)
+    problems = result.problems
     for problem in problems:
         print(problem)
+    for names, rows in ((result.without_row, "no row"), (result.with_row, "a row of -1, which is not a finding")):
+        if names:
+            print(f"no answer for {len(names)} of {result.films} films: unreadable, {rows} (first: {min(names)})")
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
     print(f"{submission}: {count if problems else 'valid'}")
     return not problems
@@ -73,6 +77,9 @@ def print_scores(submission: Path, truth: Path, patients: Path | None) -> None:
     for name, films in NOT_SCORED.items():
         if result[name]:
             print(f"not scored: {result[name]} {films}")
+    if result["unreadable"]:
+        share = f"{result['unreadable']} annotated films ({result['unreadable_positive']} with pneumothorax)"
+        print(f"not scored: {share} without an answer, because they are unreadable")
     print(f"auc from the {result['auc_from']}")
 
 

@@ -273,12 +273,15 @@ class Infer:
     tta: str | None = key(None, "test-time augmentation: hflip or none; null: the one stored in the model")
     triplet: list[float] = key([], "top score, min. area (pixels of 1024x1024), mask threshold; empty: the model's")
     outputs: list[str] = key(["csv"], "outputs: csv, masks, overlays, dicomseg, probs")
+    unreadable: str = key("skip", "rows of unreadable films in submission.csv: skip (none) or negative (-1)")
+    follow_links: bool = key(False, "follow symbolic links that lead out of infer.dir")
     batch_size: int = key(8, "films of one forward pass")
     part_size: int = key(256, "films of one part, the unit of a restart")
 
     def __post_init__(self) -> None:
         for name in self.outputs:
             one_of("infer.outputs", name, ("csv", "masks", "overlays", "dicomseg", "probs"))
+        one_of("infer.unreadable", self.unreadable, ("skip", "negative"))
         if self.tta is not None:
             one_of("infer.tta", self.tta, ("hflip", "none"))
         if self.triplet:

@@ -1,4 +1,4 @@
-"""Read the lists of films: folders, annotation lists, patient maps, cases.csv.
+"""Read the lists of films: annotation lists, patient maps, cases.csv.
 
 Standard library and numpy only, since submit.py imports this. Patient keys only form groups and are never written.
 """
@@ -9,16 +9,13 @@ import csv
 import gzip
 import hashlib
 import io
-import os
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from pneumo_dist.config import ConfigError
-from pneumo_dist.data.films.dicom import film_stem, looks_like_film
 from pneumo_dist.data.films.rle import RleError, runs
 from pneumo_dist.runtime.files import write_text
 
@@ -63,40 +60,6 @@ class Annotations:
     def digest(self, film_id: str) -> str:
         """Return the sha256 of the texts of one image, from which a changed annotation is detected."""
         return hashlib.sha256("\n".join(self.texts(film_id)).encode()).hexdigest()
-
-
-def find_films(folder: Path) -> tuple[list[tuple[str, str]], int]:
-    """Return ([(id, path relative to `folder`)] sorted by id, number of files that are not films).
-
-    An id is the file's stem, or the relative path of files whose stems repeat. Hidden files are not films.
-    """
-    paths, ignored = [], 0
-    for path in _files(str(folder)):
-        name = path.rpartition("/")[2]
-        # A name with control characters or bytes that are not UTF-8 cannot be written to a csv file.
-        if name.isprintable() and not name.startswith(".") and looks_like_film(os.path.join(folder, path)):
-            paths.append(path)
-        else:
-            ignored += 1
-    counts = Counter(map(film_stem, paths))
-    films = [(stem if counts[stem := film_stem(path)] == 1 else path, path) for path in paths]
-    # The relative path of one film may equal the stem of another ("x.dcm" and "x.dcm.png"): both then take their path.
-    names = Counter(name for name, _ in films)
-    return sorted((name if names[name] == 1 else path, path) for name, path in films), ignored
-
-
-def _files(folder: str) -> Iterator[str]:
-    """Yield relative paths, following links, each real directory once. Strings: pathlib takes longer than stat."""
-    seen = set()
-    for parent, names, files in os.walk(folder, followlinks=True):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in seen:
-            names.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        names.sort()
-        prefix = "" if parent == folder else parent[len(folder) :].lstrip("/") + "/"
-        yield from (prefix + name for name in sorted(files) if os.path.isfile(os.path.join(parent, name)))
 
 
 def _table(path: Path, columns: tuple[str, str], kind: str) -> Iterator[tuple[int, list[str]]]:

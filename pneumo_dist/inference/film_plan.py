@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from pneumo_dist.config import ConfigError
-from pneumo_dist.data.cases import find_films
+from pneumo_dist.data.films.listing import find_films, ignored_text
 from pneumo_dist.run import Run
 from pneumo_dist.runtime.files import read_json, sha256_text, write_bytes
 
-FORMAT = "pneumo_dist.plan/1"
+FORMAT = "pneumo_dist.plan/2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class FilmPlan:
     label: str
     part_size: int
     created: int
-    ignored: int  # number of files in the folder that are not films
+    ignored: tuple[tuple[str, str], ...]  # path and reason of each other file in the folder
     films: tuple[PlannedFilm, ...]
 
     @property
@@ -60,8 +60,8 @@ class FilmPlan:
 
     @cached_property
     def hash(self) -> str:
-        """Return the hash of label, part size and films, without the time of the plan."""
-        return sha256_text(json.dumps([self.label, self.part_size, [_row(film) for film in self.films]]))
+        """Return the hash of label, part size and files, without the time of the plan."""
+        return sha256_text(json.dumps([self.label, self.part_size, [_row(film) for film in self.films], self.ignored]))
 
 
 def _row(film: PlannedFilm) -> list[Any]:
@@ -90,14 +90,14 @@ def make_film_plan(run: Run) -> FilmPlan:
         raise ConfigError("no films for inference: give infer.dir=DIR")
     if not folder.is_dir():
         raise ConfigError(f"infer.dir={folder} is not a folder: give a folder of DICOM, PNG or JPEG films")
-    listed, ignored = find_films(folder)
+    listed, ignored = find_films(folder, run.infer_follows_links)
     if not listed:
         raise ConfigError(
-            f"infer.dir={folder} contains no films (*.dcm, *.dicom, *.png, *.jpg, *.jpeg, or DICM at byte 128)"
+            f"infer.dir={folder} contains no films (DICOM, or *.png, *.jpg, *.jpeg); {ignored_text(ignored)}"
         )
     films = tuple(PlannedFilm(name, path, _size(folder / path), file_name(name)) for name, path in listed)
     created = int(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
-    return FilmPlan(run.infer_dir.name, run.config.infer.part_size, created, ignored, films)
+    return FilmPlan(run.infer_dir.name, run.config.infer.part_size, created, tuple(ignored), films)
 
 
 def _size(path: Path) -> int:
@@ -117,15 +117,18 @@ def read_film_plan(folder: Path) -> FilmPlan | None:
     except ValueError:
         raise ConfigError(f"{path} is damaged: remove it and submit the inference again") from None
     if tree.get("format") != FORMAT:
-        raise ConfigError(f"{path} is not a plan of this program: remove it and submit the inference again")
+        raise ConfigError(f"{path} is not a plan of this version: remove it and submit the inference again")
     films = tuple(PlannedFilm(*row) for row in tree["films"])
-    return FilmPlan(tree["label"], tree["part_size"], tree["created"], tree["ignored"], films)
+    ignored = tuple((path, reason) for path, reason in tree["ignored"])
+    return FilmPlan(tree["label"], tree["part_size"], tree["created"], ignored, films)
 
 
 def write_film_plan(run: Run) -> FilmPlan:
     """Write and return plan.json; an equal existing plan is kept, with its date. Called once, at submission."""
     folder = run.infer_dir
-    plan, existing = make_film_plan(run), read_film_plan(folder)
+    plan, existing = make_film_plan(run), None
+    with suppress(ConfigError):  # damaged, or of another version: the new plan replaces it
+        existing = read_film_plan(folder)
     if existing is not None and existing.hash == plan.hash:
         return existing
     write_bytes(folder / "plan.json", _encode(plan))
@@ -193,4 +196,4 @@ def check_films(run: Run) -> str:
                 raise ConfigError(
                     f"infer.models: {path} does not exist: give a model.pt, or a run with fold<k>/model.pt"
                 )
-    return f"{len(plan.films)} films in {plan.parts} parts, {plan.ignored} other files ignored"
+    return f"{len(plan.films)} films in {plan.parts} parts, {len(plan.ignored)} other files ignored"

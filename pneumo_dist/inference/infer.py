@@ -16,6 +16,7 @@ from typing import Any
 from pneumo_dist.config import ConfigError
 from pneumo_dist.inference.film_plan import FilmPlan, ensure_film_plan, read_film_plan, signature
 from pneumo_dist.inference.parts import part_folder, read_part
+from pneumo_dist.runtime.failure import Failure
 from pneumo_dist.runtime.files import sha256_file, write_json, write_text
 from pneumo_dist.runtime.task import Task
 
@@ -39,38 +40,40 @@ def merge(task: Task) -> dict[str, Path]:
 
     Raises:
         ConfigError: a part is missing or outdated, or a film has no row, has two rows, or is not in the plan.
+        Failure: no film is readable; all outputs are written, since predictions.csv gives the reasons.
     """
-    from pneumo_dist.inference.outputs import FOLDERS, write_predictions
+    from pneumo_dist.inference.outputs import FOLDERS, csv_text, write_predictions
     from pneumo_dist.inference.worklist import write_worklist
 
-    out = task.out
-    plan = read_film_plan(out)
-    if plan is None:
-        raise ConfigError(f"{out} has no plan.json: run --stage infer")
-    if task.inputs.get("films", plan.listing_hash) != plan.listing_hash:
-        raise ConfigError(
-            f"the films in {task.run.infer_source} have changed since they were planned: run --stage infer again"
-        )
-    rows, settings = _joined(out, plan)
+    out, plan = task.out, _current_plan(task)
+    read, settings = _joined(out, plan)
     if settings["models"] != [sha256_file(path) for path in task.run.model_paths()]:
         raise ConfigError(f"{out / 'parts'}: made with other models than the current ones: run --stage infer again")
     task.check_attempt()
-    _write_submission(out / "submission.csv", rows)
+    rows, ignored = _films_and_others(plan, read)
+    policy = task.config.infer.unreadable
+    _write_submission(out / "submission.csv", rows, policy)
     write_predictions(out / "predictions.csv", rows, settings)
+    write_text(out / "ignored.csv", csv_text(["path", "reason"], ignored))
     current = {part_folder(out, j) for j in range(plan.parts)}
     for stale in set((out / "parts").iterdir()) - current:  # of a longer plan, or left by a killed task
         shutil.rmtree(stale, ignore_errors=True)
-    _gather_files(out, plan, rows, ["thumbs", *FOLDERS.values()])
+    _gather_files(out, plan, read, ["thumbs", *FOLDERS.values()])
     hashes = sorted((name, digest) for row in rows for name, (_, digest) in row["files"].items())
     write_text(out / "files.sha256", "".join(f"{digest}  {name}\n" for name, digest in hashes))
-    counts = _counts(rows) | {"ignored_files": plan.ignored}
-    inference = {"label": plan.label, **counts, **settings}
-    write_json(out / "inference.json", inference)
+    counts = _counts(rows) | {"ignored_files": len(ignored)}
+    inference = {"label": plan.label, **counts, **settings, "notes": _notes(counts, policy)}
+    write_json(out / "inference.json", inference | {"follow_links": task.run.infer_follows_links})
     write_worklist(out / "report.html", rows, inference)
     log.info("%s: %s", out, ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in counts.items()))
+    if counts["unreadable"] == counts["films"]:
+        first = (rows or read)[0]
+        problem = f"none of {len(rows or read)} films is readable (first: {first['film']}: {first['reason']})"
+        raise Failure(f"{problem}: see predictions.csv and ignored.csv in {out}")
     return {
         "submission": out / "submission.csv",
         "predictions": out / "predictions.csv",
+        "ignored": out / "ignored.csv",
         "files": out / "files.sha256",
         "inference": out / "inference.json",
         "plan": out / "plan.json",
@@ -78,10 +81,49 @@ def merge(task: Task) -> dict[str, Path]:
     }
 
 
-def _write_submission(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write submission.csv and validate it against the sizes of the films."""
+def _current_plan(task: Task) -> FilmPlan:
+    plan = read_film_plan(task.out)
+    if plan is None:
+        raise ConfigError(f"{task.out} has no plan.json: run --stage infer")
+    if task.inputs.get("films", plan.listing_hash) != plan.listing_hash:
+        raise ConfigError(
+            f"the films in {task.run.infer_source} have changed since they were planned: run --stage infer again"
+        )
+    return plan
+
+
+def _films_and_others(plan: FilmPlan, read: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Return the rows of the films, and {path, reason} of every ignored file, objects without an image included."""
+    from pneumo_dist.inference.outputs import IGNORED
+
+    others = [
+        (film.path, row["reason"]) for film, row in zip(plan.films, read, strict=True) if row["status"] == IGNORED
+    ]
+    ignored = [{"path": path, "reason": reason} for path, reason in sorted([*plan.ignored, *others])]
+    return [row for row in read if row["status"] != IGNORED], ignored
+
+
+def _notes(counts: dict[str, int], policy: str) -> list[str]:
+    """Return what the last lines of the command and the report say about films without an answer and other files."""
+    notes = []
+    if counts["unreadable"]:
+        rows = {
+            "skip": "they have no row in submission.csv",
+            "negative": "infer.unreadable=negative writes -1 for them in submission.csv, which is not a finding",
+        }[policy]
+        share = f"{counts['unreadable']} of {counts['films']} films"
+        notes.append(f"no answer for {share}: unreadable (predictions.csv gives the reasons); {rows}")
+    if counts["ignored_files"]:
+        notes.append(f"{counts['ignored_files']} other files ignored: ignored.csv gives the reasons")
+    return notes
+
+
+def _write_submission(path: Path, rows: list[dict[str, Any]], policy: str) -> None:
+    """Write submission.csv, with unreadable films if the policy is "negative"; validate it against the films' sizes."""
+    from pneumo_dist.inference.outputs import OK
     from pneumo_dist.scoring.submission_csv import problems_of, read_rows, write_submission
 
+    rows = [row for row in rows if row["status"] == OK or policy == "negative"]
     write_submission(path, ((row["film"], row["rle"]) for row in rows))
     sizes = {row["film"]: (row["rows"], row["columns"]) if row["status"] == "ok" else None for row in rows}
     problems = problems_of(read_rows(path), sizes, sizes.get)

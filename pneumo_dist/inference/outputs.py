@@ -25,8 +25,8 @@ from pneumo_dist.scoring.records import Triplet, apply_triplet, film_score
 from pneumo_dist.scoring.submission_csv import problems_of, score_submission, validate_submission, write_submission
 
 __all__ = [
-    "FOLDERS", "FilmWriter", "csv_text", "problems_of", "score_submission", "unreadable_row", "validate_submission",
-    "write_predictions", "write_submission",
+    "FOLDERS", "IGNORED", "OK", "UNREADABLE", "FilmWriter", "csv_text", "problems_of", "score_submission",
+    "unreadable_row", "validate_submission", "write_predictions", "write_submission",
 ]  # fmt: skip
 
 # Output -> its folder. Thumbnails belong to the worklist and are always written.
@@ -36,6 +36,9 @@ PREDICTION_COLUMNS = (
     "film", "status", "decision", "top_score", "area_px", "share", "reason", "rows", "columns",
     "threshold_top_score", "threshold_min_area", "threshold_mask", "tta", "models", "sha256", "warnings",
 )  # fmt: skip
+
+# Status of a row. Only "ok" is an answer; an ignored file is no film, and the merge lists it in ignored.csv.
+OK, UNREADABLE, IGNORED = "ok", "unreadable", "ignored"
 
 Row = dict[str, Any]
 Segment = Callable[[PlannedFilm, NDArray[np.bool_], Path], tuple[int, str] | str]
@@ -61,7 +64,7 @@ class FilmWriter:
         area = int(np.count_nonzero(mask))
         row: Row = {
             "film": film.id,
-            "status": "ok",
+            "status": OK,
             "decision": "positive" if area else "negative",
             "top_score": film_score(prob, score),
             "area_px": area,
@@ -124,11 +127,11 @@ def caption(row: Mapping[str, Any]) -> list[str]:
     return [verdict, str(row["film"]).encode("ascii", "replace").decode()[-72:]]
 
 
-def unreadable_row(film: PlannedFilm, reason: str) -> Row:
-    """Return the row of an unreadable film: an empty mask and the reason."""
+def unreadable_row(film: PlannedFilm, reason: str, status: str = UNREADABLE) -> Row:
+    """Return the row of a film without an answer: an empty mask and the reason."""
     return {
         "film": film.id,
-        "status": "unreadable",
+        "status": status,
         "decision": "",
         "top_score": None,
         "area_px": 0,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_dist.data.films.dicom import FilmError, read_film
+from pneumo_dist.data.films.dicom import FilmError, NotAnImage, read_film
 from pneumo_dist.data.shards import to_sizes
 from pneumo_dist.runtime.processes import Answer, Pool
 
@@ -42,6 +42,7 @@ class ReadFilm:
     picture: NDArray[np.uint8] | None = None  # (rows, columns) within picture_px
     sha256: str = ""
     warnings: tuple[str, ...] = ()
+    image: bool = True  # False: a DICOM object of another kind, which is no film
 
 
 def fit(pixels: NDArray[np.uint8], longest: int) -> NDArray[np.uint8]:
@@ -63,7 +64,7 @@ def read_job(job: ReadJob) -> ReadFilm:
         inputs = to_sizes(film.pixels, job.sizes)
         picture = fit(film.pixels, job.picture_px)
     except FilmError as error:
-        return ReadFilm(reason=str(error))
+        return ReadFilm(reason=str(error), image=not isinstance(error, NotAnImage))
     except MemoryError:
         return ReadFilm(reason="not enough memory to decode it")
     except Exception as error:  # the type only: the message could quote the header

@@ -99,6 +99,7 @@ def write_worklist(path: Path, rows: Sequence[Mapping[str, Any]], inference: Map
     """
     readable = [row for row in rows if row["status"] == "ok"]
     parts = [_heading(inference), _tiles(inference), _histogram(readable, inference["triplet"]["top_score"])]
+    parts[1:1] = [f"<p>{escape(note)}.</p>" for note in inference.get("notes", ())]
     parts += [page.settings_table({name: inference[name] for name in SETTINGS}), _controls(inference)]
     parts += ['<div id="films" class="films"></div><div id="end"></div>']
     parts += ["<noscript>The films are listed in predictions.csv.</noscript>"]

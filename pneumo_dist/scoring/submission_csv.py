@@ -7,20 +7,44 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pneumo_dist.config import ConfigError
-from pneumo_dist.data.cases import FIELD_BYTES, Case, find_films, read_annotations, read_patient_map
+from pneumo_dist.data.cases import FIELD_BYTES, Case, read_annotations, read_patient_map
+from pneumo_dist.data.films.dicom import FilmError, NotAnImage, read_film
+from pneumo_dist.data.films.listing import find_films
 from pneumo_dist.data.films.rle import EMPTY, RleError, decode_rle, decode_union, encode_rle
-from pneumo_dist.runtime.files import write_text
+from pneumo_dist.runtime.files import read_json, write_text
+from pneumo_dist.runtime.processes import Pool
 from pneumo_dist.scoring.metrics import FilmRecord, Records, Triplet, summary
 
 HEADER = ["ImageId", "EncodedPixels"]
 COMPETITION_SIZE = (1024, 1024)
+IGNORED = "ignored"  # of a file that is not an image
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The result of a validation: problems (none: the submission is valid), and films without an answer."""
+
+    problems: list[str]
+    films: int
+    without_row: set[str]  # unreadable, and without a row
+    with_row: set[str]  # unreadable according to predictions.csv, and with the row -1
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A row of predictions.csv; an unreadable film has no top score."""
+
+    top_score: float | None
+    size: tuple[int, int]
 
 
 def write_submission(path: Path, rows: Iterable[tuple[str, str]]) -> None:
@@ -89,7 +113,15 @@ def _rle_problem(text: str, size: tuple[int, int] | None) -> str:
 
 
 def validate_submission(path: Path, against: Path) -> list[str]:
-    """Return every problem of a submission; an empty list: it is valid.
+    """Return every problem of a submission; an empty list: it is valid. See `validation_of`."""
+    return validation_of(path, against).problems
+
+
+def validation_of(path: Path, against: Path) -> Validation:
+    """Check a submission, and find the films without an answer.
+
+    An unreadable film needs no row when the submission is checked against a folder: it is listed as unreadable in the
+    predictions.csv beside the submission, or it is read here. A list of ids asks for a row for each of them.
 
     Args:
         path: the submission.
@@ -101,18 +133,71 @@ def validate_submission(path: Path, against: Path) -> list[str]:
     """
     path, against = Path(path), Path(against)
     rows = read_rows(path)
-    if against.is_dir():
-        films = dict(find_films(against)[0])
-        if not films:
-            raise ConfigError(f"{against} holds no films")
-        return problems_of(rows, films, lambda name: film_size(against / films[name]))
-    header, *listed = read_rows(against, "folder of films or list of ids") or [[]]
+    answered = {row[0] for row in rows[1:] if row}
+    empty = {row[0] for row in rows[1:] if row[1:] == [EMPTY]}
+    predictions = _read_predictions(path.with_name("predictions.csv"))
+    unreadable = {name for name, prediction in predictions.items() if prediction.top_score is None}
+    if not against.is_dir():
+        expected = set(_listed_ids(against))
+        problems = problems_of(rows, expected, lambda _: COMPETITION_SIZE)
+        if missing := (expected & unreadable) - answered:
+            problems.append(f"{len(missing)} films without a row are unreadable: infer.unreadable=negative writes -1")
+        return Validation(problems, len(expected), missing, expected & unreadable & empty)
+    films = dict(find_films(against, _follows_links(path))[0])
+    if not films:
+        raise ConfigError(f"{against} holds no films")
+    found = _reasons({name: against / films[name] for name in films.keys() - answered - unreadable})
+    ignored = {name for name, reason in found.items() if reason == IGNORED}
+    unreadable |= found.keys() - ignored
+    expected = films.keys() - ignored
+    problems = problems_of(rows, expected - (unreadable - answered), lambda name: film_size(against / films[name]))
+    return Validation(problems, len(expected), (expected & unreadable) - answered, expected & unreadable & empty)
+
+
+def _listed_ids(path: Path) -> list[str]:
+    header, *listed = read_rows(path, "folder of films or list of ids") or [[]]
     names = [cell.strip().lstrip("\ufeff") for cell in header]
     if "ImageId" not in names:
-        raise ConfigError(f"{against}: neither a folder of films nor a csv with an ImageId column")
+        raise ConfigError(f"{path}: neither a folder of films nor a csv with an ImageId column")
     column = names.index("ImageId")
-    expected = [row[column].strip() for row in listed if len(row) > column]
-    return problems_of(rows, expected, lambda _: COMPETITION_SIZE)
+    return [row[column].strip() for row in listed if len(row) > column]
+
+
+def _follows_links(submission: Path) -> bool:
+    """Return whether the inference that wrote the submission followed links out of the folder."""
+    try:
+        return bool(read_json(submission.with_name("inference.json")).get("follow_links", False))
+    except (OSError, ValueError):
+        return False
+
+
+def _reasons(films: Mapping[str, Path]) -> dict[str, str]:
+    """Return {film: reason} of the unreadable ones; stop at the first readable film, which needs a row anyway."""
+    if not films:
+        return {}
+    pool, reasons = Pool(1, lambda: warnings.simplefilter("ignore")), dict[str, str]()  # a decoder may crash or hang
+    try:
+        for name in sorted(films):
+            reason = pool.submit(_reason, [films[name]], lambda _, reason: reason).result()
+            if not reason:
+                break
+            reasons[name] = reason
+    finally:
+        pool.close()
+    return reasons
+
+
+def _reason(path: Path) -> str:
+    """Return why a film cannot be read, "" if it can."""
+    try:
+        read_film(path)
+    except NotAnImage:
+        return IGNORED
+    except FilmError as error:
+        return str(error)
+    except Exception as error:  # the type only: the message could quote the header
+        return type(error).__name__
+    return ""
 
 
 def film_size(path: Path) -> tuple[int, int] | None:
@@ -135,8 +220,9 @@ def score_submission(path: Path, truth: Path, patients: Path | None = None, boot
     """Score a submission against an annotation list, film by film at film size, with every score of the evaluation.
 
     Film sizes and top scores come from the predictions.csv beside the submission. Without that file, films are
-    1024x1024 and films are ranked (AUC) by whether their mask is empty. Films that are in only one of the two files are
-    counted and not scored. Intervals are by patient with a map (`ImageId,PatientKey`), else by film.
+    1024x1024 and films are ranked (AUC) by whether their mask is empty. Films that are in only one of the two files and
+    unreadable films (without a top score) are counted, not scored. Intervals are by patient with a map
+    (`ImageId,PatientKey`), else by film.
 
     Raises:
         ConfigError: a file cannot be read, a mask is invalid at its film's size, or no film is in both files.
@@ -144,15 +230,19 @@ def score_submission(path: Path, truth: Path, patients: Path | None = None, boot
     path, truth = Path(path), Path(truth)
     masks = _read_masks(path)
     annotations = read_annotations(truth)
-    films = sorted(masks.keys() & annotations.rows.keys())
-    if not films:
-        raise ConfigError(f"{path} and {truth} have no film in common")
     predictions = _read_predictions(path.with_name("predictions.csv"))
+    unreadable = {name for name, prediction in predictions.items() if prediction.top_score is None}
+    unread = annotations.rows.keys() & unreadable
+    films = sorted((masks.keys() & annotations.rows.keys()) - unread)
+    if not films:
+        others = f" ({len(unread)} annotated films are unreadable)" if unread else ""
+        raise ConfigError(f"{path} and {truth} have no film in common{others}")
     patient_keys = read_patient_map(Path(patients)) if patients else {}
     groups: dict[str, int] = {}
     cases, records = [], []
     for name in films:
-        top, size = predictions.get(name, (None, COMPETITION_SIZE))
+        prediction = predictions.get(name, Prediction(None, COMPETITION_SIZE))
+        size = prediction.size
         try:
             mask = decode_rle(masks[name], *size)
             annotated = decode_union(annotations.texts(name), *size)
@@ -161,7 +251,7 @@ def score_submission(path: Path, truth: Path, patients: Path | None = None, boot
         group = groups.setdefault(patient_keys.get(name, name), len(groups))
         cases.append(Case(name, 0, 0, *size, int(annotated.any()), 0, group, "", "", EMPTY))
         area, hits = np.array([[mask.sum()], [(mask & annotated).sum()]], np.int64)
-        top = float(mask.any()) if top is None else top
+        top = float(mask.any()) if prediction.top_score is None else prediction.top_score
         records.append(FilmRecord(top, area, hits, int(annotated.sum()), mask.size))
     return {
         **summary(Records.build(cases, records, (0.5,)), Triplet(0.0, 0, 0.5), bootstrap),
@@ -170,7 +260,9 @@ def score_submission(path: Path, truth: Path, patients: Path | None = None, boot
         else "masks (no predictions.csv beside the submission)",
         "intervals_by": "patient" if patient_keys else "film",
         "films_without_truth": len(masks.keys() - annotations.rows.keys()),
-        "truth_without_answer": len(annotations.rows.keys() - masks.keys()),
+        "unreadable": len(unread),
+        "unreadable_positive": sum(any(text != EMPTY for text in annotations.texts(name)) for name in unread),
+        "truth_without_answer": len(annotations.rows.keys() - masks.keys() - unread),
     }
 
 
@@ -185,14 +277,14 @@ def _read_masks(path: Path) -> dict[str, str]:
     return masks
 
 
-def _read_predictions(path: Path) -> Mapping[str, tuple[float | None, tuple[int, int]]]:
-    """Return {film id: (top score, (rows, columns))} of a predictions.csv, nothing where there is no such file."""
+def _read_predictions(path: Path) -> dict[str, Prediction]:
+    """Return {film id: prediction} of a predictions.csv, nothing where there is no such file."""
     if not path.is_file():
         return {}
     header, *rows = read_rows(path) or [[]]
-    predictions: dict[str, tuple[float | None, tuple[int, int]]] = {}
+    predictions: dict[str, Prediction] = {}
     for cells in rows:
         row = dict(zip(header, cells, strict=False))
         size = (int(row["rows"]), int(row["columns"])) if row.get("rows") else COMPETITION_SIZE
-        predictions[row.get("film", "")] = (float(row["top_score"]) if row.get("top_score") else None, size)
+        predictions[row.get("film", "")] = Prediction(float(row["top_score"]) if row.get("top_score") else None, size)
     return predictions

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from pneumo_dist.config import load
-from pneumo_dist.data.cases import find_films
 from pneumo_dist.data.films.dicom import read_film
+from pneumo_dist.data.films.listing import find_films
 from pneumo_dist.data.films.rle import encode_rle
 from pneumo_dist.data.phantom import make_phantom
 from pneumo_dist.data.shards import to_size

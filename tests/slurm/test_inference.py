@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pneumo_dist.data.cases import find_films
 from pneumo_dist.data.films.dicom import read_film
+from pneumo_dist.data.films.listing import find_films
 from pneumo_dist.data.phantom import make_phantom
 from pneumo_dist.data.shards import to_size
 from pneumo_dist.inference import infer

@@ -1,4 +1,4 @@
-"""Folders, annotation lists in every dialect, patient maps, cases.csv."""
+"""Annotation lists in every dialect, patient maps, cases.csv."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 from pneumo_dist.config import ConfigError
 from pneumo_dist.data.cases import (
     Case,
-    find_films,
     read_annotations,
     read_cases,
     read_ids,
@@ -22,34 +21,6 @@ from pneumo_dist.data.preprocess.audit import describe
 
 REAL = Path(os.environ.get("PNEUMO_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 needs_real_films = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real films in {REAL} (PNEUMO_REAL_DATA)")
-
-
-def listed(folder: Path, *names: str) -> Path:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"")
-    return folder
-
-
-def test_both_layouts_give_stems_as_ids(tmp_path):
-    deep = listed(tmp_path / "train", "s1/s2/1.2.9.dcm", "s3/s4/1.2.10.dcm", "s3/s4/notes.txt")
-    assert find_films(deep) == ([("1.2.10", "s3/s4/1.2.10.dcm"), ("1.2.9", "s1/s2/1.2.9.dcm")], 1)
-    flat = listed(tmp_path / "test", "ID_0001.dcm", "ID_0002.DCM", ".DS_Store", "._ID_0001.dcm")
-    assert find_films(flat) == ([("ID_0001", "ID_0001.dcm"), ("ID_0002", "ID_0002.DCM")], 2)
-
-
-def test_repeated_stems_become_relative_paths_and_ids_stay_unique(tmp_path):
-    folder = listed(tmp_path, "a/x.dcm", "b/x.dcm", "b/y.dcm", "x.dcm.png", "x.dcm")
-    films, _ = find_films(folder)
-    assert [name for name, _ in films] == ["a/x.dcm", "b/x.dcm", "x.dcm", "x.dcm.png", "y"]
-
-
-def test_links_are_followed_and_loops_end(tmp_path):
-    folder = listed(tmp_path / "films", "a/x.dcm")
-    other = listed(tmp_path / "other", "y.dcm")
-    (folder / "linked").symlink_to(other)
-    (folder / "a" / "loop").symlink_to(folder)
-    assert [name for name, _ in find_films(folder)[0]] == ["x", "y"]
 
 
 def annotations(tmp_path: Path, text: str | bytes):

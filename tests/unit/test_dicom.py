@@ -22,7 +22,7 @@ from pydicom.uid import (
 )
 
 from pneumo_dist.data.films import codecs, dicom
-from pneumo_dist.data.films.dicom import FilmError, looks_like_film, parse_film, read_film
+from pneumo_dist.data.films.dicom import FilmError, parse_film, read_film
 from tests.film_files import COMPRESSED, dataset, film_bytes, grey, jpeg, written
 
 LIMIT = 64_000_000
@@ -305,25 +305,6 @@ def test_colour_damaged_and_oversized_pictures_are_refused():
     ):
         with pytest.raises(FilmError, match=reason):
             parse_film(data, 600)
-
-
-def test_candidates_are_known_by_extension_or_by_the_mark_at_byte_128(tmp_path):
-    for name, content, wanted in (
-        ("a.DCM", b"", True),
-        ("b.jpeg", b"", True),
-        ("1.2.840.113", b"\0" * 128 + b"DICM", True),
-        ("c.txt", b"\0" * 128 + b"DICX", False),
-        ("d.csv", b"", False),
-    ):
-        (tmp_path / name).write_bytes(content)
-        assert looks_like_film(tmp_path / name) is wanted
-    assert not looks_like_film(tmp_path / "missing")
-
-
-def test_stems_lose_film_extensions_only():
-    assert [dicom.film_stem(name) for name in ("a/1.2.3.dcm", "1.2.3", "x.PNG", "y.tar.gz")] == [
-        "1.2.3", "1.2.3", "x", "y.tar.gz",
-    ]  # fmt: skip
 
 
 @needs_real_films

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pydicom
 import pytest
 
 from pneumo_dist.config import ConfigError
@@ -18,10 +19,11 @@ from pneumo_dist.inference.film_plan import check_films, file_name, read_film_pl
 from pneumo_dist.model.modelfile import load_model
 from pneumo_dist.prediction.forward import predict
 from pneumo_dist.runtime import processes
+from pneumo_dist.runtime.failure import Failure
 from pneumo_dist.runtime.files import sha256_file
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.scoring.records import Triplet, apply_triplet
-from pneumo_dist.scoring.submission_csv import read_rows, validate_submission
+from pneumo_dist.scoring.submission_csv import read_rows, score_submission, validate_submission, validation_of
 from tests.films import PATIENT, SECRET, picture, task, write_dicom, write_model
 
 EVERYTHING = "infer.outputs=csv,masks,overlays,probs,dicomseg"
@@ -45,6 +47,25 @@ def films(tmp_path_factory):
     (folder / "empty.dicom").write_bytes(b"")
     (folder / "text.png").write_text("no picture")
     (folder / "notes.txt").write_text("not a film")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """Eight films, five of them unreadable in different ways; beside them a report object and an archive."""
+    folder = tmp_path_factory.mktemp("eight")
+    for i, name in enumerate(["a", "b", "c", "cut"]):
+        write_dicom(folder / f"{name}.dcm", picture(i))
+    (folder / "cut.dcm").write_bytes((folder / "a.dcm").read_bytes()[:-3000])  # the header is whole
+    write_dicom(folder / "colour.dcm", picture(5), PhotometricInterpretation="RGB")
+    write_dicom(folder / "frames.dcm", picture(5), NumberOfFrames=7)
+    (folder / "empty.dcm").write_bytes(b"")
+    (folder / "text.png").write_text("no picture")
+    write_dicom(folder / "report.dcm", picture(5))
+    report = pydicom.dcmread(folder / "report.dcm")
+    report.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.88.11"
+    report.save_as(folder / "report.dcm")
+    (folder / "old.dcm.gz").write_bytes(b"\x1f\x8b\x08\0")
     return folder
 
 
@@ -93,10 +114,103 @@ def test_every_readable_film_is_answered_and_every_damaged_one_has_a_reason(refe
     damaged = {name: row for name, row in rows.items() if row["status"] == "unreadable"}
     assert damaged.keys() == DAMAGED and all(row["reason"] and not row["top_score"] for row in damaged.values())
     submission = dict(read_rows(reference / "submission.csv")[1:])
-    assert submission.keys() == READABLE | DAMAGED and all(submission[name] == "-1" for name in DAMAGED)
+    assert submission.keys() == READABLE
     assert validate_submission(reference / "submission.csv", films) == []
     assert {row["decision"] for row in rows.values()} == {"positive", "negative", ""}  # the test sees both
     assert json.loads((reference / "inference.json").read_text())["ignored_files"] == 1
+
+
+UNREADABLE = {"cut", "colour", "frames", "empty", "text"}
+
+
+@pytest.fixture(scope="module")
+def answered(eight, model, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("answered"), eight, model)
+
+
+def test_an_unreadable_film_is_not_negative_and_an_object_without_image_is_no_film(eight, answered, model, tmp_path):
+    out = Path(shutil.copytree(answered, tmp_path / "infer" / "it"))
+    rows = rows_of(out)
+    assert {name for name, row in rows.items() if row["status"] == "unreadable"} == UNREADABLE and len(rows) == 8
+    assert read_rows(out / "ignored.csv") == [
+        ["path", "reason"],
+        ["old.dcm.gz", "compressed file or archive: unpack it"],
+        ["report.dcm", "not an image (Basic Text SR Storage)"],
+    ]
+    submission = out / "submission.csv"
+    assert [row[0] for row in read_rows(submission)[1:]] == ["a", "b", "c"]
+    notes = json.loads((out / "inference.json").read_text())["notes"]
+    assert notes[0].startswith("no answer for 5 of 8 films") and "they have no row in submission.csv" in notes[0]
+    assert all(note in (out / "report.html").read_text() for note in notes)
+    truth = tmp_path / "truth.csv"
+    truth.write_text("ImageId,EncodedPixels\na,-1\nb,-1\nc,-1\ncut,0 9\nempty,-1\nother,-1\n")
+    scores = score_submission(submission, truth, bootstrap=0)
+    counts = {
+        "films": 3,
+        "unreadable": 2,
+        "unreadable_positive": 1,
+        "truth_without_answer": 1,
+        "films_without_truth": 0,
+    }
+    assert {name: scores[name] for name in counts} == counts
+
+    part = out / "parts" / "part-00000" / "part.json"
+    before = part.stat().st_mtime_ns
+    run(tmp_path, eight, model, "infer.unreadable=negative")
+    completed = dict(read_rows(submission)[1:])
+    assert len(completed) == 8 and all(completed[name] == "-1" for name in UNREADABLE)
+    assert "which is not a finding" in json.loads((out / "inference.json").read_text())["notes"][0]
+    assert score_submission(submission, truth, bootstrap=0) == scores | {"films_without_truth": 3}  # of the others
+    assert part.stat().st_mtime_ns == before and rows_of(out) == rows  # only the tables changed
+    with_rows = validation_of(submission, eight)
+    assert (with_rows.problems, with_rows.films, with_rows.with_row) == ([], 8, UNREADABLE)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_validate_accepts_a_film_without_a_row_only_if_it_is_unreadable(eight, answered, tmp_path, beside):
+    """Without predictions.csv beside the submission, the films without a row are read."""
+    submission = shutil.copy(answered / "submission.csv", tmp_path)
+    if beside:
+        shutil.copy(answered / "predictions.csv", tmp_path)
+    result = validation_of(submission, eight)
+    assert (result.problems, result.films, result.without_row) == ([], 8, UNREADABLE)
+    rows = Path(submission).read_text().splitlines()
+    Path(submission).write_text("\n".join(rows[:-1]) + "\n")
+    assert any("films have no row" in problem for problem in validate_submission(submission, eight))
+    ids = tmp_path / "sample_submission.csv"
+    ids.write_text("ImageId,EncodedPixels\na,-1\nb,-1\ncut,-1\n")
+    problems = validate_submission(submission, ids)  # the competition wants a row for each
+    assert problems[0] == "1 films have no row (first: cut)"
+    assert any("infer.unreadable=negative" in problem for problem in problems) == beside
+
+
+@pytest.mark.parametrize("policy", ["skip", "negative"])
+def test_no_readable_film_is_a_failure_with_the_reasons_written(eight, model, tmp_path, policy):
+    folder = tmp_path / "films"
+    shutil.copytree(eight, folder)
+    for name in "abc":
+        (folder / f"{name}.dcm").unlink()
+    with pytest.raises(Failure, match=r"none of 5 films is readable \(first: colour: ") as caught:
+        run(tmp_path, folder, model, f"infer.unreadable={policy}")
+    out = tmp_path / "infer" / "it"
+    assert str(out) in str(caught.value) and "\n" not in str(caught.value)
+    assert rows_of(out).keys() == UNREADABLE
+    assert len(read_rows(out / "submission.csv")) == (6 if policy == "negative" else 1)
+    for path in folder.iterdir():
+        if path.stem != "report":
+            path.unlink()
+    with pytest.raises(Failure, match=r"report: not an image \(Basic Text SR Storage\)"):
+        run(tmp_path, folder, model)
+
+
+def test_links_out_of_the_folder_are_followed_on_request(eight, films, model, tmp_path):
+    folder = tmp_path / "films"
+    shutil.copytree(eight, folder)
+    (folder / "linked").symlink_to(films / "sub")
+    out = run(tmp_path, folder, model)
+    assert "infer.follow_links=true" in dict(read_rows(out / "ignored.csv"))["linked"]
+    run(tmp_path, folder, model, "infer.follow_links=true")
+    assert "twin" in rows_of(out) and validate_submission(out / "submission.csv", folder) == []
 
 
 def test_every_file_is_listed_with_its_hash(reference):

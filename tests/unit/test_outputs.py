@@ -43,7 +43,8 @@ def test_a_valid_submission_has_no_problems(folder, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "wanted"),
     [
-        ([("a", GOOD), ("b", "-1")], "1 films have no row (first: broken)"),
+        ([("a", GOOD), ("b", "-1")], None),  # an unreadable film needs no row
+        ([("b", "-1")], "2 films have no row (first: a)"),
         ([("a", GOOD), ("a", GOOD), ("b", "-1"), ("broken", "-1")], "a has a second row"),
         ([("a", GOOD), ("b", "-1"), ("broken", "-1"), ("c", "-1")], "c is not one of the films"),
         ([("a", "1199 1"), ("b", "-1"), ("broken", "-1")], None),  # the last pixel of 40 x 30
@@ -131,9 +132,10 @@ def test_sizes_and_ranking_come_from_predictions_csv_beside_the_submission(tmp_p
     labels = submission(tmp_path / "labels.csv", [("a", encode_rle(mask)), ("b", "-1"), ("bad", "-1")])
     result = score_submission(tmp_path / "submission.csv", labels, bootstrap=0)
     assert result["dice"] == 1.0
-    assert result["auc"] == 0.5  # a ranks below b and above the unreadable film, which counts as 0
+    assert result["films"] == 2 and result["unreadable"] == 1  # the film without a top score is not scored
+    assert result["auc"] == 0.0  # a ranks below b
     patients = submission(tmp_path / "patients.csv", [("a", "p"), ("b", "p")], head="ImageId,PatientKey")
-    assert score_submission(tmp_path / "submission.csv", labels, patients, bootstrap=5)["patients"] == 2
+    assert score_submission(tmp_path / "submission.csv", labels, patients, bootstrap=5)["patients"] == 1
 
 
 def test_rows_keep_every_digit_and_quote_what_must_be_quoted():

@@ -218,12 +218,20 @@ def test_every_defect_is_in_the_audit_and_stops_nothing_within_max_bad(dirty, tm
     assert audit["orphans"] == [f"train-rle.csv:{lines + 1}: orphan"]
     assert audit["duplicates"] == [{"ids": [twin, "twin"], "masks_agree": False}]
     assert audit["films"]["found"] == 13 and audit["films"]["in_shards"] == 8 and audit["films"]["other_files"] == 1
+    assert [list(file) for file in audit["ignored"]] == [["path", "reason"]]
     assert len(audit["unannotated"]["ids"]) == 1 and audit["annotations"]["several_rows"] >= 1
     assert audit["folds"]["level"] == "patient"
     cases = {case.id: case for case in read_cases(tmp_path / "shards")}
     assert cases["twin"].group == cases[twin].group and cases["twin"].fold == cases[twin].fold
     text = (tmp_path / "shards" / "audit.txt").read_text()
-    for part in ("rows per image", "masks DIFFER", "Rows without a film: 1", "Unusable films: 4", "patient-level"):
+    for part in (
+        "rows per image",
+        "masks DIFFER",
+        "Rows without a film: 1",
+        "Unusable films: 4",
+        "Ignored files: 1",
+        "patient-level",
+    ):
         assert part in text
     assert not preprocess.verify(tmp_path / "shards")
 

@@ -421,6 +421,29 @@ def test_score_counts_the_films_that_are_predicted_positive(tmp_path: Path, capf
     assert "dice              0.6667   95 % interval by film: " in shown.out
 
 
+def test_films_without_an_answer_are_reported_by_validate_and_score(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    submission, truth, films = tmp_path / "submission.csv", tmp_path / "truth.csv", tmp_path / "films"
+    films.mkdir()
+    (films / "c.dcm").write_bytes(b"")
+    (tmp_path / "predictions.csv").write_text("film,top_score,rows,columns\na,0.9,,\nb,0.1,,\nc,,,\nd,,,\n")
+    truth.write_text("ImageId,EncodedPixels\na,0 10\nb,-1\nc,0 7\nd,-1\n")
+    submission.write_text("ImageId,EncodedPixels\na,0 10\nb,-1\nd,-1\n")
+    shown = Shown(capfd, "score", submission, "--truth", truth)
+    assert shown.out.startswith("2 films, 1 with pneumothorax, 1 predicted positive\n")
+    line = "not scored: 2 annotated films (1 with pneumothorax) without an answer, because they are unreadable\n"
+    assert shown.status == 0 and line in shown.out
+    submission.write_text("ImageId,EncodedPixels\n")
+    shown = Shown(capfd, "validate", submission, "--against", films)
+    line = "no answer for 1 of 1 films: unreadable, no row (first: c)\n"
+    assert shown.status == 0 and shown.out == f"{line}{submission}: valid\n"
+    submission.write_text("ImageId,EncodedPixels\nc,-1\n")
+    shown = Shown(capfd, "validate", submission, "--against", films)
+    line = "no answer for 1 of 1 films: unreadable, a row of -1, which is not a finding (first: c)\n"
+    assert shown.status == 0 and shown.out == f"{line}{submission}: valid\n"
+
+
 def test_validate_exits_with_1_for_a_submission_that_is_not_valid(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -189,6 +189,18 @@ def test_what_is_derived_follows_what_it_reads(tmp_path: Path) -> None:
     assert any("which has to run again: repeat both with --redo" in line for line in stale.conflicts)
 
 
+def test_another_form_of_the_tables_merges_again_without_redo(tmp_path: Path) -> None:
+    films, model = tmp_path / "films", tmp_path / "model.pt"
+    films.mkdir()
+    model.write_bytes(b"")
+    words = ("--stage", "infer", "--run", "a", f"run_root={tmp_path}", f"infer.dir={films}", f"infer.models={model}")
+    finished(make(*words), "merge")
+    assert not make(*words).todo
+    again = make(*words, "infer.unreadable=negative")
+    assert [node.key for node in again.todo] == ["infer", "merge"] and not again.conflicts
+    assert "infer.tta" in make(*words, "infer.unreadable=negative", "infer.tta=none").conflicts[0]
+
+
 def test_redo_puts_the_old_result_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", "phantom.films=9")
     finished(plan, "1", 0)

@@ -41,6 +41,10 @@ class FilmError(ValueError):
     """An unreadable film; the message is the reason, without path or name or id of a patient."""
 
 
+class NotAnImage(FilmError):
+    """A DICOM object that holds no image, for example a report: it is no film, so no answer is missing."""
+
+
 def check_size(rows: int, columns: int, max_pixels: int) -> None:
     """Raise FilmError if a matrix is empty or larger than the limit."""
     if rows < 1 or columns < 1:

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from pneumo_dist.data.films import codecs, header
-from pneumo_dist.data.films.codecs import FilmError
+from pneumo_dist.data.films.codecs import FilmError, NotAnImage
+from pneumo_dist.data.films.listing import dicom_head, no_image_reason
 
-__all__ = ["Film", "FilmError", "film_stem", "looks_like_film", "read_film"]
+__all__ = ["Film", "FilmError", "NotAnImage", "read_film"]
 
-EXTENSIONS = (".dcm", ".dicom", ".png", ".jpg", ".jpeg")
 VIEWS = ("AP", "PA", "LL", "RL", "LLD", "RLD", "LLO", "RLO")
 SEXES = ("M", "F", "O")
 HEADER_BYTES = 32 << 20  # allowance for everything in a file but the pixels
@@ -31,6 +31,7 @@ TAGS = [
     "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue",
     "RescaleIntercept", "RescaleSlope", "ModalityLUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction",
     "VOILUTSequence", "PlanarConfiguration", "PixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
+    "SOPClassUID",
 ]  # fmt: skip
 MAPPING = ("RescaleIntercept", "RescaleSlope", "ModalityLUTSequence", "WindowCenter", "WindowWidth", "VOILUTSequence")
 
@@ -46,24 +47,6 @@ class Film:
     sha256: str
     decoder: str
     warnings: tuple[str, ...] = ()
-
-
-def film_stem(path: str) -> str:
-    """Return a file's name without its film extension; a UID without extension keeps its last component."""
-    name = path.rpartition("/")[2]
-    stem, suffix = os.path.splitext(name)
-    return stem if suffix.lower() in EXTENSIONS else name
-
-
-def looks_like_film(path: Path | str) -> bool:
-    """Return whether a file may be a film: it has a film extension, or DICM at byte 128."""
-    if os.path.splitext(path)[1].lower() in EXTENSIONS:
-        return True
-    try:
-        with open(path, "rb") as handle:
-            return handle.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
 
 
 def read_film(path: Path | str, max_pixels: int = 64_000_000) -> Film:
@@ -92,16 +75,24 @@ def load(path: Path | str, max_pixels: int) -> bytes:
 
 
 def parse_film(data: bytes, max_pixels: int, name: str = "") -> Film:
-    """Decode the bytes of one film file; the name identifies DICOM without preamble. Raises FilmError."""
+    """Decode the bytes of one film file; the name identifies DICOM whose first bytes are damaged.
+
+    Raises:
+        FilmError: the file is not a usable film; NotAnImage: it is a DICOM object of another kind.
+    """
     digest = hashlib.sha256(data).hexdigest()
-    if data[128:132] == b"DICM":
-        return _read_plain(data, max_pixels, digest) or _read_dicom(data, max_pixels, digest)
-    if data[:8] == b"\x89PNG\r\n\x1a\n" or data[:3] == b"\xff\xd8\xff":
+    preamble = data[128:132] == b"DICM"
+    if preamble and (film := _read_plain(data, max_pixels, digest)):
+        return film
+    if not preamble and (data[:8] == b"\x89PNG\r\n\x1a\n" or data[:3] == b"\xff\xd8\xff"):
         pixels, decoder = codecs.decode_picture(data, max_pixels)
         return Film(_stretch(pixels), "", "", "", digest, decoder)
-    if data and name.lower().endswith((".dcm", ".dicom")):
-        return _read_dicom(data, max_pixels, digest)
-    raise FilmError("neither DICOM, PNG nor JPEG" if data else "empty file")
+    elements = dicom_head(data)
+    if not data or (elements is None and not name.lower().endswith((".dcm", ".dicom"))):
+        raise FilmError("neither DICOM, PNG nor JPEG" if data else "empty file")
+    if elements and (reason := no_image_reason(elements)):
+        raise NotAnImage(reason)
+    return _read_dicom(data, max_pixels, digest)
 
 
 # Samples, bits allocated, bits stored, high bit and sign of the films that are read without pydicom.
@@ -203,6 +194,9 @@ def _text(dataset: Any, name: str) -> str:
 def _read_dicom(data: bytes, max_pixels: int, digest: str) -> Film:
     dataset, has_pixels = _parse(data)
     if "Rows" not in dataset and not has_pixels:
+        kind = _text(dataset, "SOPClassUID")
+        if kind and not kind.startswith("1.2.840.10008."):
+            raise NotAnImage("not an image (private DICOM object without pixel matrix)")
         raise FilmError("no pixel matrix in the header: truncated, or not an image")
     rows, columns = _number(dataset, "Rows"), _number(dataset, "Columns")
     codecs.check_size(rows, columns, max_pixels)

@@ -61,6 +61,7 @@ def audit_of(
         "annotations": {"file": name} | describe(source.annotations),
         "unannotated": {"policy": config.data.unannotated, "ids": source.unannotated},
         "orphans": [f"{name}:{source.annotations.rows[orphan][0][0]}: {orphan}" for orphan in source.orphans],
+        "ignored": [{"path": path, "reason": reason} for path, reason in source.ignored],
         "unreadable": [{key: film[key] for key in ("id", "path", "reason")} for film in bad],
         "duplicates": [
             {"ids": [film["id"] for film in group], "masks_agree": len({film["rle"] for film in group}) == 1}
@@ -85,7 +86,7 @@ def _films(source: Source, films: list[dict[str, Any]], bad: list[dict[str, Any]
     dropped = len(source.unannotated) if config.data.unannotated == "drop" else 0
     return {
         "found": source.films + dropped,
-        "other_files": source.ignored,
+        "other_files": len(source.ignored),
         "in_shards": len(films),
         "positive": sum(film["label"] for film in films),
         "unreadable": len(bad),
@@ -148,6 +149,7 @@ def _problems(audit: dict[str, Any]) -> list[str]:
         ("Rows without a film", audit["orphans"]),
         ("Films without annotation", audit["unannotated"]["ids"]),
         ("Unusable films", [f"{film['path']}: {film['reason']}" for film in audit["unreadable"]]),
+        ("Ignored files", [f"{file['path']}: {file['reason']}" for file in audit["ignored"]]),
         ("Blank films", films["blank"]),
         ("Header warnings", [f"{text}: {count} films" for text, count in films["warnings"].items()]),
         ("Films with identical pixels", duplicates),

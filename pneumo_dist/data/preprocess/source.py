@@ -13,6 +13,7 @@ from pathlib import Path
 from pneumo_dist.config import ConfigError
 from pneumo_dist.data import cases as casefiles
 from pneumo_dist.data.cases import Annotations
+from pneumo_dist.data.films.listing import find_films, ignored_text
 from pneumo_dist.run import Run
 
 
@@ -37,7 +38,7 @@ class Source:
     annotations: Annotations
     unannotated: list[str]
     orphans: list[str]  # annotated ids without a film
-    ignored: int  # number of other files
+    ignored: list[tuple[str, str]]  # the other files: path, reason
 
     @property
     def films(self) -> int:
@@ -60,10 +61,10 @@ def read_source(run: Run) -> Source:
     assert folder is not None and csv is not None
     if not folder.is_dir():
         raise ConfigError(f"data.dicom_dir={folder} is not a folder")
-    films, ignored = casefiles.find_films(folder)
+    films, ignored = find_films(folder)
     if not films:
         raise ConfigError(
-            f"data.dicom_dir={folder}: no film in it ({ignored} other files): films are DICOM, PNG or JPEG files"
+            f"data.dicom_dir={folder}: no film in it ({ignored_text(ignored)}): films are DICOM, PNG or JPEG files"
         )
     annotations = casefiles.read_annotations(csv)
     ids = {name for name, _ in films}
