@@ -1,7 +1,7 @@
 """Learning on real films: out-of-fold scores of this project's recipe, of its former loss, and of a peer.
 
     python -m tests.benchmarks real_films --dicom-dir DIR --csv FILE... --patients FILE... --work DIR [--seeds 0,1]
-        [--size 96 --epochs 30 ...] [--arms ours,before,peer] [--weights FILE --device cuda]
+        [--size 96 --epochs 20 ...] [--arms ours,before,peer] [--weights FILE --device cuda]
 
 Every arm sees the same films and patient folds, for as many epochs of the same size. "ours" is configs/small.yaml;
 "before" is the same with Dice over all films and without the image-level term; "peer" is segmentation_models_pytorch's
@@ -236,7 +236,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=numbers, default=[0, 1])
     parser.add_argument("--folds", type=numbers, default=[0, 1, 2, 3, 4])
     parser.add_argument("--size", type=int, default=96, help="pixels")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--weights", type=Path, help="torchvision's resnet34 weights; default: random start")
     parser.add_argument("--amp", default="bf16", help="train.amp: bf16, or off where the processor has no bfloat16")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on the CPU")
