@@ -73,6 +73,9 @@ def _parser() -> Parser:
     score = commands.add_parser("score", help="score a submission against annotations")
     score.add_argument("submission")
     score.add_argument("--truth", required=True, metavar="RLE.csv", help="annotations as run-length encoded masks")
+    score.add_argument(
+        "--rle", choices=("siim", "absolute", "absolute0"), help="offsets in RLE.csv (data.rle; default siim)"
+    )
     score.add_argument("--patients", metavar="MAP.csv", help="ImageId,PatientKey: intervals by patient, not by film")
     return parser
 
@@ -137,7 +140,7 @@ def _score(options: argparse.Namespace) -> int:
     from launch.monitor.scores import print_scores
 
     patients = Path(options.patients) if options.patients else None
-    print_scores(Path(options.submission), Path(options.truth), patients)
+    print_scores(Path(options.submission), Path(options.truth), patients, options.rle)
     return 0
 
 

@@ -49,6 +49,7 @@ _SHARDS = (
     "data.shards",
     "data.folds",
     "data.fold_seed",
+    "data.rle",
     "data.unannotated",
     "data.max_bad",
     "data.max_pixels",

@@ -16,6 +16,7 @@ from pneumo_dist import config as configuration
 from pneumo_dist.chain import STAGES, TABLES, job_key, upstream
 from pneumo_dist.config import Config, ConfigError
 from pneumo_dist.data.films.listing import find_films
+from pneumo_dist.data.preprocess.maskfiles import masks_hash
 from pneumo_dist.model.start import start_path
 from pneumo_dist.run import Run, pooled_thresholds
 from pneumo_dist.runtime.files import read_json, sha256_file, sha256_text, write_json
@@ -63,11 +64,13 @@ def inputs_of(run: Run, stage: str, fold: int | None) -> dict[str, str]:
 
 
 def _source_hashes(run: Run) -> dict[str, str]:
-    """Hash the tables and the list of films that preprocessing reads."""
+    """Hash the tables, the mask files and the list of films that preprocessing reads."""
     data = run.config.data
     files = {name: run.source(name) for name in ("rle_csv", "patient_map")}
     files["holdout_ids"] = Path(data.holdout_ids).expanduser() if data.holdout_ids else None
     hashes = {name: _file_hash(path, f"data.{name}") for name, path in files.items() if path}
+    if masks := run.source("masks"):
+        hashes["masks"] = masks_hash(masks)
     folder = run.source("dicom_dir")
     return hashes | ({"films": _listing_hash(folder)} if folder else {})
 

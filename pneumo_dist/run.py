@@ -130,9 +130,10 @@ class Run(RunFolder):
         raise ConfigError(f"{run.folder}: not a run directory (no config.yaml): launch/submit.py creates one")
 
     def source(self, name: str) -> Path | None:
-        """Return a path of the data section (`dicom_dir`, `rle_csv`, `patient_map`), or its synthetic counterpart."""
+        """Return a path of the data section (`dicom_dir`, `rle_csv`, ...), or its synthetic counterpart."""
         if self.config.phantom.films:
-            return self.dir_of("phantom") / PHANTOM_SOURCES[name]
+            below = PHANTOM_SOURCES.get(name)
+            return self.dir_of("phantom") / below if below else None
         value = getattr(self.config.data, name)
         return Path(value).expanduser().absolute() if value else None
 

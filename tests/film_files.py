@@ -106,3 +106,12 @@ def small_set(folder: Path, films: int = 12, size: int = 64, seed: int = 0) -> d
 def overrides(settings: dict[str, str]) -> list[str]:
     """Return settings as `key=value` overrides."""
     return [f"{key}={value}" for key, value in settings.items()]
+
+
+def write_png(path: Path, pixels: np.ndarray) -> Path:
+    """Write a grey (or, with a third axis, coloured) picture; a boolean mask as 0 and 255."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels * np.uint8(255) if pixels.dtype == bool else pixels).save(path, "PNG")
+    return path

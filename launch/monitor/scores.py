@@ -62,9 +62,9 @@ def print_validation(submission: Path, against: Path) -> bool:
     return not problems
 
 
-def print_scores(submission: Path, truth: Path, patients: Path | None) -> None:
+def print_scores(submission: Path, truth: Path, patients: Path | None, rle: str | None = None) -> None:
     """Print the scores of a submission: intervals by patient with a map of patients, else by film."""
-    result = score_submission(submission, truth, patients)
+    result = score_submission(submission, truth, patients, rle=rle)
     positive, predicted = result["positive"], result["called_positive"]
     print(f"{result['films']} films, {positive} with pneumothorax, {predicted} predicted positive")
     for name in SUBMISSION_SCORES:

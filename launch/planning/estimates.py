@@ -1,9 +1,10 @@
-"""Estimates and warnings before submission: run time and memory of a plan's trainings, from earlier measurements."""
+"""Estimates and warnings before submission: unused annotations; run time and memory, from earlier measurements."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,26 @@ class Throughput:
 
 
 def estimates(plan: Plan, site: Site) -> Iterator[str]:
-    """Yield estimates and warnings about the trainings of a plan, one line each."""
+    """Yield estimates and warnings about the films and trainings of a plan, one line each."""
     config = plan.run.config
+    if not config.phantom.films and any(node.stage == "preprocess" for node in plan.todo):
+        yield from _annotations(plan.run)
     if any(node.stage == config.train_stages[0] for node in plan.todo):
         yield from _download(config)
     for node in plan.todo:
         if node.stage in TRAIN_STAGES:
             name = plan.title(node.stage, node.fold)
             yield from (f"{name} {line}" for line in (*_run_time(plan, node, site), *_memory(plan, node, site)))
+
+
+def _annotations(run: Run) -> Iterator[str]:
+    """Say which films and annotations will not be used."""
+    from pneumo_dist.data.preprocess.source import read_source
+    from pneumo_dist.data.preprocess.truth import notes
+
+    with suppress(ConfigError):  # a dry run prints it as a warning, with the other problems
+        source = read_source(run)
+        yield from notes(source.truth, source.unannotated, run.config)
 
 
 def _download(config: Config) -> Iterator[str]:

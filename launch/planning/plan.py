@@ -225,5 +225,7 @@ def check_recipe(plan: Plan) -> None:
         raise ConfigError(
             "no films: give data.dicom_dir=DIR and data.rle_csv=FILE (or phantom.films=100 for synthetic ones)"
         )
-    if not data.rle_csv:
-        raise ConfigError("no annotations: give data.rle_csv=FILE, the csv file with the run-length encoded masks")
+    if not (data.rle_csv or data.masks):
+        raise ConfigError(
+            "no annotations: give data.rle_csv=FILE, the csv file with the run-length encoded masks, or data.masks=DIR"
+        )

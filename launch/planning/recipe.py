@@ -34,7 +34,7 @@ def _absolute(config: Config, root: Path) -> Config:
     def full(path: str | None) -> str | None:
         return None if path is None else str(Path(path).expanduser().absolute())
 
-    data = ("dicom_dir", "rle_csv", "patient_map", "shard_dir", "holdout_ids")
+    data = ("dicom_dir", "rle_csv", "masks", "patient_map", "shard_dir", "holdout_ids")
     paths: dict[str, Any] = {name: full(getattr(config.data, name)) for name in data}
     if not (config.data.stage_dir or "$").startswith("$"):  # each node expands a variable for itself
         paths["stage_dir"] = full(config.data.stage_dir)

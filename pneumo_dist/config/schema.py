@@ -65,8 +65,9 @@ class Config:
             "swa" not in self.stages or self.averages(self.last_stage),
             f"stages lists swa, but swa.stages does not average stage {self.last_stage}: set swa.stages=last",
         )
-        if self.phantom.films and self.data.dicom_dir:
-            raise ConfigError("phantom.films and data.dicom_dir are both set: set phantom.films=0 for real films")
+        for name in ("dicom_dir", "masks"):
+            if self.phantom.films and getattr(self.data, name):
+                raise ConfigError(f"phantom.films and data.{name} are both set: set phantom.films=0 for real films")
 
     @property
     def train_stages(self) -> list[str]:

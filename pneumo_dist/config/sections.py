@@ -41,7 +41,13 @@ class Data:
     """The films, and how they are divided into shards and folds."""
 
     dicom_dir: str | None = key(None, "folder of the training films, searched recursively")
-    rle_csv: str | None = key(None, "csv file of the run-length encoded masks, in the SIIM-ACR format")
+    rle_csv: str | None = key(None, "csv file of the run-length encoded masks, or (with data.masks) of the films")
+    rle: str | None = key(
+        None,
+        "offsets in data.rle_csv: siim (from the end of the run before), absolute (positions from 1) or absolute0 "
+        "(from 0); null: siim, but a list that looks absolute is refused",
+    )
+    masks: str | None = key(None, "folder of mask files in place of data.rle_csv's masks: PNG or DICOM SEG")
     patient_map: str | None = key(None, "csv file ImageId,PatientKey; null: folds are drawn by image")
     shard_dir: str | None = key(None, "directory of the shards; null: <run>/shards")
     holdout_ids: str | None = key(None, "file with one id per line: films that are kept for a final evaluation only")
@@ -49,13 +55,15 @@ class Data:
     shards: int = key(16, "number of shards; a smaller data set gets one shard per film")
     folds: int = key(5, "number of cross-validation folds")
     fold_seed: int = key(0, "seed of the division into folds")
-    unannotated: str = key("drop", "films that data.rle_csv does not list: drop, negative (empty mask) or error")
+    unannotated: str = key("drop", "films without annotation: drop, negative (empty mask) or error")
     max_bad: float = key(0.01, "share of the films that may be unreadable before preprocessing fails")
     max_pixels: int = key(64_000_000, "largest image that is read, pixels; larger files are rejected")
     workers: int = key(0, "worker processes of one preprocessing or inference task; 0: one per core of the task")
 
     def __post_init__(self) -> None:
         one_of("data.unannotated", self.unannotated, ("drop", "negative", "error"))
+        if self.rle is not None:
+            one_of("data.rle", self.rle, ("siim", "absolute", "absolute0"))
         at_least(0, "data", self, "workers", "fold_seed")
         at_least(1, "data", self, "shards", "max_pixels")
         at_least(2, "data", self, "folds")

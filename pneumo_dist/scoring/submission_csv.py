@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from pneumo_dist.config import ConfigError
-from pneumo_dist.data.cases import FIELD_BYTES, Case, read_annotations, read_patient_map
+from pneumo_dist.data.cases import Case
 from pneumo_dist.data.films.dicom import FilmError, NotAnImage, read_film
 from pneumo_dist.data.films.listing import find_films
 from pneumo_dist.data.films.rle import EMPTY, RleError, decode_rle, decode_union, encode_rle
+from pneumo_dist.data.lists import FIELD_BYTES, Annotations, FilmNames, by_film, read_annotations, read_patient_map
 from pneumo_dist.runtime.files import read_json, write_text
 from pneumo_dist.runtime.processes import Pool
 from pneumo_dist.scoring.metrics import FilmRecord, Records, Triplet, summary
@@ -216,7 +217,9 @@ def film_size(path: Path) -> tuple[int, int] | None:
         return None
 
 
-def score_submission(path: Path, truth: Path, patients: Path | None = None, bootstrap: int = 1000) -> dict[str, Any]:
+def score_submission(
+    path: Path, truth: Path, patients: Path | None = None, bootstrap: int = 1000, rle: str | None = None
+) -> dict[str, Any]:
     """Score a submission against an annotation list, film by film at film size, with every score of the evaluation.
 
     Film sizes and top scores come from the predictions.csv beside the submission. Without that file, films are
@@ -229,27 +232,24 @@ def score_submission(path: Path, truth: Path, patients: Path | None = None, boot
     """
     path, truth = Path(path), Path(truth)
     masks = _read_masks(path)
-    annotations = read_annotations(truth)
     predictions = _read_predictions(path.with_name("predictions.csv"))
     unreadable = {name for name, prediction in predictions.items() if prediction.top_score is None}
+    names = FilmNames([(name, name) for name in masks.keys() | unreadable])
+    annotations = read_annotations(truth, rle)
+    annotations = annotations.of_films(names.match({name: (name,) for name in annotations.rows}, str(truth)))
     unread = annotations.rows.keys() & unreadable
     films = sorted((masks.keys() & annotations.rows.keys()) - unread)
     if not films:
         others = f" ({len(unread)} annotated films are unreadable)" if unread else ""
         raise ConfigError(f"{path} and {truth} have no film in common{others}")
-    patient_keys = read_patient_map(Path(patients)) if patients else {}
+    patient_keys = by_film(read_patient_map(Path(patients)), names, patients) if patients else {}
     groups: dict[str, int] = {}
     cases, records = [], []
     for name in films:
         prediction = predictions.get(name, Prediction(None, COMPETITION_SIZE))
-        size = prediction.size
-        try:
-            mask = decode_rle(masks[name], *size)
-            annotated = decode_union(annotations.texts(name), *size)
-        except RleError as error:
-            raise ConfigError(f"{name}: {error} (film size taken as {size[0]} x {size[1]})") from None
+        mask, annotated = _decoded(name, masks[name], annotations, prediction.size)
         group = groups.setdefault(patient_keys.get(name, name), len(groups))
-        cases.append(Case(name, 0, 0, *size, int(annotated.any()), 0, group, "", "", EMPTY))
+        cases.append(Case(name, 0, 0, *prediction.size, int(annotated.any()), 0, group, "", "", EMPTY))
         area, hits = np.array([[mask.sum()], [(mask & annotated).sum()]], np.int64)
         top = float(mask.any()) if prediction.top_score is None else prediction.top_score
         records.append(FilmRecord(top, area, hits, int(annotated.sum()), mask.size))
@@ -264,6 +264,16 @@ def score_submission(path: Path, truth: Path, patients: Path | None = None, boot
         "unreadable_positive": sum(any(text != EMPTY for text in annotations.texts(name)) for name in unread),
         "truth_without_answer": len(annotations.rows.keys() - masks.keys() - unread),
     }
+
+
+def _decoded(name: str, text: str, truth: Annotations, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (mask, annotated mask) of a film; raise ConfigError if one of them is invalid at this size."""
+    try:
+        if name in truth.broken:
+            raise RleError(truth.broken[name])
+        return decode_rle(text, *size), decode_union(truth.texts(name), *size)
+    except RleError as error:
+        raise ConfigError(f"{name}: {error} (film size taken as {size[0]} x {size[1]})") from None
 
 
 def _read_masks(path: Path) -> dict[str, str]:

@@ -11,12 +11,10 @@ import pytest
 from pneumo_dist.config import ConfigError
 from pneumo_dist.data.cases import (
     Case,
-    read_annotations,
     read_cases,
-    read_ids,
-    read_patient_map,
     write_cases,
 )
+from pneumo_dist.data.lists import read_annotations, read_ids, read_patient_map
 from pneumo_dist.data.preprocess.audit import describe
 
 REAL = Path(os.environ.get("PNEUMO_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -37,6 +35,13 @@ def annotations(tmp_path: Path, text: str | bytes):
         "\ufeffImageId,EncodedPixels\r\na, -1\r\nb,1 2\r\n",
         '"ImageId"," EncodedPixels "\n a ,"-1"\n b ," 1 2 "\n\n',
         "imageid,encodedpixels\nb,1 2\na,-1",
+        "ImageId;EncodedPixels\r\na;-1\r\nb;1 2\r\n",
+        'ImageId\t"EncodedPixels"\n"a"\t-1\nb\t 1 2\n',
+        "ImageId,EncodedPixels\ra,-1\rb,1 2\r",
+        ",EncodedPixels,view,ImageId\n0,-1,PA,a\n1,1 2,,b\n",
+        "ImageId;EncodedPixels\r\na;-1\r\nb;1 2\r\n".encode("utf-16"),
+        "ImageId\tEncodedPixels\na\t-1\nb\t1 2\n".encode("utf-16-le"),
+        "ImageId,EncodedPixels\na,-1\nb,1 2\n".encode("utf-16-be"),
     ],
 )
 def test_every_dialect_reads_the_same(tmp_path, text):
@@ -62,8 +67,10 @@ def test_unusable_rows_are_reported_with_file_and_line_and_break_their_film_only
         (b"", "is empty"),
         (b"ImageId,EncodedPixels\n", "has no rows"),
         (b"id,mask\na,-1\n", "starts with 'id,mask', not with ImageId,EncodedPixels"),
-        (b"ImageId;EncodedPixels\na;-1\n", "not with ImageId,EncodedPixels"),
-        (b"\xff\xfeI\0m\0", "not UTF-8"),
+        (b"ImageId|EncodedPixels\na|-1\n", "not with ImageId,EncodedPixels"),
+        (b"\xff\xfeI\0m\0", "starts with 'Im'"),
+        (b"\xff\xfeI\0m", "not UTF-16"),
+        (b"ImageId,EncodedPixels\na,\xff\n", "not UTF-8"),
         (b"ImageId,EncodedPixels\na," + b"1 2 " * 5_000_000 + b"\n", "cannot be read as csv"),
     ],
 )
@@ -99,6 +106,10 @@ def test_patient_maps_and_id_lists(tmp_path):
         read_patient_map(path)
     path.write_text("# kept\n a \n\nb\n")
     assert read_ids(path) == ["a", "b"]
+    path.write_bytes("a\r\nb\r\n".encode("utf-16"))
+    assert read_ids(path) == ["a", "b"]
+    path.write_bytes("PatientKey;ImageId\r\nP1;a\r\n".encode("utf-16"))
+    assert read_patient_map(path) == {"a": "P1"}
 
 
 def case(name: str, **changes) -> Case:

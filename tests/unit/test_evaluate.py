@@ -14,8 +14,9 @@ from launch.monitor.scores import score_table
 from pneumo_dist.chain import Node
 from pneumo_dist.config import ConfigError, load
 from pneumo_dist.data import phantom
-from pneumo_dist.data.cases import read_cases, read_patient_map
+from pneumo_dist.data.cases import read_cases
 from pneumo_dist.data.films.listing import find_films
+from pneumo_dist.data.lists import read_patient_map
 from pneumo_dist.evaluation import evaluate
 from pneumo_dist.model.modelfile import load_model
 from pneumo_dist.runtime.files import sha256_file

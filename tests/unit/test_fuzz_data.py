@@ -5,6 +5,7 @@ The films go through the real preprocessing, so that a crash, a hang or a wrong 
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import resource
@@ -19,19 +20,22 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGBase
 
 from pneumo_dist import config as configuration
 from pneumo_dist.config import ConfigError
-from pneumo_dist.data.cases import read_annotations, read_cases
-from pneumo_dist.data.films.dicom import read_film
+from pneumo_dist.data.cases import read_cases
+from pneumo_dist.data.films.dicom import FilmError, read_film
+from pneumo_dist.data.films.masks import MaskFile, read_mask
 from pneumo_dist.data.films.rle import RleError, decode_union
+from pneumo_dist.data.lists import read_annotations
 from pneumo_dist.data.preprocess import decoding, preprocess
 from pneumo_dist.data.shards import ShardReader, to_size
+from pneumo_dist.inference.dicomseg import SegJob, seg_bytes
 from pneumo_dist.run import Run
 from pneumo_dist.runtime import processes
 from pneumo_dist.runtime.task import Task
-from tests.film_files import COMPRESSED, film_bytes, grey, jpeg
+from tests.film_files import COMPRESSED, film_bytes, grey, jpeg, write_png
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # the other reader warns where it accepts damage
 
-FILMS, HOSTILE, LISTS = 1900, 300, 700
+FILMS, HOSTILE, LISTS, MASKS = 1900, 300, 700, 450
 MAX_PIXELS = 100_000
 MEMORY_BYTES = 1 << 30  # on top of what a worker has at its start: no header may make it want more
 
@@ -201,42 +205,88 @@ def test_shards_hold_what_was_read(fuzzed):
             assert np.array_equal(reader.image(case.shard, case.row), to_size(pixels, size))
 
 
-def plain_loop(texts: list[str], rows: int, columns: int) -> np.ndarray:
+def plain_loop(texts: list[str], rows: int, columns: int, first: int | None = None) -> np.ndarray:
+    """Offsets count from the end of the run before; with `first`, they are positions that count from it."""
     flat = np.zeros(rows * columns, bool)
     for text in texts:
         at, tokens = 0, [int(token) for token in text.split()]
         for offset, length in zip(tokens[::2], tokens[1::2], strict=False):
-            flat[at + offset : at + offset + length] = True
+            start = at + offset if first is None else offset - first
+            flat[start : start + length] = True
             at += offset + length
     return flat.reshape(columns, rows).T
 
 
+# Encoding and separator, convention of the offsets, number of the first pixel, and an undamaged list.
+FORMS = [
+    ("utf-8", ",", None, None, "ImageId, EncodedPixels\na, -1\nb, 30 10 2 3\nb, 7 2\nc,13 1 4 1 5 9\n"),
+    ("utf-8-sig", ",", "siim", None, 'ImageId,EncodedPixels\r\n"a","-1"\r\n"b"," 1 1022"\r\nc, 1000 24\r\n'),
+    ("utf-16", "\t", None, None, "ImageId\tEncodedPixels\na\t-1\nb\t30 10 2 3\nb\t7 2\nc\t13 1 4 1 5 9\n"),
+    ("utf-8", ";", "absolute", 1, "ImageId;EncodedPixels\na;-1\nb;1 10 20 3\nb;7 2\nc.dcm;3 1 4 1 5 9 1020 5\n"),
+    (
+        "utf-8",
+        ",",
+        "absolute0",
+        0,
+        "Usage,EncodedPixels,ImageId\nx,-1,a\nx,0 10 20 3,b\ny,7 2,d/b.png\nz,30 1 40 1,c\n",
+    ),
+]
+
+
 def test_every_list_is_refused_with_a_line_or_read_as_it_stands(tmp_path):
     random = np.random.default_rng(1904)
-    whole = [
-        b"ImageId, EncodedPixels\na, -1\nb, 5 10 20 3\nb, 7 2\nc,3 1 4 1 5 9\n",
-        b'\xef\xbb\xbfImageId,EncodedPixels\r\n"a","-1"\r\n"b"," 1 1022"\r\nc, 1000 24\r\n',
-    ]
     path = tmp_path / "list.csv"
-    refused = read = 0
+    refused, read = 0, [0] * len(FORMS)
     for i in range(LISTS):
-        path.write_bytes(damaged(random, whole[i % 2]))
+        encoding, separator, rle, first, text = FORMS[i % len(FORMS)]
+        data = damaged(random, text.encode(encoding))
+        path.write_bytes(data)
         try:
-            annotations = read_annotations(path)
+            annotations = read_annotations(path, rle)
         except ConfigError as error:
             assert "list.csv" in str(error) and "\n" not in str(error)
             refused += 1
             continue
         for problem in annotations.problems:
             assert problem.startswith("list.csv:") and problem.split(":")[1].isdigit()
+        table = csv.reader(io.StringIO(data.decode(encoding), newline=""), delimiter=separator)
+        column = [name.strip().lower() for name in next(table)].index("encodedpixels")
+        cells = {f"list.csv:{table.line_num}": row[column].strip() for row in table if len(row) > column}
         for name in annotations.rows:
-            texts = annotations.texts(name)
             if name in annotations.broken:  # its film is quarantined
                 continue
             try:
-                mask = decode_union(texts, 32, 32)
+                mask = decode_union(annotations.texts(name), 32, 32)
             except RleError:
                 continue
-            assert np.array_equal(mask, plain_loop([t for t in texts if t != "-1"], 32, 32))
-            read += 1
-    assert refused > 50 and read > 300
+            texts = [text for where in annotations.where(name) if (text := cells[where]) != "-1"]
+            assert np.array_equal(mask, plain_loop(texts, 32, 32, first))
+            read[i % len(FORMS)] += 1
+    assert refused > 50 and min(read) > 60
+
+
+def test_every_mask_file_is_refused_with_a_reason_or_read_as_it_stands(tmp_path):
+    random = np.random.default_rng(2020)
+    mask = grey(40, 48) > 130
+    film = tmp_path / "film.dcm"
+    film.write_bytes(film_bytes(grey(40, 48), StudyInstanceUID="1.2", SeriesInstanceUID="1.3"))
+    segmentation = seg_bytes(film, mask, SegJob("film", "", "", 40, 48, b"", "label", "answer", ("ab" * 32,), 0))
+    picture = write_png(tmp_path / "mask.png", mask).read_bytes()
+    refused, read = 0, [0, 0]
+    for i in range(MASKS):
+        seg = i % 3 == 0
+        data = damaged(random, segmentation if seg else picture)
+        path = tmp_path / "damaged"
+        path.write_bytes(data)
+        try:
+            found, _ = read_mask(
+                MaskFile("damaged", str(path), "", "1.2.3.4" if seg else ""), "1.2.3.4", mask.shape, 10**6
+            )
+        except FilmError as error:
+            assert str(error).startswith("mask damaged: ") and len(str(error)) < 200 and "SECRET" not in str(error)
+            refused += 1
+            continue
+        expected = pydicom.dcmread(io.BytesIO(data), force=True).pixel_array != 0 if seg else mask
+        assert np.array_equal(found, expected)
+        read[seg] += 1
+    assert refused > 200 and min(read) > 5

@@ -138,6 +138,23 @@ def test_sizes_and_ranking_come_from_predictions_csv_beside_the_submission(tmp_p
     assert score_submission(tmp_path / "submission.csv", labels, patients, bootstrap=5)["patients"] == 1
 
 
+def test_the_truth_may_name_films_by_path_and_count_positions(tmp_path):
+    mask = np.zeros((1024, 1024), bool)
+    mask[5:9, 3:8] = True
+    write_submission(tmp_path / "submission.csv", [("a", encode_rle(mask)), ("b", "-1")])
+    runs = " ".join(f"{column * 1024 + 6} 4" for column in range(3, 8))
+    labels = submission(tmp_path / "labels.csv", [("train/a.dcm", runs), ("train/b.dcm", "-1")])
+    with pytest.raises(ConfigError, match="4 of 4 offsets ascend as absolute positions do"):
+        score_submission(tmp_path / "submission.csv", labels)
+    result = score_submission(tmp_path / "submission.csv", labels, bootstrap=0, rle="absolute")
+    assert result["films"] == 2 and result["dice_positive"] == 1
+    labels = submission(
+        tmp_path / "labels.csv", [("a.png", "9 9 1 2"), ("b", "5 2 9 2 13 2"), ("b", "900 5 6 5 6 5 6 5")]
+    )
+    with pytest.raises(ConfigError, match=r"b: labels.csv:3: unlike in other rows"):
+        score_submission(tmp_path / "submission.csv", labels)
+
+
 def test_rows_keep_every_digit_and_quote_what_must_be_quoted():
     top = float(np.float32(0.1) + np.float32(2**-20))
     text = csv_text(["film", "top_score", "reason"], [{"film": 'a,"b', "top_score": top, "reason": None}])

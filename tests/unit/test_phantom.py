@@ -7,10 +7,10 @@ import csv
 import numpy as np
 import pydicom
 
-from pneumo_dist.data.cases import read_annotations, read_patient_map
 from pneumo_dist.data.films.dicom import read_film
 from pneumo_dist.data.films.listing import find_films
 from pneumo_dist.data.films.rle import area_px, decode_union, runs
+from pneumo_dist.data.lists import read_annotations, read_patient_map
 from pneumo_dist.data.phantom import NOTICE, draw_film, make_phantom
 
 

@@ -124,6 +124,7 @@ def decode_picture(data: bytes, max_pixels: int) -> tuple[np.ndarray, str]:
     from PIL import Image
 
     try:
+        Image.open(io.BytesIO(data), formats=("PNG", "JPEG")).verify()  # decoding ignores PNG checksums
         image: Any = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
         check_size(image.height, image.width, max_pixels)
         if getattr(image, "n_frames", 1) > 1:

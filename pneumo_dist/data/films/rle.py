@@ -13,6 +13,8 @@ import numpy as np
 Runs = tuple[np.ndarray, np.ndarray]  # starts and ends of runs, see `runs`
 EMPTY = "-1"
 PAIRS = re.compile(r"\s*\d{1,10}\s+\d{1,10}(?:\s+\d{1,10}\s+\d{1,10})*\s*", re.ASCII)
+# The number of the first pixel in lists of absolute positions: most Kaggle competitions count from 1.
+FIRST_PIXEL = {"absolute": 1, "absolute0": 0}
 
 
 class RleError(ValueError):
@@ -30,14 +32,49 @@ def runs(text: str) -> Runs:
     Raises:
         RleError: no token, an odd number of tokens, a token that is no integer, an offset below 0, a length below 1.
     """
+    pairs = _pairs(text)
+    ends = np.cumsum(pairs.ravel())[1::2]
+    return ends - pairs[:, 1], ends
+
+
+def _pairs(text: str) -> np.ndarray:
+    """Return the (offset, length) pairs of one annotation row, int64 (n, 2). Raises as `runs`."""
     if not PAIRS.fullmatch(text):
         _check_empty(text.split())
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        return np.zeros((0, 2), np.int64)
     pairs = np.fromstring(text, dtype=np.int64, sep=" ").reshape(-1, 2)
     if not pairs[:, 1].all():
         raise RleError("a run of length 0")
-    ends = np.cumsum(pairs.ravel())[1::2]
-    return ends - pairs[:, 1], ends
+    return pairs
+
+
+def ascending_steps(text: str) -> tuple[int, int]:
+    """Return (steps between runs whose offset is not before the end of the previous run, all steps) of one row.
+
+    In a list of absolute positions every step ascends. In the competition's list, whose offsets are the gaps between
+    runs, 3 % do: at most 46 % of one film's, and never all of one row's.
+    """
+    try:
+        pairs = _pairs(text)
+    except RleError:
+        return 0, 0
+    return int((pairs[1:, 0] >= pairs[:-1].sum(axis=1)).sum()), max(len(pairs) - 1, 0)
+
+
+def relative_text(text: str, first: int) -> str:
+    """Convert a row of absolute positions, where the first pixel has the number `first`, to the competition's form.
+
+    Raises:
+        RleError: as `runs`, a position before the first pixel, or runs that do not ascend.
+    """
+    pairs = _pairs(text)
+    if not len(pairs):
+        return EMPTY
+    starts = pairs[:, 0] - first
+    gaps = np.diff(starts, prepend=0) - np.concatenate([[0], pairs[:-1, 1]])
+    if gaps.min() < 0:
+        raise RleError("position 0, but positions count from 1" if starts[0] < 0 else "the positions do not ascend")
+    return " ".join(map(str, np.stack([gaps, pairs[:, 1]], axis=1).ravel().tolist()))
 
 
 def _check_empty(tokens: list[str]) -> None:

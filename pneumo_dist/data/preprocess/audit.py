@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from pneumo_dist.config import Config
-from pneumo_dist.data.cases import HOLDOUT, Annotations, Case
+from pneumo_dist.data.cases import HOLDOUT, Case
 from pneumo_dist.data.films.rle import area_px, runs
+from pneumo_dist.data.lists import Annotations
 from pneumo_dist.data.preprocess.source import Source
+from pneumo_dist.data.preprocess.truth import Truth, notes
 
 SHOWN = 10  # ids or lines of one kind in the text; the JSON has all
 
@@ -26,8 +27,8 @@ def describe(annotations: Annotations) -> dict[str, Any]:
         rows_per_image[len(rows)] += 1
         if film_id in annotations.broken:
             continue
-        filled = [pair for pair in (runs(text) for _, text in rows) if len(pair[0])]
-        positive += bool(filled)
+        filled = [pair for pair in map(runs, annotations.texts(film_id)) if len(pair[0])]
+        positive += bool(filled) or bool(annotations.labels.get(film_id))
         contradicting += bool(filled) and len(filled) < len(rows)
         overlapping += len(filled) > 1 and area_px(filled)[1] > 0
     return {
@@ -53,14 +54,13 @@ def audit_of(
     config: Config,
 ) -> dict[str, Any]:
     """Return the audit; `films` are the readable ones, `bad` the quarantined."""
-    name = Path(source.annotations.path).name
     films_of: Counter[int] = Counter(Counter(case.group for case in cases).values())
     folds = [*range(config.data.folds), *([HOLDOUT] if holdout["films"] else [])]
     return {
         "films": _films(source, films, bad, config),
-        "annotations": {"file": name} | describe(source.annotations),
+        **_truth(source.truth),
         "unannotated": {"policy": config.data.unannotated, "ids": source.unannotated},
-        "orphans": [f"{name}:{source.annotations.rows[orphan][0][0]}: {orphan}" for orphan in source.orphans],
+        "notes": list(notes(source.truth, source.unannotated, config)),
         "ignored": [{"path": path, "reason": reason} for path, reason in source.ignored],
         "unreadable": [{key: film[key] for key in ("id", "path", "reason")} for film in bad],
         "duplicates": [
@@ -80,6 +80,24 @@ def audit_of(
         },
         "holdout": holdout,
     }
+
+
+def _truth(truth: Truth) -> dict[str, Any]:
+    """Return what the list and the folder of masks hold, those that there are."""
+    listed: dict[str, Any] = {}
+    if truth.annotations:
+        listed["annotations"] = {"file": truth.path.name, "rle": truth.annotations.rle} | describe(truth.annotations)
+    if truth.masks:
+        several = sum(len(files) > 1 for files in truth.masks.of_film.values())
+        listed["masks"] = {
+            "folder": truth.masks.path.name,
+            "sha256": truth.masks.sha256,
+            "files": truth.masks.files,
+            "films": len(truth.masks.of_film),
+            "several_files": several,
+            "unused": list(truth.masks.unused),
+        }
+    return listed | {"orphans": truth.orphans}
 
 
 def _films(source: Source, films: list[dict[str, Any]], bad: list[dict[str, Any]], config: Config) -> dict[str, Any]:
@@ -116,7 +134,7 @@ def audit_text(audit: dict[str, Any]) -> str:
 
 
 def _summary(audit: dict[str, Any]) -> list[str]:
-    films, annotations = audit["films"], audit["annotations"]
+    films = audit["films"]
     share = films["positive"] / max(films["in_shards"], 1)
     return [
         "Audit of films and annotations",
@@ -129,12 +147,27 @@ def _summary(audit: dict[str, Any]) -> list[str]:
         f"Views        {_line(films['views'])}",
         f"Sexes        {_line(films['sexes'])}",
         f"Decoders     {_line(films['decoders'])}",
-        f"Annotations  {annotations['file']}: {annotations['images']} images, {annotations['rows']} rows, "
-        f"{annotations['positive']} positive; {annotations['several_rows']} images with several rows, "
-        f"{annotations['overlapping_rows']} with overlapping rows, "
-        f"{annotations['mask_and_empty_row']} with a mask and an empty row",
-        f"Rows         {_line(annotations['rows_per_image'])} (rows per image: images)",
+        *_annotations(audit),
     ]
+
+
+def _annotations(audit: dict[str, Any]) -> list[str]:
+    lines = []
+    if listed := audit.get("annotations"):
+        lines += [
+            f"Annotations  {listed['file']}: {listed['images']} images, {listed['rows']} rows, "
+            f"{listed['positive']} positive; {listed['several_rows']} images with several rows, "
+            f"{listed['overlapping_rows']} with overlapping rows, "
+            f"{listed['mask_and_empty_row']} with a mask and an empty row"
+            + (f"; offsets: {listed['rle']}" if listed["rle"] else ""),
+            f"Rows         {_line(listed['rows_per_image'])} (rows per image: images)",
+        ]
+    if masks := audit.get("masks"):
+        lines.append(
+            f"Masks        {masks['folder']}: {masks['files']} files of {masks['films']} films, "
+            f"{masks['several_files']} films with several; sha256 {masks['sha256']}"
+        )
+    return [*lines, *(f"Note         {note}" for note in audit["notes"])]
 
 
 def _problems(audit: dict[str, Any]) -> list[str]:
@@ -145,8 +178,9 @@ def _problems(audit: dict[str, Any]) -> list[str]:
     ]
     lines = []
     for title, items in (
-        ("Unusable rows", audit["annotations"]["problems"]),
+        ("Unusable rows", audit.get("annotations", {}).get("problems", [])),
         ("Rows without a film", audit["orphans"]),
+        ("Mask files without a film", audit.get("masks", {}).get("unused", [])),
         ("Films without annotation", audit["unannotated"]["ids"]),
         ("Unusable films", [f"{film['path']}: {film['reason']}" for film in audit["unreadable"]]),
         ("Ignored files", [f"{file['path']}: {file['reason']}" for file in audit["ignored"]]),
@@ -177,7 +211,11 @@ def _split(audit: dict[str, Any]) -> list[str]:
     ]
     for fold in audit["folds"]["folds"]:
         name = "held out" if fold["fold"] == HOLDOUT else f"fold {fold['fold']}"
-        lines.append(f"  {name:10} {fold['films']} films, {fold['positive']} positive, {fold['groups']} groups")
+        one_class = fold["positive"] in (0, fold["films"])
+        lines.append(
+            f"  {name:10} {fold['films']} films, {fold['positive']} positive, {fold['groups']} groups"
+            + ("; of one kind only: no AUC, and no specificity or no sensitivity" if one_class else "")
+        )
     if holdout["listed"]:
         lines.append(
             f"  hold-out: {holdout['listed']} ids listed, {holdout['unknown']} of them unknown, "

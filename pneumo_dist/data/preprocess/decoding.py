@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from pneumo_dist.data.films.dicom import FilmError, load, parse_film
+from pneumo_dist.data.films.dicom import Film, FilmError, load, parse_film
+from pneumo_dist.data.films.masks import read_mask
 from pneumo_dist.data.films.rle import EMPTY, RleError, area_px, encode_rle, paint, past_the_end, runs
 from pneumo_dist.data.preprocess.source import FilmJob
 from pneumo_dist.data.shards import masks_to_sizes, to_size, to_sizes
@@ -70,16 +71,29 @@ def decode_film(
         "pixels": hashlib.sha256(small.tobytes()).hexdigest(),
         "blank": bool(small.min() == small.max()),
         "annotation": job.digest,
-        "annotation_rows": len(job.texts),
+        "annotation_rows": len(job.texts) + len(job.masks),
     }
-    facts["rle"], facts["area"], masks = _mask(job, rows, columns, tuple(images))
-    return facts | {"label": int(masks is not None)}, masks
+    facts["rle"], facts["area"], mask = _union(job, film, facts["warnings"], max_pixels)
+    _check_plausible(job, facts["area"], rows * columns)
+    facts["label"] = int(mask is not None)
+    if mask is None:
+        return facts, None
+    return facts, {size: np.packbits(small).tobytes() for size, small in masks_to_sizes(mask, images).items()}
 
 
-def _mask(job: FilmJob, rows: int, columns: int, sizes: tuple[int, ...]) -> tuple[str, int, dict[int, bytes] | None]:
-    """Return (union of the annotation rows, its area in film pixels, {size: packed mask} or None if empty)."""
+def _union(job: FilmJob, film: Film, warnings: list[str], max_pixels: int) -> tuple[str, int, np.ndarray | None]:
+    """Return (union of the annotation, its area in film pixels, the mask: uint8, 255 inside, None if empty)."""
+    rows, columns = film.pixels.shape
+    if job.masks:
+        mask = np.zeros((rows, columns), np.uint8)
+        for file in job.masks:
+            inside, warned = read_mask(file, film.sop_uid, (rows, columns), max_pixels)
+            mask[inside] = 255
+            warnings += [text for text in warned if text not in warnings]
+        area = int(np.count_nonzero(mask))
+        return encode_rle(mask), area, mask if area else None
     pairs = []
-    for text, where in zip(job.texts, job.where, strict=True):
+    for text, where in zip(job.texts, job.where, strict=False):  # a list of films has rows without a text
         try:
             starts, ends = runs(text)
             if len(ends) and ends[-1] > rows * columns:
@@ -91,8 +105,16 @@ def _mask(job: FilmJob, rows: int, columns: int, sizes: tuple[int, ...]) -> tupl
         return EMPTY, 0, None
     mask = paint(pairs, rows, columns, np.uint8(255))
     text = " ".join(job.texts[0].split()) if len(job.texts) == 1 else encode_rle(mask)
-    packed = {size: np.packbits(small).tobytes() for size, small in masks_to_sizes(mask, sizes).items()}
-    return text, area_px(pairs)[0], packed
+    return text, area_px(pairs)[0], mask
+
+
+def _check_plausible(job: FilmJob, area: int, pixels: int) -> None:
+    """Raise FilmError if the mask contradicts the list, or covers more of the film than a pneumothorax can."""
+    if job.label is not None and job.label != (area > 0):
+        found = f"has {area} pixels" if area else "is empty" if job.masks or job.texts else "is missing"
+        raise FilmError(f"annotation at {job.where[0]}: has_pneumo={job.label}, but the mask {found}")
+    if 2 * area > pixels:
+        raise FilmError(f"the mask covers {area / pixels:.0%} of the film: it is inverted, or no mask")
 
 
 class Decoder:

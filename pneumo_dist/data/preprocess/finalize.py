@@ -18,7 +18,9 @@ from pneumo_dist.data import cases as casefiles
 from pneumo_dist.data import shards as files
 from pneumo_dist.data.cases import HOLDOUT, Case
 from pneumo_dist.data.films.dicom import read_film
+from pneumo_dist.data.films.masks import sop_uid
 from pneumo_dist.data.folds import assign_folds, check_folds, group_films
+from pneumo_dist.data.lists import FilmNames, by_film, read_ids, read_patient_map
 from pneumo_dist.data.preprocess.manifest import changed, remove_leftovers, write_manifests, writing
 from pneumo_dist.data.preprocess.source import Source, read_source
 from pneumo_dist.runtime.files import read_json, sha256_file, write_json, write_text
@@ -62,8 +64,9 @@ def finalize(task: Task) -> dict[str, Path]:
     if not films:
         raise ConfigError(f"{source.folder}: no film is usable; first: {bad[0]['path']}: {bad[0]['reason']}")
     duplicates = _duplicates(source, films, config)
-    patients = _patients(task, films)
-    cases, holdout = _cases(config, films, patients, duplicates)
+    names = FilmNames([(film["id"], film["path"]) for film in films], lambda path: sop_uid(source.folder / path))
+    patients = _patients(task, names)
+    cases, holdout = _cases(config, films, patients, duplicates, names)
     with writing(out):
         audit = audit_of(source, films, bad, duplicates, patients, cases, holdout, config)
         outputs = {"cases": casefiles.write_cases(out, cases)}
@@ -77,7 +80,7 @@ def finalize(task: Task) -> dict[str, Path]:
     return outputs
 
 
-def _patients(task: Task, films: list[dict[str, Any]]) -> dict[str, str]:
+def _patients(task: Task, names: FilmNames) -> dict[str, str]:
     """Return {film id: patient key}, {} without a patient map; warn about films that it lacks."""
     path = task.run.source("patient_map")
     if path is None:
@@ -86,12 +89,13 @@ def _patients(task: Task, films: list[dict[str, Any]]) -> dict[str, str]:
             "scores may be inflated (patient leakage)"
         )
         return {}
-    patients = casefiles.read_patient_map(path)
-    missing = sum(film["id"] not in patients for film in films)
-    if missing == len(films):
-        raise ConfigError(f"{path}: it lists none of the {len(films)} films: its ImageId must be the film's id")
-    if missing:
-        log.warning("%d of %d films are not in data.patient_map: each counts as a patient", missing, len(films))
+    patients = by_film(read_patient_map(path), names, path)
+    count = len(names.films)
+    if not patients:
+        raise ConfigError(f"{path}: it lists none of the {count} films: its ImageId must be the film's id")
+    if len(patients) < count:
+        missing = count - len(patients)
+        log.warning("%d of %d films are not in data.patient_map: each counts as a patient", missing, count)
     return patients
 
 
@@ -178,32 +182,36 @@ def _duplicates(source: Source, films: list[dict[str, Any]], config: Config) -> 
 
 
 def _cases(
-    config: Config, films: list[dict[str, Any]], patients: dict[str, str], duplicates: list[list[dict[str, Any]]]
+    config: Config,
+    films: list[dict[str, Any]],
+    patients: dict[str, str],
+    duplicates: list[list[dict[str, Any]]],
+    names: FilmNames,
 ) -> tuple[list[Case], dict[str, int]]:
     """Assign the readable films to groups and folds; return (cases, counts of the hold-out)."""
     ids = [film["id"] for film in films]
     groups = group_films(ids, patients, [[film["id"] for film in group] for group in duplicates])
     labels = np.array([film["label"] for film in films])
     areas = np.array([film["area"] / (film["rows"] * film["columns"]) for film in films])
-    listed = set(casefiles.read_ids(Path(config.data.holdout_ids))) if config.data.holdout_ids else set()
-    if listed and not listed & set(ids):
-        raise ConfigError(
-            f"{config.data.holdout_ids}: none of its {len(listed)} ids is a film: no film would be held out"
-        )
+    path = config.data.holdout_ids
+    listed = set(read_ids(Path(path))) if path else set()
+    found = names.match({name: (name,) for name in listed}, str(path))
+    if listed and not found:
+        raise ConfigError(f"{path}: none of its {len(listed)} ids is a film: no film would be held out")
     # All films of a held-out patient are held out: training on the rest would leak.
-    held = np.isin(groups, groups[np.isin(ids, sorted(listed))]) if listed else np.zeros(len(ids), bool)
+    held = np.isin(groups, groups[np.isin(ids, sorted(found.values()))]) if listed else np.zeros(len(ids), bool)
     holdout = {
         "listed": len(listed),
-        "unknown": len(listed - set(ids)),
+        "unknown": len(listed) - len(found),
         "films": int(held.sum()),
-        "added_with_their_patients": int(held.sum()) - len(listed & set(ids)),
+        "added_with_their_patients": int(held.sum()) - len(set(found.values())),
     }
     folds = np.full(len(ids), HOLDOUT)
     folds[~held] = assign_folds(groups[~held], labels[~held], areas[~held], config.data.folds, config.data.fold_seed)
     check_folds(groups, folds)
-    names = ("id", "shard", "row", "rows", "columns", "label", "view", "sex", "rle")
+    facts = ("id", "shard", "row", "rows", "columns", "label", "view", "sex", "rle")
     cases = [
-        Case(**{name: film[name] for name in names}, group=int(group), fold=int(fold))
+        Case(**{name: film[name] for name in facts}, group=int(group), fold=int(fold))
         for film, group, fold in zip(films, groups, folds, strict=True)
     ]
     return cases, holdout

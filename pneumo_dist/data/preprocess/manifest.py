@@ -67,6 +67,7 @@ def write_manifests(
     """Write one manifest per size, and manifest.json for the whole directory; return their paths."""
     count = len(source.jobs)
     settings = {"unannotated": config.data.unannotated, "max_pixels": config.data.max_pixels, "shards": count}
+    settings |= source.truth.record
     for size, of_size in parts.items():
         content = {"format": FORMAT, "size": size, "shards": count, "settings": settings, "parts": of_size}
         write_listing(out / f"manifest-{size}.json", content)

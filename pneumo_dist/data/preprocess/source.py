@@ -11,22 +11,26 @@ from itertools import pairwise
 from pathlib import Path
 
 from pneumo_dist.config import ConfigError
-from pneumo_dist.data import cases as casefiles
-from pneumo_dist.data.cases import Annotations
 from pneumo_dist.data.films.listing import find_films, ignored_text
+from pneumo_dist.data.films.masks import MaskFile
+from pneumo_dist.data.lists import read_ids, read_patient_map
+from pneumo_dist.data.preprocess.truth import Truth, read_truth
 from pneumo_dist.run import Run
+from pneumo_dist.runtime.files import sha256_text
 
 
 @dataclass(frozen=True)
 class FilmJob:
-    """One film to decode; `texts` are its annotation rows, `where` is the position of each ("file:line")."""
+    """One film to decode, with its annotation: `texts` are rows of the list, `where` their positions ("file:line")."""
 
     id: str
     path: str  # relative to the folder of the films
-    texts: tuple[str, ...]
+    texts: tuple[str, ...] = ()
     where: tuple[str, ...] = ()
+    masks: tuple[MaskFile, ...] = ()
+    label: int | None = None  # 1: the list says that the film has a pneumothorax
     broken: str = ""  # why an annotation row is unusable; such a film is not decoded
-    digest: str = ""  # sha256 of the annotation rows, "" without any
+    digest: str = ""  # sha256 of the annotation, "" without any
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,8 @@ class Source:
 
     folder: Path
     jobs: list[list[FilmJob]]  # per shard, sorted by id throughout
-    annotations: Annotations
+    truth: Truth
     unannotated: list[str]
-    orphans: list[str]  # annotated ids without a film
     ignored: list[tuple[str, str]]  # the other files: path, reason
 
     @property
@@ -50,50 +53,60 @@ def read_source(run: Run) -> Source:
     """List the films and read the annotations. The division into shards depends on the sorted ids only.
 
     Raises:
-        ConfigError: a path does not exist, there is no film or no annotated film, the list is unusable, or a film has
-            no annotation and `data.unannotated=error`.
+        ConfigError: a path does not exist, there is no film or no annotated film, the annotations are unusable, or a
+            film has no annotation and `data.unannotated=error`.
     """
     config = run.config
-    folder, csv = run.source("dicom_dir"), run.source("rle_csv")
-    for key, path in (("data.dicom_dir", folder), ("data.rle_csv", csv)):
-        if path is None or not path.exists():
-            raise ConfigError(f"{key}={path}: no such {'folder' if key == 'data.dicom_dir' else 'file'}")
-    assert folder is not None and csv is not None
-    if not folder.is_dir():
-        raise ConfigError(f"data.dicom_dir={folder} is not a folder")
+    folder = run.source("dicom_dir")
+    for name in ("dicom_dir", "rle_csv", "masks"):
+        path, kind = run.source(name), "file" if name == "rle_csv" else "folder"
+        if path and not (path.is_file() if kind == "file" else path.is_dir()):
+            raise ConfigError(f"data.{name}={path}: no such {kind}")
+    if folder is None or not (run.source("rle_csv") or run.source("masks")):
+        raise ConfigError("no films or no annotations: give data.dicom_dir=DIR and data.rle_csv=FILE or data.masks=DIR")
     films, ignored = find_films(folder)
     if not films:
         raise ConfigError(
             f"data.dicom_dir={folder}: no film in it ({ignored_text(ignored)}): films are DICOM, PNG or JPEG files"
         )
-    annotations = casefiles.read_annotations(csv)
-    ids = {name for name, _ in films}
-    unannotated = [name for name, _ in films if name not in annotations.rows]
+    truth, films = read_truth(run, folder, films)
+    unannotated = [name for name, _ in films if name not in truth.annotated]
     if unannotated and config.data.unannotated == "error":
         raise ConfigError(
-            f"{len(unannotated)} films have no row in {csv} (first: {unannotated[0]}): "
-            "annotate them, or set data.unannotated=drop or negative"
+            f"{len(unannotated)} films have no {'row' if truth.annotations else 'mask'} in {truth.path} (first: "
+            f"{unannotated[0]}): annotate them, or set data.unannotated=drop or negative"
         )
-    chosen = films if config.data.unannotated == "negative" else [f for f in films if f[0] in annotations.rows]
+    chosen = films if config.data.unannotated == "negative" else [f for f in films if f[0] in truth.annotated]
     if not chosen:
-        raise ConfigError(f"{csv}: no row belongs to any of the {len(films)} films in {folder}: check data.rle_csv")
+        raise ConfigError(
+            f"{truth.path}: no row belongs to any of the {len(films)} films in {folder} (first row: "
+            f"{truth.orphans[0]}; first film: {films[0][1]}): check data.rle_csv"
+        )
     count = min(config.data.shards, len(chosen))
     edges = [len(chosen) * j // count for j in range(count + 1)]
-    jobs = [[_job(annotations, *film) for film in chosen[start:end]] for start, end in pairwise(edges)]
-    orphans = sorted(annotations.rows.keys() - ids)
-    return Source(folder, jobs, annotations, unannotated, orphans, ignored)
+    jobs = [[_job(truth, *film) for film in chosen[start:end]] for start, end in pairwise(edges)]
+    return Source(folder, jobs, truth, unannotated, ignored)
 
 
-def _job(annotations: Annotations, name: str, path: str) -> FilmJob:
-    if name not in annotations.rows:
-        return FilmJob(name, path, (), digest="")
+def _job(truth: Truth, film: str, path: str) -> FilmJob:
+    if film not in truth.annotated:
+        return FilmJob(film, path)
+    listed = truth.annotations
+    masks = truth.masks.of_film.get(film, ()) if truth.masks else ()
+    digest = listed.digest(film) if listed else ""
+    if masks:
+        digest = sha256_text("".join([digest, *(f"{mask.name}\t{mask.sha256}\n" for mask in masks)]))
+    if listed is None:
+        return FilmJob(film, path, masks=masks, digest=digest)
     return FilmJob(
-        id=name,
+        id=film,
         path=path,
-        texts=tuple(annotations.texts(name)),
-        where=tuple(annotations.where(name)),
-        broken=annotations.broken.get(name, ""),
-        digest=annotations.digest(name),
+        texts=tuple(listed.texts(film)),
+        where=tuple(listed.where(film)),
+        masks=masks,
+        label=listed.labels.get(film),
+        broken=listed.broken.get(film, ""),
+        digest=digest,
     )
 
 
@@ -102,9 +115,9 @@ def check_source(run: Run) -> None:
     config, source = run.config, read_source(run)
     patients = run.source("patient_map")
     if patients is not None:
-        casefiles.read_patient_map(patients)
+        read_patient_map(patients)
     if config.data.holdout_ids:
-        casefiles.read_ids(Path(config.data.holdout_ids))
+        read_ids(Path(config.data.holdout_ids))
     out = run.shard_dir
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     need = source.films * sum(size * size for size in config.sizes) * 17 // 16  # a sixteenth for masks and lists
