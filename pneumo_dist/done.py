@@ -15,6 +15,7 @@ from typing import Any
 from pneumo_dist import config as configuration
 from pneumo_dist.chain import STAGES, TABLES, job_key, upstream
 from pneumo_dist.config import Config, ConfigError
+from pneumo_dist.data.films import codecs
 from pneumo_dist.data.films.listing import find_films
 from pneumo_dist.data.preprocess.maskfiles import masks_hash
 from pneumo_dist.model.start import start_path
@@ -23,6 +24,8 @@ from pneumo_dist.runtime.files import read_json, sha256_file, sha256_text, write
 from pneumo_dist.runtime.task import Task
 
 log = logging.getLogger(__name__)
+
+CODECS = "codecs"  # the input of inference that is part of the installation, not of the request
 
 
 def _matches(key: str, patterns: tuple[str, ...]) -> bool:
@@ -76,9 +79,10 @@ def _source_hashes(run: Run) -> dict[str, str]:
 
 
 def _inference_hashes(run: Run) -> dict[str, str]:
-    """Hash the list of films, the models and the pooled thresholds that inference reads."""
+    """Hash the list of films, the models and the pooled thresholds that inference reads; name the decoders."""
     folder = run.infer_source
-    hashes = {"films": _listing_hash(folder, run.infer_follows_links)} if folder else {}
+    hashes = {CODECS: " ".join(codecs.installed())}
+    hashes |= {"films": _listing_hash(folder, run.infer_follows_links)} if folder else {}
     models = run.model_paths()
     hashes |= {f"model{i}": _file_hash(path, "infer.models") for i, path in enumerate(models)}
     pooled = pooled_thresholds(models)
@@ -169,8 +173,8 @@ def differences(run: Run, stage: str, fold: int | None) -> list[str] | None:
     now = settings_of(run.config, stage) | inputs
     before = done["settings"] | done["inputs"]
     keys = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
-    if keys and set(keys) <= set(TABLES):
-        return None  # the merge writes the tables again, from the parts in place
+    if keys and set(keys) <= {*TABLES, CODECS}:
+        return None  # inference reads what had no decoder; the merge writes the tables again, from the parts in place
     if not keys and stage == "finalize" and not shards_cover(run.config, done):
         return None  # preprocessing adds the new size to the existing shards
     return keys

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
+from pydicom.sequence import Sequence
 from pydicom.uid import (
     ExplicitVRLittleEndian,
     JPEG2000Lossless,
@@ -19,6 +20,11 @@ from pydicom.uid import (
 )
 
 COMPRESSED = {"jpeg-ls": JPEGLSLossless, "jpeg-2000": JPEG2000Lossless, "rle": RLELossless}
+ENCODERS = {
+    JPEGLSLossless: "pyjpegls",
+    JPEG2000Lossless: "pylibjpeg",
+    RLELossless: "pydicom",
+}  # gdcm's RLE encoder aborts
 
 
 def grey(rows: int, columns: int, bits: int = 8, signed: bool = False, seed: int = 0) -> np.ndarray:
@@ -53,7 +59,7 @@ def dataset(pixels: np.ndarray, bits: int | None = None, syntax: str = ExplicitV
         film.PixelData = encapsulate([jpeg(pixels)])
         film.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
     elif syntax in COMPRESSED.values():
-        film.compress(syntax, generate_instance_uid=False)
+        film.compress(syntax, encoding_plugin=ENCODERS[syntax], generate_instance_uid=False)
     else:
         film.file_meta.TransferSyntaxUID = syntax
     for name, value in tags.items():
@@ -89,6 +95,29 @@ def written(film: Dataset, preamble: bool = True) -> bytes:
 def film_bytes(pixels: np.ndarray, bits: int | None = None, syntax: str = ExplicitVRLittleEndian, **tags: Any) -> bytes:
     """Return the bytes of one film file."""
     return written(dataset(pixels, bits, syntax, **tags))
+
+
+def streamed_bytes(pixels: np.ndarray, stream: bytes, syntax: str, bits: int | None = None, **tags: Any) -> bytes:
+    """Return the bytes of a film file whose pixel data is a compressed stream; its transfer syntax may be another's."""
+    film = dataset(pixels, bits, **tags)
+    film.PixelData = encapsulate([stream])
+    film.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    # pydicom would not write compressed data under the name of uncompressed ones.
+    value = syntax.encode() + b"\0" * (len(syntax) % 2)
+    head = b"\x02\x00\x10\x00UI"
+    return written(film).replace(head + b"\x16\0" + JPEGBaseline8Bit.encode(), head + bytes([len(value), 0]) + value, 1)
+
+
+def lut(entries: Any, first: int, bits: int, words: bool = False, vr: str = "US") -> Sequence:
+    """Return a sequence of one look-up table, its entries as numbers (US) or as words (OW)."""
+    item = Dataset()
+    item.add_new("LUTDescriptor", vr, [len(entries) % 65536, first, bits])
+    data = np.asarray(entries)
+    if words:
+        item.add_new("LUTData", "OW", data.astype("<u2" if bits > 8 else np.uint8).tobytes())
+    else:
+        item.add_new("LUTData", "US", data.tolist())
+    return Sequence([item])
 
 
 def small_set(folder: Path, films: int = 12, size: int = 64, seed: int = 0) -> dict[str, str]:

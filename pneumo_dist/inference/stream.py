@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pneumo_dist.data.films import codecs
 from pneumo_dist.inference.dicomseg import SegJob, try_write_seg
 from pneumo_dist.inference.film_plan import FilmPlan, PlannedFilm, signature
 from pneumo_dist.inference.outputs import IGNORED, UNREADABLE, FilmWriter, Row, Segment, unreadable_row
@@ -72,7 +73,7 @@ def stream_parts(task: Task, plan: FilmPlan, indices: Sequence[int]) -> None:
         given = Triplet(rule[0], int(rule[1]), rule[2]) if rule else None
         ensemble = load_ensemble(paths, device, config.infer.tta, config.train.amp, pooled, given)
         predictor = ensemble.predictor
-        settings = ensemble.settings | {"outputs": sorted({"csv", *config.infer.outputs})}
+        settings = ensemble.settings | {"outputs": sorted({"csv", *config.infer.outputs}), "codecs": codecs.installed()}
         todo = [j for j in indices if read_part(part_folder(task.out, j), signature(plan, j, settings)) is None]
         films = sum(len(plan.part(j)) for j in todo)
         log.info("%d of %d parts are finished, inferring %d films", len(indices) - len(todo), len(indices), films)
@@ -146,7 +147,7 @@ def _stream(
 def _segmenter(readers: Pool, source: Path, plan: FilmPlan, settings: dict[str, Any]) -> Segment:
     """Return a function that has a reader write a DICOM SEG: highdicom is slow and holds the interpreter lock."""
     models = tuple(settings["models"])
-    deciding = {key: value for key, value in settings.items() if key != "outputs"}
+    deciding = {key: value for key, value in settings.items() if key not in ("outputs", "codecs")}
     answer = sha256_text(json.dumps(deciding, sort_keys=True))
 
     def segment(film: PlannedFilm, mask: NDArray[np.bool_], target: Path) -> tuple[int, str] | str:

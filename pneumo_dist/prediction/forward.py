@@ -104,6 +104,7 @@ class Prediction:
     mask: NDArray[np.bool_]  # (rows, columns); all False: negative
     probability: NDArray[np.float32]  # (rows, columns)
     top_score: float  # probability of a pneumothorax; without an image-level head the mask's highest probability
+    warnings: tuple[str, ...] = ()  # doubts about the film's grey values
 
     @property
     def positive(self) -> bool:
@@ -149,18 +150,19 @@ def predict(
     predictor = Predictor([network], size, next(network.parameters()).device, tta or meta.get("tta") or "none")
     predictions: list[Prediction] = []
     for start in range(0, len(films), batch_size):
-        pixels = [_pixels(film) for film in films[start : start + batch_size]]
-        images = torch.from_numpy(np.stack([to_size(image, size) for image in pixels]))[:, None]
-        for image, (prob, score) in zip(pixels, predictor.probabilities(images).films(), strict=True):
+        batch = [_read(film) for film in films[start : start + batch_size]]
+        images = torch.from_numpy(np.stack([to_size(image, size) for image, _ in batch]))[:, None]
+        for (image, warned), (prob, score) in zip(batch, predictor.probabilities(images).films(), strict=True):
             probability = film_probability(prob, *image.shape)
             mask = apply_triplet(probability, rule, score)
-            predictions.append(Prediction(mask, probability, film_score(probability, score)))
+            predictions.append(Prediction(mask, probability, film_score(probability, score), warned))
     return predictions
 
 
-def _pixels(film: Film) -> NDArray[np.uint8]:
+def _read(film: Film) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     if isinstance(film, (str, Path)):
-        return read_film(film).pixels
+        read = read_film(film)
+        return read.pixels, read.warnings
     if film.dtype != np.uint8 or film.ndim != 2:
         raise TypeError(f"a film array is uint8 with two dimensions, not {film.dtype} with {film.ndim}")
-    return film
+    return film, ()

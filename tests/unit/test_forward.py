@@ -148,6 +148,8 @@ def test_predict_takes_paths_and_arrays_and_uses_the_stored_decision(tmp_path):
     film = write_dicom(tmp_path / "film.dcm", picture(3))
     loaded = pneumo_dist.load_model(path)
     by_path, by_array = pneumo_dist.predict(loaded, [film, picture(3)])
+    doubtful = write_dicom(tmp_path / "doubtful.dcm", picture(3), WindowCenter=4000, WindowWidth=100)
+    assert len(predict(loaded, doubtful)[0].warnings) == 1 and by_path.warnings == by_array.warnings == ()
     prob = Predictor([loaded[0]], 32).probabilities(torch.from_numpy(to_size(read_film(film).pixels, 32))[None, None])
     wanted = film_probability(prob.maps[0].numpy(), 96, 80)
     for answer in (by_path, by_array, predict(path, film)[0]):

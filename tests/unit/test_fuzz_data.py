@@ -16,7 +16,15 @@ import pydicom
 import pytest
 from PIL import Image
 from pydicom.pixels import get_encoder
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGBaseline8Bit
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+)
 
 from pneumo_dist import config as configuration
 from pneumo_dist.config import ConfigError
@@ -31,7 +39,8 @@ from pneumo_dist.inference.dicomseg import SegJob, seg_bytes
 from pneumo_dist.run import Run
 from pneumo_dist.runtime import processes
 from pneumo_dist.runtime.task import Task
-from tests.film_files import COMPRESSED, film_bytes, grey, jpeg, write_png
+from tests.film_files import COMPRESSED, film_bytes, grey, jpeg, lut, streamed_bytes, write_png
+from tests.streams import extended_jpeg, lossless_jpeg
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # the other reader warns where it accepts damage
 
@@ -53,6 +62,17 @@ def whole_films() -> list[bytes]:
         film_bytes(signed, RescaleSlope=2, RescaleIntercept=-5),
         png.getvalue(),
         jpeg(eight),
+    ]
+    colour = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "PhotometricInterpretation": "RGB"}
+    films += [
+        streamed_bytes(eight, lossless_jpeg(eight, 8), JPEGLosslessSV1),
+        streamed_bytes(twelve, lossless_jpeg(twelve, 12), JPEGLosslessSV1, 12, WindowCenter=2000, WindowWidth=3000),
+        streamed_bytes(twelve, lossless_jpeg(twelve, 12, 6), JPEGLossless, 12, PhotometricInterpretation="MONOCHROME1"),
+        streamed_bytes(twelve, extended_jpeg(twelve), JPEGExtended12Bit, 12),
+        film_bytes(np.dstack([eight] * 3), **colour),
+        film_bytes(twelve, 12, DeflatedExplicitVRLittleEndian, WindowCenter=2000, WindowWidth=3000),
+        film_bytes(twelve, 12, VOILUTSequence=lut([3 * i for i in range(4096)], 0, 16)),
+        film_bytes(eight, ModalityLUTSequence=lut([4095 - 16 * i for i in range(256)], 0, 12)),
     ]
     for syntax in COMPRESSED.values():
         if get_encoder(syntax).is_available:
@@ -115,8 +135,14 @@ def reference(data: bytes) -> tuple[np.ndarray, bool, bool]:
     if data[128:132] != b"DICM" and data.startswith((b"\x89PNG", b"\xff\xd8")):
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))[..., 0], False, True
     film = pydicom.dcmread(io.BytesIO(data), force=True)
+    if film.file_meta.get("TransferSyntaxUID") == JPEGBaseline8Bit:
+        film.pixel_array_options(decoding_plugin="pillow")  # gdcm shows damage otherwise than libjpeg-turbo
+    if film.SamplesPerPixel != 1:
+        return film.pixel_array[..., 0], False, True
     if film.get("HighBit", film.BitsStored - 1) != film.BitsStored - 1:
         raise NotImplementedError("pydicom does not shift pixels down to bit 0, as older films need it")
+    if "VOILUTSequence" in film or "ModalityLUTSequence" in film:
+        raise NotImplementedError("a damaged table may have any order")
     tags = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "VOILUTSequence", "ModalityLUTSequence")
     plain = film.BitsStored == 8 and not film.PixelRepresentation and not any(tag in film for tag in tags)
     return film.pixel_array, film.PhotometricInterpretation == "MONOCHROME1", plain
@@ -180,8 +206,11 @@ def test_what_was_read_is_what_the_file_says(fuzzed):
     compared = 0
     for case in read_cases(folder / "shards"):
         path = folder / "films" / f"{case.id}.dcm"
-        pixels = read_film(path, MAX_PIXELS).pixels
+        film = read_film(path, MAX_PIXELS)
+        pixels = film.pixels
         assert pixels.shape == (case.rows, case.columns) and pixels.dtype == np.uint8
+        if any("the header says" in warning for warning in film.warnings):
+            continue  # the other reader believes the header
         assert pixels.size <= MAX_PIXELS
         try:
             values, inverted, plain = reference(path.read_bytes())

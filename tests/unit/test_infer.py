@@ -4,15 +4,18 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pydicom
 import pytest
+from pydicom.uid import JPEGLosslessSV1
 
+from pneumo_dist import done
 from pneumo_dist.config import ConfigError
+from pneumo_dist.data.films import codecs
 from pneumo_dist.data.films.rle import decode_rle
 from pneumo_dist.inference import infer, parts, reading
 from pneumo_dist.inference.film_plan import check_films, file_name, read_film_plan, write_film_plan
@@ -24,7 +27,9 @@ from pneumo_dist.runtime.files import sha256_file
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.scoring.records import Triplet, apply_triplet
 from pneumo_dist.scoring.submission_csv import read_rows, score_submission, validate_submission, validation_of
+from tests.film_files import streamed_bytes
 from tests.films import PATIENT, SECRET, picture, task, write_dicom, write_model
+from tests.streams import lossless_jpeg
 
 EVERYTHING = "infer.outputs=csv,masks,overlays,probs,dicomseg"
 RULE = {"top_score": 0.85, "min_area": 200, "mask_threshold": 0.5}
@@ -454,6 +459,28 @@ def test_films_that_came_later_redo_only_the_parts_they_are_in(films, model, tmp
     (folder / "zz.dcm").unlink()
     assert len(rows_of(run(tmp_path, folder, model))) == count
     assert len(list((out / "parts").iterdir())) == 3
+
+
+def test_the_same_command_reads_what_had_no_decoder_once_one_is_installed(model, tmp_path, monkeypatch):
+    folder, pixels = tmp_path / "films", picture(3)
+    write_dicom(folder / "plain.dcm", picture(4))
+    (folder / "lossless.dcm").write_bytes(streamed_bytes(pixels, lossless_jpeg(pixels, 8), JPEGLosslessSV1))
+
+    def absent(_):
+        raise ImportError
+
+    words = [f"infer.dir={folder}", f"infer.models={model}", "infer.label=it", "infer.part_size=4"]
+    merged = task(tmp_path, "merge", words)
+    with monkeypatch.context() as patch:
+        patch.setitem(codecs.DECODERS, codecs.LOSSLESS, (("python-gdcm", absent),))
+        patch.setattr(codecs, "installed", lambda: ["simplejpeg"])
+        rows = rows_of(run(tmp_path, folder, model))
+        assert rows["lossless"]["reason"] == "no decoder for lossless JPEG: install python-gdcm"
+        inputs = done.inputs_of(merged.run, "merge", None)
+        done.write_done(replace(merged, settings=done.settings_of(merged.config, "merge"), inputs=inputs), {})
+        assert inputs["codecs"] == "simplejpeg" and done.differences(merged.run, "merge", None) == []
+    assert done.differences(merged.run, "merge", None) is None
+    assert {row["status"] for row in rows_of(run(tmp_path, folder, model)).values()} == {"ok"}
 
 
 def test_check_source_says_what_is_missing(films, model, tmp_path):

@@ -1,40 +1,27 @@
-"""Decode compressed pixel data to stored values; choose the package for each transfer syntax.
+"""Decode compressed images to stored values. The stream itself, not the header of the file, names its codec.
 
 Sizes are read from the compressed stream and checked before any decoder runs: a crafted header must not make one
-allocate memory. All packages in requirements.txt have permissive licences (MIT, BSD, HPND). 12-bit JPEG needs
-pylibjpeg-libjpeg (GPL), which users with such films install themselves.
+allocate memory. A cut-off stream is refused, although some decoders would fill in what is missing. All packages in
+requirements.txt have permissive licences (MIT, BSD, HPND, Apache).
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import re
-import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from pydicom import Dataset
-
-JPEG_8BIT = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51")  # Baseline; Extended where it has 8 bits
 JPEG_FAMILY = "1.2.840.10008.1.2.4."
-DEFLATED = "1.2.840.10008.1.2.1.99"
 MAX_TILES = 65_535  # JPEG 2000 part 1, A.4.2: the tile index has 16 bits
-
-# Transfer syntax -> pydicom's name of the preferred plugin, and the package to install for it. JPEG-LS, JPEG 2000,
-# high-throughput JPEG 2000, RLE lossless; then 12-bit and lossless JPEG, whose packages are not in requirements.txt.
-PLUGINS = {
-    "1.2.840.10008.1.2.4.80": ("pyjpegls", "pyjpegls"),
-    "1.2.840.10008.1.2.4.81": ("pyjpegls", "pyjpegls"),
-    "1.2.840.10008.1.2.4.90": ("pillow", "pillow"),
-    "1.2.840.10008.1.2.4.91": ("pillow", "pillow"),
-    **{f"1.2.840.10008.1.2.4.{end}": ("pylibjpeg", "pylibjpeg-openjpeg") for end in (201, 202, 203)},  # needs pylibjpeg
-    "1.2.840.10008.1.2.5": ("pydicom", "pydicom"),
-    "1.2.840.10008.1.2.4.51": ("pylibjpeg", "pylibjpeg-libjpeg"),  # 12 bit: pydicom lets gdcm decode 8 bit only
-    "1.2.840.10008.1.2.4.57": ("gdcm", "python-gdcm"),
-    "1.2.840.10008.1.2.4.70": ("gdcm", "python-gdcm"),
-}
+START, END = b"\xff\x4f\xff\x51", b"\xff\xd9"  # of a JPEG 2000 codestream; of any stream
+JPEG, JPEG_12, LOSSLESS, JPEG_LS, JPEG_2000 = "JPEG", "12-bit JPEG", "lossless JPEG", "JPEG-LS", "JPEG 2000"
+HUFFMAN = (JPEG, JPEG_12, LOSSLESS)
 
 
 class FilmError(ValueError):
@@ -45,6 +32,30 @@ class NotAnImage(FilmError):
     """A DICOM object that holds no image, for example a report: it is no film, so no answer is missing."""
 
 
+@dataclass(frozen=True)
+class Stream:
+    """A compressed image, and the codec and size that it declares."""
+
+    data: bytes
+    codec: str
+    rows: int
+    columns: int
+    components: int
+    bits: int
+
+    @property
+    def whole(self) -> bytes:
+        """The data up to the end marker: padding may follow it.
+
+        Raises:
+            FilmError: there is no end marker. It cannot occur within the compressed data.
+        """
+        end = self.data.rfind(END)
+        if end < 0:
+            raise FilmError(f"cut-off {self.codec} data: no end marker")
+        return self.data[: end + 2]
+
+
 def check_size(rows: int, columns: int, max_pixels: int) -> None:
     """Raise FilmError if a matrix is empty or larger than the limit."""
     if rows < 1 or columns < 1:
@@ -53,60 +64,174 @@ def check_size(rows: int, columns: int, max_pixels: int) -> None:
         raise FilmError(f"matrix of {rows} x {columns} pixels: more than data.max_pixels={max_pixels}")
 
 
-def stream_size(stream: bytes) -> tuple[int, int, int, int] | None:
-    """Return the declared (rows, columns, components, bits) of a JPEG, JPEG-LS or JPEG 2000 stream, or None."""
-    if stream[:4] == b"\xff\x4f\xff\x51" and len(stream) >= 43:  # JPEG 2000: SOC, SIZ
-        numbers = [int.from_bytes(stream[at : at + 4], "big") for at in range(8, 40, 4)]
+def stream_of(data: bytes) -> Stream | None:
+    """Return the data as a JPEG, JPEG-LS or JPEG 2000 stream without JP2 boxes, None if they are none."""
+    if data[4:8] == b"jP  ":
+        data = data[max(data.find(START), 0) :]
+    if data[:4] == START and len(data) >= 43:  # SOC, SIZ
+        numbers = [int.from_bytes(data[at : at + 4], "big") for at in range(8, 40, 4)]
         width, height, left, top, tile_width, tile_height = numbers[:6]
         if not (tile_width and tile_height) or -(-width // tile_width) * -(-height // tile_height) > MAX_TILES:
             raise FilmError("JPEG 2000 stream with an impossible number of tiles")
-        return height - top, width - left, int.from_bytes(stream[40:42], "big"), (stream[42] & 0x7F) + 1
-    if stream[:2] != b"\xff\xd8":
+        components, bits = int.from_bytes(data[40:42], "big"), (data[42] & 0x7F) + 1
+        return Stream(data, JPEG_2000, height - top, width - left, components, bits)
+    if data[:2] != b"\xff\xd8":
         return None
     at = 2
-    while at + 9 < len(stream) and stream[at] == 0xFF:
-        marker = stream[at + 1]
+    while at + 9 < len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
         if marker == 0xFF:  # fill byte
             at += 1
             continue
         if marker == 0xDA:  # start of scan without a frame header
             return None
         if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            frame = stream[at + 4 : at + 10]
-            return int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big"), frame[5], frame[0]
-        at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+            bits, rows, columns, components = (
+                data[at + 4],
+                int.from_bytes(data[at + 5 : at + 7], "big"),
+                int.from_bytes(data[at + 7 : at + 9], "big"),
+                data[at + 9],
+            )
+            codec = {0xF7: JPEG_LS, 0xC3: LOSSLESS}.get(marker, JPEG if bits == 8 else JPEG_12)
+            if codec == JPEG_12 and bits != 12:
+                raise FilmError(f"JPEG stream of {bits} bits: the standard has 8 and 12")
+            return Stream(data, codec, rows, columns, components, bits)
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return None
 
 
-def decode_jpeg(stream: bytes) -> tuple[np.ndarray, str]:
-    """Decode an 8-bit one-component JPEG; return (uint8 array (rows, columns), decoder name and version).
+def decode(stream: Stream) -> tuple[np.ndarray, str]:
+    """Decode a stream; return (array of 8 or 16 bits, (rows, columns) or (rows, columns, 3), decoder and version).
 
-    simplejpeg raises on corruption warnings of libjpeg-turbo, which Pillow and OpenCV ignore. If it is not installed,
-    OpenCV decodes: undamaged streams give the same pixels, but less damage is detected.
+    The decoders of a codec are asked in turn until one succeeds or raises FilmError. All of them refuse cut-off data.
 
     Raises:
-        FilmError: the stream is damaged.
+        FilmError: the stream is damaged or cut off, or no decoder is installed (the message names the package).
     """
-    try:
-        import simplejpeg
-    except ImportError:
-        import cv2
+    failure, missing = "", ""
+    for package, decoder in DECODERS[stream.codec]:
+        try:
+            pixels = decoder(stream)
+            shape = (stream.rows, stream.columns, *([stream.components] if stream.components > 1 else []))
+            if pixels.shape != shape:
+                raise ValueError(f"decoded to {pixels.shape}")
+            return pixels, versioned(package)
+        except ImportError:
+            missing = missing or package
+        except FilmError:
+            raise
+        except Exception as error:  # decoders raise various errors on damaged input
+            failure = failure or plain(error)
+    if failure:
+        raise FilmError(f"damaged {stream.codec} data ({failure})")
+    raise FilmError(f"no decoder for {stream.codec}: install {missing}")
 
-        pixels = cv2.imdecode(np.frombuffer(stream, np.uint8), cv2.IMREAD_GRAYSCALE)
-        if pixels is None:
-            raise FilmError("damaged or truncated JPEG data") from None
-        return pixels, f"opencv {cv2.__version__}"
-    pixels = None
+
+def _simplejpeg(stream: Stream) -> np.ndarray:
+    """Decode 8-bit JPEG. It raises on the corruption warnings of libjpeg-turbo, which Pillow and OpenCV ignore."""
+    import simplejpeg
+
+    colours = "GRAY" if stream.components == 1 else "RGB"
     for strict in (True, False):
         try:
-            pixels = simplejpeg.decode_jpeg(stream, colorspace="GRAY", strict=strict)[..., 0]
+            pixels = simplejpeg.decode_jpeg(stream.data, colorspace=colours, strict=strict)
             break
         except ValueError as error:
             # The one warning of libjpeg-turbo that does not concern the pixels.
             if not strict or "unknown JFIF revision" not in str(error):
                 raise FilmError(f"damaged JPEG data ({plain(error)})") from None
-    assert pixels is not None
-    return pixels, f"simplejpeg {simplejpeg.__version__}"
+    return np.asarray(pixels[..., 0] if stream.components == 1 else pixels)
+
+
+def _opencv(stream: Stream) -> np.ndarray:
+    """Decode 8-bit JPEG, in which it detects less damage than simplejpeg, or unsigned JPEG 2000."""
+    import cv2
+
+    pixels = cv2.imdecode(np.frombuffer(stream.whole, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        raise ValueError("damaged or truncated")
+    return np.asarray(pixels)
+
+
+def _openjpeg(stream: Stream) -> np.ndarray:
+    import openjpeg
+
+    return np.asarray(openjpeg.decode(stream.whole))  # type: ignore[attr-defined]
+
+
+def _gdcm(stream: Stream) -> np.ndarray:
+    import gdcm
+
+    for silence in (gdcm.Trace.ErrorOff, gdcm.Trace.WarningOff, gdcm.Trace.DebugOff):
+        silence()
+    data, syntax = stream.whole, GDCM_SYNTAXES[stream.codec]
+    if stream.codec in HUFFMAN:
+        data = _without_comments(data)
+        if stream.components == 1:
+            # At an end marker gdcm fills in what is missing, at the end of the data it refuses. It reads 4 bytes ahead.
+            data = data[: -len(END)] + bytes(4)
+    fragment = gdcm.Fragment()
+    fragment.SetByteStringValue(data)
+    fragments = gdcm.SequenceOfFragments.New()
+    fragments.AddFragment(fragment)
+    element = gdcm.DataElement(gdcm.Tag(0x7FE0, 0x0010))
+    element.SetValue(fragments.__ref__())
+    image = gdcm.Image()
+    image.SetNumberOfDimensions(2)
+    image.SetDimensions((stream.columns, stream.rows, 1))
+    image.SetDataElement(element)
+    kinds = gdcm.PhotometricInterpretation
+    image.SetPhotometricInterpretation(kinds(kinds.MONOCHROME2 if stream.components == 1 else kinds.RGB))
+    image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(JPEG_FAMILY + syntax)))
+    width = 8 if stream.bits <= 8 else 16
+    allocated = 12 if stream.codec == JPEG_12 else width  # with 16, gdcm tries another decoder first, which complains
+    image.SetPixelFormat(gdcm.PixelFormat(stream.components, allocated, stream.bits, stream.bits - 1, 0))
+    text = image.GetBuffer()
+    if text is None:
+        raise ValueError("incomplete or damaged")
+    pixels = np.frombuffer(text.encode("utf-8", "surrogateescape"), f"<u{width // 8}")
+    return pixels.reshape(stream.rows, stream.columns, *([stream.components] if stream.components > 1 else []))
+
+
+CHANNEL_STEPS = 2  # by how much the channels of a grey image may differ: colour transformations round
+
+
+def _without_comments(data: bytes) -> bytes:
+    """Return a JPEG stream without its comments and application data; raise ValueError if its header has gaps.
+
+    gdcm ends the process where libjpeg warns of the header: of gaps, or of unknown versions in application data.
+    """
+    kept, at = [data[:2]], 2
+    while data[at : at + 2] != b"\xff\xda":
+        marker, length = data[at : at + 2], 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == b"\xff\xff":  # fill byte
+            at += 1
+            continue
+        if marker[:1] != b"\xff" or length < 4:
+            raise ValueError("damaged header")
+        if 0xC0 <= marker[1] <= 0xCF or marker[1] in (0xDB, 0xDD):  # frame, Huffman and quantisation tables, restarts
+            kept.append(data[at : at + length])
+        elif not (0xE0 <= marker[1] <= 0xEF or marker[1] == 0xFE):
+            raise ValueError("damaged header")
+        at += length
+    return b"".join([*kept, data[at:]])
+
+
+# The packages and functions for each codec, in the order in which they are asked.
+DECODERS: dict[str, tuple[tuple[str, Callable[[Stream], np.ndarray]], ...]] = {
+    JPEG: (("simplejpeg", _simplejpeg), ("opencv-python-headless", _opencv)),
+    JPEG_12: (("python-gdcm", _gdcm),),
+    LOSSLESS: (("python-gdcm", _gdcm),),
+    JPEG_LS: (("python-gdcm", _gdcm),),
+    JPEG_2000: (("pylibjpeg-openjpeg", _openjpeg), ("opencv-python-headless", _opencv)),
+}
+GDCM_SYNTAXES = {JPEG_12: "51", LOSSLESS: "70", JPEG_LS: "80"}
+
+
+def installed() -> list[str]:
+    """Return the names of the packages that decode and are installed: what can be read depends on them."""
+    packages = {package for decoders in DECODERS.values() for package, _ in decoders}
+    return sorted(package for package in packages if versioned(package) != package)
 
 
 def decode_picture(data: bytes, max_pixels: int) -> tuple[np.ndarray, str]:
@@ -116,11 +241,10 @@ def decode_picture(data: bytes, max_pixels: int) -> tuple[np.ndarray, str]:
         FilmError: the file is damaged, too large, multi-frame, or in colour (equal colour channels count as grey).
     """
     if data[:2] == b"\xff\xd8":
-        size = stream_size(data)
-        if size and size[2:] == (1, 8):
-            check_size(*size[:2], max_pixels)
-            return decode_jpeg(data)
-    import PIL
+        stream = stream_of(data)
+        if stream and (stream.codec, stream.components) == (JPEG, 1):
+            check_size(stream.rows, stream.columns, max_pixels)
+            return decode(stream)
     from PIL import Image
 
     try:
@@ -138,44 +262,28 @@ def decode_picture(data: bytes, max_pixels: int) -> tuple[np.ndarray, str]:
         raise
     except Exception as error:  # decoders raise various errors on damaged input
         raise FilmError(f"damaged picture ({plain(error)})") from None
-    colours = {"RGB": 3, "RGBA": 3, "LA": 1}.get(image.mode)
-    if colours:
-        if any((pixels[..., 0] != pixels[..., band]).any() for band in range(1, colours)):
-            raise FilmError(f"colour picture ({image.mode}): films have one grey channel")
-        pixels = np.ascontiguousarray(pixels[..., 0])
+    if image.mode in ("RGB", "RGBA", "LA"):
+        pixels = one_channel(pixels[..., : 1 if image.mode == "LA" else 3], "picture")
     if pixels.ndim != 2 or pixels.dtype not in (np.uint8, np.uint16):
         raise FilmError(f"picture of mode {image.mode}: films are 8 or 16 bit grey")
-    return pixels, f"pillow {PIL.__version__}"
+    return pixels, versioned("pillow")
 
 
-def decode_dataset(dataset: Dataset, uid: str) -> tuple[np.ndarray, str, bool]:
-    """Decode any other transfer syntax with pydicom; return (stored values, plugin and version, whether it warned).
+def one_channel(pixels: np.ndarray, kind: str = "image", ycc: bool = False) -> np.ndarray:
+    """Return the grey channel of an image (rows, columns, channels) whose channels are equal.
+
+    Args:
+        kind: what the message calls it.
+        ycc: the channels may also be luminance and two colour differences, which have to be neutral.
 
     Raises:
-        FilmError: the data is damaged, or the decoder is not installed (the message names the package).
+        FilmError: the image has colours.
     """
-    import pydicom
-    from pydicom.pixels import get_decoder
-
-    first, package = PLUGINS.get(uid, ("", ""))
-    try:
-        decoder = get_decoder(pydicom.uid.UID(uid))
-    except NotImplementedError:
-        name = _name(uid) if re.fullmatch(r"[0-9.]{1,64}", uid) else "of the header"
-        raise FilmError(f"transfer syntax {name} is not supported: convert the film") from None
-    # JPEG Extended is here of 12 bits only, and Pillow, which pydicom would choose, decodes 8.
-    if not decoder.is_available or (uid == JPEG_8BIT[1] and first not in decoder.available_plugins):
-        raise FilmError(f"no decoder for {_name(uid)}: install {package or 'a plugin of pydicom'}")
-    plugin = first if first in decoder.available_plugins else ""
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            pixels, _ = decoder.as_array(dataset, raw=True, decoding_plugin=plugin, correct_unused_bits=False)
-    except Exception as error:  # plugins raise various errors of their libraries
-        raise FilmError(f"damaged {_name(uid)} pixel data ({type(error).__name__})") from None
-    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-    suffix = f" with {_version(package)}" if package not in ("", "pydicom") else ""
-    return pixels, f"pydicom {pydicom.__version__}{suffix}", bool(caught)
+    grey, others = pixels[..., 0], pixels[..., 1:].astype(np.int32)
+    neutral = [grey[..., None]] + ([np.array(1 << (8 * pixels.itemsize - 1))] if ycc else [])
+    if not any((np.abs(others - wanted) <= CHANNEL_STEPS).all() for wanted in neutral):
+        raise FilmError(f"colour {kind}: its channels differ, films are grey")
+    return np.ascontiguousarray(grey)
 
 
 def plain(error: BaseException) -> str:
@@ -184,17 +292,18 @@ def plain(error: BaseException) -> str:
     return " ".join(words)[:100] or type(error).__name__
 
 
-def _name(uid: str) -> str:
+def name_of(uid: str) -> str:
+    """Return a transfer syntax as text for people."""
     import pydicom
 
-    name = pydicom.uid.UID(uid).name
-    return f"{name} ({uid})" if name != uid else f"{uid[:64]!r}"
+    name = pydicom.uid.UID(uid).name if re.fullmatch(r"[0-9.]{1,64}", uid) else "of the header"
+    return f"{name} ({uid})" if name not in (uid, "of the header") else name
 
 
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
+@functools.cache
+def versioned(package: str) -> str:
+    """Return the name of a package with its version, the name alone if it is not installed."""
     try:
         return f"{package} {version(package)}"
     except PackageNotFoundError:
-        return "another plugin"
+        return package

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import os
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,29 @@ from typing import Any
 import numpy as np
 
 from pneumo_dist.data.films import codecs, header
+from pneumo_dist.data.films.attributes import text, whole
 from pneumo_dist.data.films.codecs import FilmError, NotAnImage
+from pneumo_dist.data.films.grey import grey_table, histogram, palette_table, to_bytes
 from pneumo_dist.data.films.listing import dicom_head, no_image_reason
+from pneumo_dist.data.films.stored import OVERLAY_BITS, Stored, matrix_of, stored_values
 
 __all__ = ["Film", "FilmError", "NotAnImage", "read_film"]
 
 VIEWS = ("AP", "PA", "LL", "RL", "LLD", "RLD", "LLO", "RLO")
 SEXES = ("M", "F", "O")
 HEADER_BYTES = 32 << 20  # allowance for everything in a file but the pixels
-TAGS = [
-    "SOPInstanceUID", "ViewPosition", "PatientSex", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames",
-    "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue",
-    "RescaleIntercept", "RescaleSlope", "ModalityLUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction",
-    "VOILUTSequence", "PlanarConfiguration", "PixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
-    "SOPClassUID",
+TAGS: list[str | int] = [
+    "SOPClassUID", "SOPInstanceUID", "PresentationIntentType", "ViewPosition", "PatientSex", "SamplesPerPixel",
+    "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns", "BitsAllocated",
+    "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit",
+    "PixelIntensityRelationshipSign", "RescaleIntercept", "RescaleSlope", "ModalityLUTSequence", "WindowCenter",
+    "WindowWidth", "VOILUTFunction", "VOILUTSequence", "PresentationLUTShape", "PixelData", "ExtendedOffsetTable",
+    "ExtendedOffsetTableLengths", *OVERLAY_BITS,
+    *(f"{name}PaletteColorLookupTable{part}" for name in ("Red", "Green", "Blue") for part in ("Data", "Descriptor")),
 ]  # fmt: skip
 MAPPING = ("RescaleIntercept", "RescaleSlope", "ModalityLUTSequence", "WindowCenter", "WindowWidth", "VOILUTSequence")
+GREY, PALETTE = ("MONOCHROME1", "MONOCHROME2"), "PALETTE COLOR"
+COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")  # read if the channels are equal
 
 
 @dataclass(frozen=True)
@@ -67,11 +74,16 @@ def load(path: Path | str, max_pixels: int) -> bytes:
     try:
         with open(path, "rb", buffering=0) as handle:
             size = os.fstat(handle.fileno()).st_size
-            if size > 2 * max_pixels + HEADER_BYTES:
+            if size > file_limit(max_pixels):
                 raise FilmError(f"file of {size} bytes: more than a film of data.max_pixels={max_pixels} can have")
             return handle.read()
     except OSError as error:
         raise FilmError(f"cannot be read ({error.strerror})") from None
+
+
+def file_limit(max_pixels: int) -> int:
+    """Return the size in bytes that no uncompressed film within the limit exceeds."""
+    return 2 * max_pixels + HEADER_BYTES
 
 
 def parse_film(data: bytes, max_pixels: int, name: str = "") -> Film:
@@ -80,6 +92,14 @@ def parse_film(data: bytes, max_pixels: int, name: str = "") -> Film:
     Raises:
         FilmError: the file is not a usable film; NotAnImage: it is a DICOM object of another kind.
     """
+    film = _read(data, max_pixels, name)
+    middle = film.pixels[len(film.pixels) // 2]
+    if (middle == middle[0]).all() and film.pixels.min() == film.pixels.max():
+        raise FilmError(f"blank image: every pixel is {middle[0]}")
+    return film
+
+
+def _read(data: bytes, max_pixels: int, name: str) -> Film:
     digest = hashlib.sha256(data).hexdigest()
     preamble = data[128:132] == b"DICM"
     if preamble and (film := _read_plain(data, max_pixels, digest)):
@@ -97,7 +117,10 @@ def parse_film(data: bytes, max_pixels: int, name: str = "") -> Film:
 
 # Samples, bits allocated, bits stored, high bit and sign of the films that are read without pydicom.
 PLAIN = {0x00280002: 1, 0x00280100: 8, 0x00280101: 8, 0x00280102: 7, 0x00280103: 0}
-MAPPING_TAGS = (0x00281050, 0x00281051, 0x00281052, 0x00281053, 0x00283000, 0x00283010)
+MAPPING_TAGS = (
+    0x00080068, 0x00281050, 0x00281051, 0x00281052, 0x00281053, 0x00283000, 0x00283010, 0x20500020,
+)  # fmt: skip
+JPEG_BASELINE, DEFLATED = "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.1.99"
 
 
 def _read_plain(data: bytes, max_pixels: int, digest: str) -> Film | None:
@@ -109,18 +132,18 @@ def _read_plain(data: bytes, max_pixels: int, digest: str) -> Film | None:
         return None
     photometric = header.text(elements, 0x00280004)
     plain = photometric in ("MONOCHROME1", "MONOCHROME2")
-    if not plain or header.text(elements, header.TRANSFER_SYNTAX) != codecs.JPEG_8BIT[0]:
+    if not plain or header.text(elements, header.TRANSFER_SYNTAX) != JPEG_BASELINE:
         return None
     stream, rows, columns = (
-        elements[header.PIXEL_DATA],
+        codecs.stream_of(elements[header.PIXEL_DATA]),
         header.number(elements, 0x00280010),
         header.number(elements, 0x00280011),
     )
-    if rows is None or columns is None or rows * columns > max_pixels:
+    if rows is None or columns is None or rows * columns > max_pixels or stream is None:
         return None
-    if codecs.stream_size(stream) != (rows, columns, 1, 8):
+    if (stream.codec, stream.rows, stream.columns, stream.components) != (codecs.JPEG, rows, columns, 1):
         return None
-    pixels, decoder = codecs.decode_jpeg(stream)
+    pixels, decoder = codecs.decode(stream)
     return _film(
         255 - pixels if photometric == "MONOCHROME1" else pixels,
         header.text(elements, 0x00080018),
@@ -150,194 +173,106 @@ def _stretch(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype == np.uint8:
         return pixels
     low, high = int(pixels.min()), int(pixels.max())
-    return _to_bytes((pixels.astype(np.float32) - low) / max(high - low, 1))
+    return to_bytes((pixels.astype(np.float32) - low) / max(high - low, 1))
 
 
-def _to_bytes(fraction: np.ndarray) -> np.ndarray:
-    return np.asarray(np.floor(np.clip(fraction, 0, 1) * 255 + 0.5).astype(np.uint8))
-
-
-def _parse(data: bytes) -> Any:
+def _parse(data: bytes, max_pixels: int) -> Any:
     import pydicom
 
     # Other tags may be malformed: they are never used, and a warning would quote them in the log.
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    if codecs.DEFLATED.encode() in data:  # a few bytes may inflate to any size
-        raise FilmError("deflated transfer syntax is not supported: convert the film")
+    data = _inflated(data, max_pixels)
     try:
         dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=TAGS, force=data[128:132] != b"DICM")
-        return dataset, "PixelData" in dataset
+        return dataset, "PixelData" in dataset and dataset["PixelData"].value is not None
     except Exception as error:  # the parser raises various errors on damaged files
         raise FilmError(f"damaged DICOM header ({type(error).__name__})") from None
 
 
-def _number(dataset: Any, name: str, default: int | None = None) -> int:
-    """Return a whole number of the header; raise FilmError if it is missing or not a whole number."""
+def _inflated(data: bytes, max_pixels: int) -> bytes:
+    """Return the data set of a deflated file, any other file as it is. A few bytes may inflate to any size: limited."""
+    elements, start = header.file_meta(data)
+    if header.text(elements, header.TRANSFER_SYNTAX) != DEFLATED:
+        if not elements and DEFLATED.encode() in data:  # pydicom could read the header and inflate
+            raise FilmError("damaged DICOM header (deflated)")
+        return data
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        value = dataset.get(name)
-        if value is None or value == "":
-            value = default
-        if value is not None and int(value) == float(value):
-            return int(value)
-    except Exception:  # the value may have any type, and its conversion may raise any error
-        pass
-    raise FilmError(f"header value {name} is missing or not a whole number")
-
-
-def _text(dataset: Any, name: str) -> str:
-    try:
-        return str(dataset.get(name) or "").strip().upper()
-    except Exception:  # undecodable text counts as missing
-        return ""
+        data = inflater.decompress(data[start:], file_limit(max_pixels))
+    except zlib.error:
+        raise FilmError("damaged deflated data") from None
+    if not inflater.eof:
+        raise FilmError("cut-off deflated data, or more than a film within data.max_pixels can have")
+    return data
 
 
 def _read_dicom(data: bytes, max_pixels: int, digest: str) -> Film:
-    dataset, has_pixels = _parse(data)
+    dataset, has_pixels = _parse(data, max_pixels)
     if "Rows" not in dataset and not has_pixels:
-        kind = _text(dataset, "SOPClassUID")
+        kind = text(dataset, "SOPClassUID")
         if kind and not kind.startswith("1.2.840.10008."):
             raise NotAnImage("not an image (private DICOM object without pixel matrix)")
         raise FilmError("no pixel matrix in the header: truncated, or not an image")
-    rows, columns = _number(dataset, "Rows"), _number(dataset, "Columns")
-    codecs.check_size(rows, columns, max_pixels)
-    frames = _number(dataset, "NumberOfFrames", 1)
-    if frames != 1:
+    frames = whole(dataset, "NumberOfFrames", 1)
+    if frames not in (0, 1):
         raise FilmError(f"multi-frame image ({frames} frames): give one film per file")
-    photometric, samples = _text(dataset, "PhotometricInterpretation"), _number(dataset, "SamplesPerPixel", 1)
-    if samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
+    warnings: list[str] = []
+    samples = whole(dataset, "SamplesPerPixel", 1)
+    photometric = _photometric(dataset, samples, warnings)
+    matrix = matrix_of(dataset, samples, photometric, max_pixels)
+    if not has_pixels:
+        raise FilmError("no pixel data")
+    stored = stored_values(dataset, matrix, max_pixels, warnings)
+    pixels = _shown(dataset, stored, photometric, warnings)
+    if _inverted(dataset, photometric, warnings):
+        pixels = 255 - pixels
+    uid, view, sex = (text(dataset, name) for name in ("SOPInstanceUID", "ViewPosition", "PatientSex"))
+    return _film(pixels, uid, view, sex, digest, stored.decoder, tuple(dict.fromkeys(warnings)))
+
+
+def _photometric(dataset: Any, samples: int, warnings: list[str]) -> str:
+    """Return the photometric interpretation; raise FilmError if no grey image can have it."""
+    photometric = text(dataset, "PhotometricInterpretation")
+    if photometric.replace(" ", "") in GREY:
+        photometric = photometric.replace(" ", "")
+    if not photometric and samples == 1:
+        warnings.append("no photometric interpretation in the header: read as MONOCHROME2")
+        photometric = "MONOCHROME2"
+    if photometric not in (COLOUR if samples == 3 else (*GREY, PALETTE) if samples == 1 else ()):
         known = photometric if re.fullmatch(r"[A-Z0-9_ ]{1,16}", photometric) else "none"
         raise FilmError(
             f"colour image (photometric interpretation {known}, {samples} samples per pixel): films are grey"
         )
-    if not has_pixels:
-        raise FilmError("no pixel data")
-    warnings: list[str] = []
-    stored, bits, signed, decoder = _stored_values(dataset, rows, columns, max_pixels, warnings)
-    if bits == 8 and not signed and not any(name in dataset for name in MAPPING):
-        pixels = stored
-    else:
-        try:
-            table = _grey_table(dataset, stored, bits, signed, warnings)
-        except FilmError:
-            raise
-        except Exception as error:  # damaged LUTs and windows raise various errors
-            raise FilmError(f"unusable rescale, window or LUT ({type(error).__name__})") from None
-        pixels = table[stored]
-    if photometric == "MONOCHROME1":
-        pixels = 255 - pixels
-    uid, view, sex = (_text(dataset, name) for name in ("SOPInstanceUID", "ViewPosition", "PatientSex"))
-    return _film(pixels, uid, view, sex, digest, decoder, tuple(warnings))
+    return photometric
 
 
-def _stored_values(
-    dataset: Any, rows: int, columns: int, max_pixels: int, warnings: list[str]
-) -> tuple[np.ndarray, int, bool, str]:
-    """Return (unsigned bit patterns (rows, columns), bits stored, whether the values are signed, decoder)."""
-    allocated = _number(dataset, "BitsAllocated")
-    bits = _number(dataset, "BitsStored", allocated)
-    signed = _number(dataset, "PixelRepresentation", 0) == 1
-    high = _number(dataset, "HighBit", bits - 1)
-    if allocated not in (8, 16) or not 1 <= bits <= allocated or not bits - 1 <= high < allocated:
-        raise FilmError(f"{allocated} bits allocated, {bits} stored, high bit {high}: films have 8 to 16 bits")
-    uid = _transfer_syntax(dataset)
-    if uid.startswith(codecs.JPEG_FAMILY):
-        stream = _frame(dataset)
-        size = codecs.stream_size(stream)
-        if size is None:
-            raise FilmError("the compressed pixel data contains no image")
-        codecs.check_size(*size[:2], max_pixels)
-        if size[:2] != (rows, columns):
-            raise FilmError(f"the header says {rows} x {columns}, the compressed image is {size[0]} x {size[1]}")
-        if size[2] != 1:
-            raise FilmError(f"colour image ({size[2]} components in the compressed data): films are grey")
-        if uid in codecs.JPEG_8BIT and size[3] == 8:
-            pixels, decoder = codecs.decode_jpeg(stream)
-            if allocated != 8 or signed:
-                raise FilmError(
-                    f"8-bit JPEG, but the header declares {'signed' if signed else 'unsigned'} {allocated} bit"
-                )
-            return (pixels, bits, False, decoder) if bits == 8 else (pixels & ((1 << bits) - 1), bits, False, decoder)
-    pixels, decoder, warned = codecs.decode_dataset(dataset, uid)
-    if warned:
-        warnings.append("pixel data does not conform to the standard")
-    if pixels.shape != (rows, columns):
-        raise FilmError(f"the header says {rows} x {columns}, the decoded image has shape {pixels.shape}")
-    pattern: Any = pixels.view(np.uint8 if pixels.dtype.itemsize == 1 else np.uint16)
-    # Bits above and below the stored ones hold an overlay in some old films.
-    return (pattern >> (high + 1 - bits)) & ((1 << bits) - 1), bits, signed, decoder
-
-
-def _transfer_syntax(dataset: Any) -> str:
-    uid = getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", None)
-    if uid:
-        return str(uid)
-    implicit, little = dataset.original_encoding
-    uid = "1.2.840.10008.1.2" if implicit else "1.2.840.10008.1.2.1" if little else "1.2.840.10008.1.2.2"
-    from pydicom.dataset import FileMetaDataset
-    from pydicom.uid import UID
-
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = UID(uid)
-    return uid
-
-
-def _frame(dataset: Any) -> bytes:
-    from pydicom.encaps import get_frame
-
+def _shown(dataset: Any, stored: Stored, photometric: str, warnings: list[str]) -> np.ndarray:
+    """Return the stored values as uint8 grey."""
+    if photometric in COLOUR:
+        return _stretch(stored.patterns)
+    if stored.bits == 8 and not stored.signed and photometric != PALETTE and not any(n in dataset for n in MAPPING):
+        return stored.patterns.astype(np.uint8, copy=False)
+    counts = histogram(stored.patterns, stored.bits)
     try:
-        return bytes(get_frame(dataset.PixelData, 0, number_of_frames=1))
-    except Exception as error:  # pydicom raises various errors on damaged fragments
-        raise FilmError(f"damaged compressed pixel data ({type(error).__name__})") from None
+        if photometric == PALETTE:
+            table = palette_table(dataset, counts, stored.bits)
+        else:
+            table = grey_table(dataset, counts, stored.bits, stored.signed, warnings)
+    except FilmError:
+        raise
+    except Exception as error:  # damaged LUTs and windows raise various errors
+        raise FilmError(f"unusable rescale, window or LUT ({type(error).__name__})") from None
+    return np.asarray(table[stored.patterns])
 
 
-def _grey_table(dataset: Any, stored: np.ndarray, bits: int, signed: bool, warnings: list[str]) -> np.ndarray:
-    """Return the uint8 grey value of every bit pattern, shape (2 ** bits,)."""
-    from pydicom.pixels import apply_modality_lut, apply_voi
-
-    patterns = np.arange(1 << bits)
-    values = np.where(patterns >= 1 << (bits - 1), patterns - (1 << bits), patterns) if signed else patterns
-    shown: np.ndarray = apply_modality_lut(values, dataset).astype(np.float64)
-    if not np.isfinite(shown).all():
-        raise FilmError("rescale slope or intercept is not a finite number")
-    if dataset.get("VOILUTSequence"):
-        item = dataset.VOILUTSequence[0]
-        depth = int(item.LUTDescriptor[2])
-        grey = apply_voi(np.rint(shown).astype(np.int64), dataset) / float((1 << depth) - 1)
-        return _to_bytes(grey)
-    window = _window(dataset, warnings)
-    if window:
-        return _to_bytes(_windowed(shown, *window, function=_text(dataset, "VOILUTFunction")))
-    if bits == 8 and "ModalityLUTSequence" not in dataset:
-        # The values of 8 bits refer to their full range, not to the range of the film.
-        low, high = sorted((shown[values.argmin()], shown[values.argmax()]))
-    else:
-        used = np.bincount(stored.ravel(), minlength=1 << bits) > 0
-        padding = dataset.get("PixelPaddingValue")
-        if isinstance(padding, int) and used.sum() > 1:
-            used[padding & ((1 << bits) - 1)] = False
-        low, high = shown[used].min(), shown[used].max()
-    return _to_bytes((shown - low) / (high - low if high > low else 1.0))
-
-
-def _window(dataset: Any, warnings: list[str]) -> tuple[float, float] | None:
-    """Return (centre, width) of the first window, None if there is no usable one."""
-    centre, width = dataset.get("WindowCenter"), dataset.get("WindowWidth")
-    if centre in (None, "") or width in (None, ""):
-        return None
-    centre, width = (float(value if isinstance(value, (int, float)) else value[0]) for value in (centre, width))
-    exact = _text(dataset, "VOILUTFunction") in ("LINEAR_EXACT", "SIGMOID")
-    if not (math.isfinite(centre) and math.isfinite(width)) or (width < 1 and not (exact and width > 0)):
-        warnings.append("unusable window ignored")
-        return None
-    return centre, width
-
-
-def _windowed(values: np.ndarray, centre: float, width: float, function: str) -> np.ndarray:
-    """Return fractions of the display range (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
-    if function == "SIGMOID":
-        return 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -700, 700)))
-    if function == "LINEAR_EXACT":
-        return (values - centre) / width + 0.5
-    if width == 1:
-        return (values > centre - 0.5).astype(np.float64)
-    return (values - (centre - 0.5)) / (width - 1) + 0.5
+def _inverted(dataset: Any, photometric: str, warnings: list[str]) -> bool:
+    """Return whether the lowest value is white."""
+    inverse = text(dataset, "PresentationLUTShape") == "INVERSE"
+    if text(dataset, "PresentationIntentType") == "FOR PROCESSING":
+        warnings.append("raw image (FOR PROCESSING): its grey scale is not that of a film for reading")
+        sign = text(dataset, "PixelIntensityRelationshipSign")
+        if sign in ("1", "-1"):  # 1: more exposure is a higher value, and what is exposed is black on a film
+            return sign == "1"
+    if inverse and photometric == "MONOCHROME2":
+        warnings.append("MONOCHROME2 with an inverse presentation LUT: shown inverted")
+    return photometric == "MONOCHROME1" or inverse

@@ -49,6 +49,25 @@ def elements_of(data: bytes) -> dict[int, bytes] | None:
     return None
 
 
+def file_meta(data: bytes) -> tuple[dict[int, bytes], int]:
+    """Return (raw values by tag of group 0002, offset of the data set behind them); ({}, 0) if it is malformed."""
+    elements: dict[int, bytes] = {}
+    at = 132
+    while at + 8 <= len(data):
+        group, element, vr, length = ELEMENT.unpack_from(data, at)
+        if group != 2:
+            return elements, at
+        at += 8
+        if vr in LONG_VRS and at + 4 <= len(data):
+            (length,) = LONG.unpack_from(data, at)
+            at += 4
+        elif vr not in SHORT_VRS:
+            break
+        elements[group << 16 | element] = data[at : at + length]
+        at += length
+    return {}, 0
+
+
 def _frame(data: bytes, at: int) -> bytes | None:
     """Return the joined fragments of the encapsulated pixel data at `at`, None if it is malformed."""
     fragments: list[bytes] = []

@@ -113,7 +113,6 @@ def _films(source: Source, films: list[dict[str, Any]], bad: list[dict[str, Any]
         "views": _counts(film["view"] or "unknown" for film in films),
         "sexes": _counts(film["sex"] or "unknown" for film in films),
         "warnings": _counts(text for film in films for text in film["warnings"]),
-        "blank": [film["id"] for film in films if film["blank"]],
         "named_unlike_their_sop_uid": sum(not film["named_by_uid"] for film in films),
     }
 
@@ -184,7 +183,6 @@ def _problems(audit: dict[str, Any]) -> list[str]:
         ("Films without annotation", audit["unannotated"]["ids"]),
         ("Unusable films", [f"{film['path']}: {film['reason']}" for film in audit["unreadable"]]),
         ("Ignored files", [f"{file['path']}: {file['reason']}" for file in audit["ignored"]]),
-        ("Blank films", films["blank"]),
         ("Header warnings", [f"{text}: {count} films" for text, count in films["warnings"].items()]),
         ("Films with identical pixels", duplicates),
     ):

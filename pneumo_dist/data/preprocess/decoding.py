@@ -69,7 +69,6 @@ def decode_film(
         "warnings": list(film.warnings),
         "named_by_uid": film.sop_uid in ("", job.id),
         "pixels": hashlib.sha256(small.tobytes()).hexdigest(),
-        "blank": bool(small.min() == small.max()),
         "annotation": job.digest,
         "annotation_rows": len(job.texts) + len(job.masks),
     }
