@@ -16,8 +16,9 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 
 from pneumo_dist import stages
 from pneumo_dist.config import load
-from pneumo_dist.data.cases import Case, read_cases, read_patient_map
+from pneumo_dist.data.cases import Case, read_cases
 from pneumo_dist.data.films.rle import encode_rle
+from pneumo_dist.data.lists import read_patient_map
 from pneumo_dist.data.loaders import fold_cases
 from pneumo_dist.model.resnet import ResNet34Encoder
 from pneumo_dist.model.unet import ResNet34UNet
