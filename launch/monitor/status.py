@@ -196,7 +196,7 @@ def _score(run: Run, node: Node) -> str:
         text = f"Dice on positives {evaluated['dice_positive']:.4f}"
         text += f", AUC {evaluated['auc']:.4f}" if evaluated.get("auc") is not None else ""
         text += f", best epoch {epochs[-1]['best_epoch']}"
-        return text + ("; COLLAPSED (see its log)" if evaluated.get("alarm") else "")
+        return text + ("; WARNING (see its log)" if evaluated.get("alarm") else "")
     if node.stage in ("evaluate", "pool"):
         try:
             scores = read_json(run.dir_of(node.stage, node.fold) / "scores.json")

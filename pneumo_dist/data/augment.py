@@ -53,6 +53,7 @@ def _build(config: Augment) -> Any:
         translate_percent=(-config.shift, config.shift),
         scale=(1 - config.scale, 1 + config.scale),
         rotate=(-config.rotate, config.rotate),
+        keep_ratio=True,  # one scale for both axes
         p=config.affine,
     )
     return albumentations.Compose(

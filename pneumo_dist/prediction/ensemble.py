@@ -15,7 +15,7 @@ from pneumo_dist.config import ConfigError
 from pneumo_dist.model.modelfile import load_model
 from pneumo_dist.prediction.predictor import Predictor
 from pneumo_dist.runtime.files import read_json, sha256_file
-from pneumo_dist.scoring.records import Triplet
+from pneumo_dist.scoring.records import HEAD_SCORE, MASK_SCORE, Triplet
 from pneumo_dist.scoring.thresholds import NO_FILM
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Ensemble:
             "models": list(self.hashes),
             "sizes": self.predictor.sizes,
             "tta": self.predictor.tta,
-            "score": "image-level head" if self.predictor.scored else "highest probability of the mask",
+            "score": HEAD_SCORE if self.predictor.scored else MASK_SCORE,
             "triplet": asdict(self.triplet),
             "triplet_from": self.triplet_from,
         }
@@ -73,11 +73,15 @@ def load_ensemble(
     loaded = [load_model(path, device) for path in paths]
     metas = [meta for _, meta in loaded]
     tta = _choose_tta(metas, tta)
-    rule, origin = _choose_rule([stored_triplet(meta) for meta in metas], pooled, triplet)
     predictor = Predictor([model for model, _ in loaded], [int(meta["size"]) for meta in metas], device, tta, amp)
     if not predictor.scored and any(model.film_head is not None for model, _ in loaded) and triplet is None:
         # Their top scores are thresholds on different quantities.
         raise ConfigError("models with and without an image-level head have no common thresholds: give infer.triplet")
+    if triplet is None and pooled is not None and (read_json(pooled).get("score") == HEAD_SCORE) != predictor.scored:
+        raise ConfigError(
+            f"{pooled}: tuned on another kind of film score: evaluate the folds again, or give infer.triplet"
+        )
+    rule, origin = _choose_rule([stored_triplet(meta) for meta in metas], pooled, triplet)
     return Ensemble(predictor, rule, origin, tuple(sha256_file(path) for path in paths))
 
 
@@ -116,4 +120,7 @@ def _choose_rule(stored: Sequence[Triplet], pooled: Path | None, triplet: Triple
         float(median(t.mask_threshold for t in rules)),
     )
     log.warning("the models store different triplets and their run has no pooled evaluation: using the median %s", rule)
-    return rule, "median over the model files"
+    left_out = len(stored) - len(rules)
+    return rule, "median over the model files" + (
+        f", without {left_out} that call every film empty" if left_out else ""
+    )

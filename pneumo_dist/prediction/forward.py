@@ -75,7 +75,7 @@ def predict_records(
         for batch, counts in overlap(until_stop, read, lambda _, images: predictor.launch(images[0]), count):
             scored += batch
             records += counts
-    return Records.build(scored, records, thresholds)
+    return Records.build(scored, records, thresholds, predictor.scored)
 
 
 def _images(reader: ShardReader, batch: Sequence[Case]) -> Tensor:

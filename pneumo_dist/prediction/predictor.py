@@ -125,7 +125,11 @@ class Predictor:
         moved = images.to(self.device, non_blocking=True)
         mean = _mean([self._forward(moved, *one_pass) for one_pass in passes])
         # Only float16 can overflow. The check runs on the device, so that the host does not wait for it here.
-        finite = torch.isfinite(mean.maps).all() if self.dtype is torch.float16 else None
+        finite = None
+        if self.dtype is torch.float16:
+            finite = torch.isfinite(mean.maps).all()
+            if mean.scores is not None:
+                finite &= torch.isfinite(mean.scores).all()
         host = mean.each(_pinned_copy)
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self.device))

@@ -47,6 +47,8 @@ def set_threads(train: Train) -> dict[str, str | int]:
         keep_memory(512 << 20)  # every step allocates feature maps of tens of MB: page faults took 3 to 5 % of its time
     # warn_only: the backward of nearest-neighbour up-sampling has no deterministic form on CUDA.
     torch.use_deterministic_algorithms(train.deterministic, warn_only=True)
+    if train.deterministic:  # cuBLAS computes the image-level head; it reads this at its first call
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # On by default with deterministic algorithms: a debugging aid that takes 6 % of a step and changes no result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not train.deterministic

@@ -7,7 +7,7 @@ films are split over ranks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pneumo_dist.config import Evaluate
     from pneumo_dist.data.cases import Case
 
+HEAD_SCORE, MASK_SCORE = "image-level head", "highest probability of the mask"  # the kinds of a film's score
 REFERENCE_PX = 1024 * 1024  # minimum areas are stored for a film of this many pixels
 PAPER_THRESHOLDS = (0.5, 0.55)
 
@@ -112,12 +113,15 @@ class Records:
     hits: NDArray[np.int64]  # (n, T)
     views: NDArray[np.str_]  # (n,)
     sexes: NDArray[np.str_]  # (n,)
+    scored: bool = False  # whether `top` is of the image-level head; else it is the mask's highest probability
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @classmethod
-    def build(cls, cases: Sequence[Case], rows: Sequence[FilmRecord], thresholds: Sequence[float]) -> Records:
+    def build(
+        cls, cases: Sequence[Case], rows: Sequence[FilmRecord], thresholds: Sequence[float], scored: bool = False
+    ) -> Records:
         """Join cases with their counts, given in the same order; both may be empty."""
         n, t = len(cases), len(thresholds)
         if n != len(rows):
@@ -134,6 +138,7 @@ class Records:
             hits=np.array([row.hits for row in rows], dtype=np.int64).reshape(n, t),
             views=np.array([case.view or "" for case in cases], dtype=np.str_),
             sexes=np.array([case.sex or "" for case in cases], dtype=np.str_),
+            scored=scored,
         )
         return unsorted.select(np.argsort(unsorted.ids, kind="stable"))
 
@@ -142,17 +147,19 @@ class Records:
         """Join the records of ranks or folds, sorted by id: the result does not depend on the parts or their order.
 
         Raises:
-            ValueError: nothing to join, different thresholds, or a film that occurs twice.
+            ValueError: nothing to join, different thresholds or kinds of score, or a film that occurs twice.
         """
         parts = list(parts)
         if not parts:
             raise ValueError("no records to join")
         if any(not np.array_equal(part.thresholds, parts[0].thresholds) for part in parts):
             raise ValueError("records with different mask thresholds cannot be joined")
+        if any(part.scored != parts[0].scored for part in parts):
+            raise ValueError("scores of image-level heads and highest probabilities of masks cannot be joined")
         joined: dict[str, Any] = {
             name: np.concatenate([getattr(part, name) for part in parts]) for name in cls._per_film()
         }
-        records = cls(thresholds=parts[0].thresholds, **joined)
+        records = cls(thresholds=parts[0].thresholds, scored=parts[0].scored, **joined)
         records = records.select(np.argsort(records.ids, kind="stable"))
         repeated = records.ids[1:][records.ids[1:] == records.ids[:-1]]
         if len(repeated):
@@ -162,11 +169,11 @@ class Records:
     def select(self, films: NDArray[np.bool_] | NDArray[np.int64]) -> Records:
         """Return the films of a mask or an index array."""
         selected: dict[str, Any] = {name: getattr(self, name)[films] for name in self._per_film()}
-        return Records(thresholds=self.thresholds, **selected)
+        return replace(self, **selected)
 
     @classmethod
     def _per_film(cls) -> list[str]:
-        return [f.name for f in fields(cls) if f.name != "thresholds"]
+        return [f.name for f in fields(cls) if f.name not in ("thresholds", "scored")]
 
     def column(self, mask_threshold: float) -> int:
         """Return the column of a mask threshold; ValueError if it was not recorded."""
@@ -188,4 +195,5 @@ class Records:
     def load(cls, path: str | Path) -> Records:
         """Read what `save` wrote."""
         with np.load(path) as stored:
-            return cls(**{f.name: stored[f.name] for f in fields(cls)})
+            arrays = {f.name: stored[f.name] for f in fields(cls) if f.name != "scored"}
+            return cls(**arrays, scored=bool(stored["scored"]) if "scored" in stored else False)  # absent in 1.0.0

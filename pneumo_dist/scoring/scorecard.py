@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from pneumo_dist.config import Evaluate
 from pneumo_dist.scoring.alarm import collapse, no_rule
 from pneumo_dist.scoring.metrics import Decisions, Records, Triplet, decide, dice, summary
-from pneumo_dist.scoring.records import PAPER_THRESHOLDS
+from pneumo_dist.scoring.records import HEAD_SCORE, MASK_SCORE, PAPER_THRESHOLDS
 from pneumo_dist.scoring.thresholds import CrossFit, candidates, cross_fit, search
 
 OPTIMISTIC = "tuned and scored on the same films: optimistic, not a result"
 CROSS_FITTED = "thresholds tuned by cross-fitting"
 ALL_EMPTY = "all empty (baseline)"
-FIXED_SCORE = 0.5  # of the film, in a rule that is not tuned: at least as likely positive as negative
+FIXED_SCORE = 0.5  # of the film, in a rule that is not tuned: as likely as not, at the share of positives in training
 SUMMARY_COLUMNS = {
     "dice": "Dice",
     "dice_positive": "on positives",
@@ -38,6 +38,7 @@ class Tuned:
 
     triplet: Triplet
     surface: NDArray[np.float64]  # (top scores, minimum areas, mask thresholds)
+    scored: bool  # see Records
     top_scores: list[float]
     min_areas: list[int]
     fit: CrossFit | None  # None: a single patient or fold, so no other films to tune on
@@ -54,7 +55,7 @@ def tune(records: Records, settings: Evaluate, by: str) -> Tuned:
     given, masks = (settings.top_scores, settings.min_areas), settings.mask_thresholds
     top_scores, min_areas = candidates(records, *given, masks)
     triplet, surface = search(records, top_scores, min_areas, masks)
-    return Tuned(triplet, surface, top_scores, min_areas, cross_fit(records, *given, masks, by=by), by)
+    return Tuned(triplet, surface, records.scored, top_scores, min_areas, cross_fit(records, *given, masks, by=by), by)
 
 
 def scores(records: Records, tuned: Tuned, settings: Evaluate, seed: int = 0) -> dict[str, Any]:
@@ -92,6 +93,7 @@ def threshold_table(tuned: Tuned, settings: Evaluate) -> dict[str, Any]:
     return {
         "fixed_mask_threshold": settings.threshold,
         "triplet": asdict(tuned.triplet),
+        "score": HEAD_SCORE if tuned.scored else MASK_SCORE,
         "min_area_is_px_of": "1024x1024",
         "in_sample_dice": float(tuned.surface.max()),
         "note": OPTIMISTIC,

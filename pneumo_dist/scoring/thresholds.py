@@ -27,8 +27,10 @@ def candidates(
     """
     scores, areas = list(top_scores), list(min_areas)
     if not scores:
-        quantiles = np.quantile(records.top, np.linspace(0, 1, _SCORES)) if len(records) else np.zeros(0)
-        scores = np.unique([0.0, *(np.floor(quantiles.astype(np.float64) * 1e4) / 1e4)]).tolist()
+        # Scores that occurred, with all their digits: those of a long training crowd near 0 and 1.
+        levels = np.linspace(0, 1, _SCORES)
+        quantiles = np.quantile(records.top, levels, method="lower") if len(records) else np.zeros(0)
+        scores = np.unique([0.0, *quantiles.astype(np.float64)]).tolist()
     if not areas:
         given = np.concatenate([records.scaled_area(records.column(mask)) for mask in masks])
         given = given[given > 0]

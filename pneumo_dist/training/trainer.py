@@ -258,7 +258,9 @@ class Trainer:
         }
         if validation is not None:
             # The first epochs may predict nothing; training that works leaves that state in a quarter of its epochs.
-            row |= validation.row() | {"alarm": collapse(validation.scores) if number > self.stage.epochs / 4 else ""}
+            highest, threshold = validation.losses["highest_probability"], self.config.evaluate.threshold
+            alarm = collapse(validation.scores, highest, threshold) if number > self.stage.epochs / 4 else ""
+            row |= validation.row() | {"alarm": alarm}
         self.ranks.on_first(lambda: self._note_epoch(row, validation, better))
         self.state.epoch, self.state.batch = number, 0
 

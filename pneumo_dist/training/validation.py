@@ -40,6 +40,7 @@ class FilmLoss:
 
 
 Losses = dict[str, FilmLoss]  # by film id
+_NO_OVERLAP = 1e-6  # far below the Dice of a network that segments
 Masks = dict[str, NDArray[np.bool_]]  # film id -> prediction at panel size, of the films to draw
 
 
@@ -74,7 +75,8 @@ class Validation:
             return float(self.scores["dice"])
         if select == "dice_positive" or auc is None:
             return float(dice_positive)
-        return float(auc if select == "auc" else dice_positive * auc)
+        # Among epochs without any overlap the AUC decides.
+        return float(auc if select == "auc" else (dice_positive + _NO_OVERLAP) * auc)
 
 
 def film_loss(prob: NDArray[np.float32], truth: NDArray[np.bool_], smooth: float) -> FilmLoss:

@@ -4,10 +4,11 @@
         [--size 96 --epochs 20 ...] [--arms ours,before,peer] [--weights FILE --device cuda]
 
 Every arm sees the same films and patient folds, for as many epochs of the same size. "ours" is configs/small.yaml;
-"before" is the same with Dice over all films and without the image-level term; "peer" is segmentation_models_pytorch's
+"before" is the same with Dice over all films, best Dice over all films, the data's share of positives, and without the
+image-level term and the affine augmentation; "peer" is segmentation_models_pytorch's
 Unet("resnet34") with its own DiceLoss and BCE in a plain loop over shuffled films. All start from random weights, or
 all from torchvision's ImageNet weights (--weights). No epoch is chosen by looking. Thresholds are tuned on other folds.
-Finished folds are not repeated, and an unfinished one resumes, when --work is given again; processes with other seeds
+Finished folds are not repeated, and an unfinished one of ours resumes, when --work is given again; processes with other seeds
 or arms may run at the same time.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from pneumo_dist.prediction.forward import Predictor, predict_records
 from pneumo_dist.runtime.files import write_json, write_text
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.scoring import scorecard
-from pneumo_dist.scoring.metrics import Decisions, auc, dice
+from pneumo_dist.scoring.metrics import auc, dice
 from pneumo_dist.scoring.records import Records, record_thresholds
 from pneumo_dist.stages import run_stage
 from tests.benchmarks.environment import ROOT
@@ -119,7 +121,8 @@ class PeerNet(nn.Module):
 
 def peer(options: argparse.Namespace, seed: int, fold: int, cases: list[Case]) -> Path:
     """Train the other library's network on one fold, score it as ours is; return the file of its records."""
-    path = options.work / f"peer-{options.size}-seed{seed}" / f"fold{fold}" / "records.npz"
+    settings_name = f"peer-{options.size}-{options.epochs}-{options.amp}{'-pretrained' if options.weights else ''}"
+    path = options.work / f"{settings_name}-seed{seed}" / f"fold{fold}" / "records.npz"
     if path.exists():
         return path
     config, device = recipe(options, "before", seed), Ranks().device
@@ -161,7 +164,7 @@ def sensitivity_at(scores: NDArray[Any], positive: NDArray[np.bool_], weights: F
     last = np.append(np.diff(scores[order]) != 0, True)  # films of equal score pass together
     called = np.cumsum(weights[:, order] * ~positive[order], 1)[:, last]
     found = np.cumsum(weights[:, order] * positive[order], 1)[:, last]
-    allowed = called <= (1 - specificity) * (weights @ ~positive)[:, None]
+    allowed = called <= (1 - specificity) * (weights @ ~positive)[:, None] + 1e-9  # 1 - 0.9 is below 0.1
     return np.where(allowed, found, 0).max(1) / np.maximum(weights @ positive, 1)
 
 
@@ -170,7 +173,6 @@ def of_arm(files: list[Path], settings: configuration.Evaluate, weights: Floats)
     records = Records.concatenate(Records.load(path) for path in files)
     tuned = scorecard.tune(records, settings, by="fold")
     positive, rule = records.truth_px > 0, scorecard.fixed(settings.threshold)
-    fitted: Decisions | Any = tuned.fit.decisions if tuned.fit else rule
     empty = dice(records, rule) * 0 + ~positive
 
     def mean(values: Floats, over: NDArray[np.bool_]) -> Floats:
@@ -182,7 +184,7 @@ def of_arm(files: list[Path], settings: configuration.Evaluate, weights: Floats)
         mean(dice(records, rule), positive),
         auc(records.top, positive, weights),
         sensitivity_at(records.top, positive, weights, 0.9),
-        mean(dice(records, fitted), every),
+        mean(dice(records, tuned.fit.decisions), every) if tuned.fit else np.full(len(weights), np.nan),
         mean((~called).astype(float), ~positive),
     )
     return dict(zip(COLUMNS, values, strict=True)) | {"all empty": mean(empty, every)}
@@ -245,6 +247,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     options.work = options.work.absolute()
     return options
 

@@ -36,7 +36,7 @@ def alarm(films: Records) -> str:
 
 def test_a_network_that_calls_every_film_empty_has_collapsed() -> None:
     text = alarm(records(0.0, 0.0))
-    assert "the network has collapsed: Dice on positives 0.000, 100 % of the films called empty" in text
+    assert "the network has collapsed to empty masks: Dice on positives 0.000, 100 % of the films called empty" in text
     for advice in ("loss.dice_over=positives", "positive_share", "lower lr", "more epochs", "pretrained weights"):
         assert advice in text
     assert "\n" not in text and len(text) < 300
@@ -47,7 +47,22 @@ def test_masks_in_the_wrong_place_segment_nothing() -> None:
     assert text.startswith("the network segments nothing: Dice on positives 0.000, 25 % of the films called empty")
 
 
-@pytest.mark.parametrize(("found", "called"), [(0.02, 0.0), (0.3, 0.9), (1.0, 0.0)])
+def test_few_masks_and_masks_everywhere_raise_the_alarm_too() -> None:
+    few = {"dice_positive": 0.06, "sensitivity": 0.08, "called_positive": 5, "films": 100}
+    assert collapse(few).startswith("the network has collapsed to empty masks")
+    everywhere = {"dice_positive": 0.03, "sensitivity": 1.0, "called_positive": 100, "films": 100}
+    assert collapse(everywhere).startswith("the network segments nothing")
+
+
+def test_masks_just_below_the_threshold_ask_for_a_lower_one() -> None:
+    empty = {"dice_positive": 0.0, "sensitivity": 0.0, "called_positive": 0, "films": 100}
+    assert collapse(empty, 0.45, 0.55).endswith(
+        "highest probability 0.45; train longer, or lower evaluate.threshold=0.55"
+    )
+    assert "loss.dice_over=positives" in collapse(empty, 0.14, 0.55)
+
+
+@pytest.mark.parametrize(("found", "called"), [(0.12, 0.0), (0.3, 0.9), (1.0, 0.0)])
 def test_a_network_that_segments_raises_no_alarm(found: float, called: float) -> None:
     assert alarm(records(found, called)) == ""
 

@@ -154,6 +154,10 @@ def test_without_a_head_in_every_model_films_are_scored_by_their_highest_probabi
     given = load_ensemble(paths, triplet=Triplet(0.0, 0, 0.5))
     assert not given.predictor.scored and given.settings["score"] == "highest probability of the mask"
     assert load_ensemble(paths[1:]).settings["score"] == "image-level head"
+    pooled = tmp_path / "thresholds.json"  # tuned before the models had heads
+    pooled.write_text('{"triplet": {"top_score": 0.9, "min_area": 0, "mask_threshold": 0.5}}')
+    with pytest.raises(ConfigError, match="another kind of film score"):
+        load_ensemble(paths[1:], pooled=pooled)
 
 
 def test_the_score_decides_in_place_of_the_highest_probability() -> None:
@@ -210,3 +214,16 @@ def test_the_records_of_ranks_hold_the_heads_scores(run_dir: Path) -> None:
     evaluated = Records.load(run_dir / "fold0" / "evaluate" / "records.npz")
     kept = np.isin(joined.ids, evaluated.ids)
     assert np.array_equal(joined.top[kept], evaluated.top)
+
+
+def test_records_of_two_kinds_of_score_cannot_be_pooled(run_dir: Path, tmp_path: Path) -> None:
+    cases = read_cases(run_dir / "shards")
+    parts = []
+    for i, film_head in enumerate((False, True)):
+        predictor = Predictor([ResNet34UNet(1, film_head).eval()], 32)
+        predict_records(predictor, cases[i::2], run_dir / "shards", 32, 4, (0.5,)).save(tmp_path / f"{i}.npz")
+        parts.append(Records.load(tmp_path / f"{i}.npz"))
+    assert [part.scored for part in parts] == [False, True]
+    assert Records.concatenate(parts[1:]).select(np.arange(1)).scored
+    with pytest.raises(ValueError, match="cannot be joined"):
+        Records.concatenate(parts)

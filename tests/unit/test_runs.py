@@ -289,7 +289,7 @@ def test_progress_and_time_left(run_dir: Path) -> None:
     assert job.progress and job.progress.text.startswith("epoch 2/10")  # by a plain script: never submitted
     collapsed = line | {"dice_positive": 0.0, "auc": None, "alarm": "the network has collapsed"}
     metrics.write_text(json.dumps(collapsed) + "\n")
-    assert row(run_dir, "stage1-fold0").score == "Dice on positives 0.0000, best epoch 1; COLLAPSED (see its log)"
+    assert row(run_dir, "stage1-fold0").score == "Dice on positives 0.0000, best epoch 1; WARNING (see its log)"
     metrics.write_text(json.dumps(line) + "\n")
     add(run_dir, "stage1-fold0", cluster="local", job_id=str(os.getpid()))
     held = lock(RunFolder(run_dir).lock("stage1-fold0"))

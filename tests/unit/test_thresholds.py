@@ -186,7 +186,7 @@ def test_the_quantiles_follow_scores_that_a_fixed_list_would_miss() -> None:
     records = make_records(300, seed=12, coarse=False)
     low = replace(records, top=records.top * np.float32(0.05), areas=records.areas // 50, hits=records.hits // 50)
     tops, areas = candidates(low, [], [], GRID)
-    assert len(tops) > 30 and 0 < tops[-2] <= 0.05 and 0 < areas[-1] < 20_000
+    assert len(tops) > 30 and 0 < tops[-2] <= np.float32(0.05) and 0 < areas[-1] < 20_000
     assert candidates(low, [0.0, 0.5], [0, 9], GRID) == ([0.0, 0.5, NO_FILM], [0, 9])  # a list is kept
     assert candidates(low, [0.0, 0.5], [], GRID) == ([0.0, 0.5, NO_FILM], areas)
     assert candidates(low, [], [0, 9], GRID) == (tops, [0, 9])
@@ -237,9 +237,24 @@ def test_cross_fitting_takes_its_quantiles_from_the_other_films() -> None:
         assert triplet == search(others, *candidates(others, [], [], GRID), GRID)[0]
 
 
-def test_the_lists_of_the_kaggle_recipe_are_searched_as_they_are() -> None:
-    settings = load(Path(__file__).parents[2] / "configs" / "kaggle.yaml").evaluate
+@pytest.mark.parametrize("crowd", [lambda top: 1 - top * 1e-5, lambda top: top * 1e-6])
+def test_scores_that_crowd_at_an_end_are_told_apart(crowd) -> None:
+    """As those of long trainings do: the grid has their digits, so a rule in between is found."""
+    records = make_records(300, seed=17, coarse=False)
+    ranked = replace(records, top=np.where(records.truth_px > 0, 0.9, 0.1).astype(np.float32))
+    top = crowd(ranked.top.astype(np.float64)).astype(np.float32)
+    if top[ranked.top > 0.5].max() < top[ranked.top < 0.5].min():
+        top = crowd(1 - ranked.top.astype(np.float64)).astype(np.float32)
+    crowded = replace(ranked, top=top)
+    best, surface = search(crowded, *candidates(crowded, [], [], GRID), GRID)
+    wanted = search(ranked, *candidates(ranked, [], [], GRID), GRID)[1].max()
+    assert surface.max() == pytest.approx(wanted, abs=1e-12) and 0 < best.top_score < NO_FILM
+
+
+def test_the_lists_of_a_recipe_are_searched_as_they_are() -> None:
+    lists = ["evaluate.top_scores=0.75,0.3", "evaluate.mask_thresholds=0.3,0.5"]
+    settings = load(Path(__file__).parents[2] / "configs" / "kaggle.yaml", lists).evaluate
     records = make_records(200, seed=16, thresholds=tuple(settings.mask_thresholds))
     tuned = scorecard.tune(records, settings, by="fold")
     assert tuned.top_scores == [*settings.top_scores, NO_FILM] and tuned.min_areas == settings.min_areas
-    assert tuned.surface.shape == (20, 15, 11)
+    assert tuned.surface.shape == (3, 15, 2)

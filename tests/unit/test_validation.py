@@ -122,13 +122,13 @@ def outcome(rng: np.random.Generator, collapsed: bool) -> Validation:
     top = np.clip(rng.normal(0.4 + 0.3 * (truth > 0), 0.15), 0.01, 0.99)  # a collapsed network still ranks films
     hits = np.where(truth > 0, areas * 3 // 10, 0)
     scores = summary(records(truth.tolist(), areas.tolist(), hits.tolist(), top.tolist()), RULE)
-    return Validation(scores, {"loss": 1.0})
+    return Validation(scores, {"loss": 1.0, "highest_probability": 1.0})
 
 
 def test_the_score_of_each_choice() -> None:
     scores = {"dice": 0.7, "dice_positive": 0.4, "auc": 0.8}
     found = {select: Validation(scores, {}).selection(select) for select in SELECT}
-    assert found == {"dice_and_auc": pytest.approx(0.32), "dice_positive": 0.4, "auc": 0.8, "dice": 0.7}
+    assert found == {"dice_and_auc": pytest.approx(0.32, rel=1e-5), "dice_positive": 0.4, "auc": 0.8, "dice": 0.7}
     with pytest.raises(ConfigError, match="train.select"):
         load(None, ["train.select=iou"])
 
@@ -144,6 +144,12 @@ def test_a_collapsed_epoch_is_never_the_best_one(select: str, order: tuple[bool,
     assert order[best_epoch(results, "dice") - 1]  # what the competition's score alone would choose
 
 
+def test_among_epochs_without_any_overlap_the_auc_decides() -> None:
+    empty = outcome(np.random.default_rng(5), collapsed=True)
+    results = [Validation({**empty.scores, "auc": auc}, empty.losses) for auc in (0.51, 0.78, 0.7)]
+    assert best_epoch(results, "dice_and_auc") == 2
+
+
 def test_of_equal_epochs_the_first_is_the_best() -> None:
     result = outcome(np.random.default_rng(4), collapsed=False)
     assert best_epoch([result, result], "dice_and_auc") == 1
@@ -157,7 +163,9 @@ def best_epoch(results: list[Validation], select: str) -> int:
     trainer: Any = Trainer.__new__(Trainer)
     trainer.__dict__.update(
         stage=stage, ranks=ranks, state=TrainingState(), steps_per_epoch=1, total_steps=1, _loss_sum=0.0,
-        config=SimpleNamespace(train=SimpleNamespace(eval_every=1, select=select)),
+        config=SimpleNamespace(
+            train=SimpleNamespace(eval_every=1, select=select), evaluate=SimpleNamespace(threshold=0.5)
+        ),
         stepper=SimpleNamespace(steps=0, rate=0.1),
         _note_epoch=lambda row, validation, better: written.append(row["epoch"]) if better else None,
     )  # fmt: skip
