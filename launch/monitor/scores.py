@@ -77,7 +77,9 @@ def print_scores(submission: Path, truth: Path, patients: Path | None, rle: str 
     for name, films in NOT_SCORED.items():
         if result[name]:
             print(f"not scored: {result[name]} {films}")
-    if result["unreadable"]:
+    if result["unreadable"] is None:
+        print("unreadable films unknown: no predictions.csv beside the submission")
+    elif result["unreadable"]:
         share = f"{result['unreadable']} annotated films ({result['unreadable_positive']} with pneumothorax)"
         print(f"not scored: {share} without an answer, because they are unreadable")
     print(f"auc from the {result['auc_from']}")

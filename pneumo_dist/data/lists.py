@@ -30,6 +30,7 @@ ENCODINGS = (
     (b"\0[^\0]\0[^\0]", "utf-16-be"),
     (b"", "utf-8-sig"),
 )
+PATIENT_MAP = "patient map"  # its rows may hold names: no message quotes them
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 UID = re.compile(r"\d+(?:\.\d+){4,}", re.ASCII)
 K = TypeVar("K")
@@ -118,8 +119,8 @@ def _table(path: Path, kind: str, *headers: tuple[str, ...]) -> tuple[list[str],
         columns = [name.lower() for name in header]
         if any(all(columns.count(name.lower()) == 1 for name in names) for names in headers):
             return columns, rows
-    first = text.strip().splitlines()[0][:80]
-    raise ConfigError(f"{path}:1: the {kind} starts with {first!r}, not with {expected}")
+    first = "another line" if kind == PATIENT_MAP else repr(text.strip().splitlines()[0][:80])
+    raise ConfigError(f"{path}:1: the {kind} starts with {first}, not with {expected}")
 
 
 def _rows(reader: Any, path: Path, kind: str) -> Iterator[tuple[int, list[str]]]:
@@ -231,7 +232,7 @@ def read_patient_map(path: Path) -> dict[str, str]:
         ConfigError: the file is unreadable, has another header, a row without a key, or two keys for one image.
     """
     keys: dict[str, str] = {}
-    columns, table = _table(path, "patient map", ("ImageId", "PatientKey"))
+    columns, table = _table(path, PATIENT_MAP, ("ImageId", "PatientKey"))
     image, patient = columns.index("imageid"), columns.index("patientkey")
     for line, cells in table:
         if len(cells) != len(columns) or not (cells[image] and cells[patient]):
@@ -272,18 +273,19 @@ def bare(name: str) -> str:
 class FilmNames:
     """The films of a folder, to be found by the names that lists and mask files use.
 
-    A name means the film with this id or path; else the film whose path ends like it, extensions and leading folders
-    apart; else, if it is a UID, the film with this SOP Instance UID.
+    A name means the film with this id or path; else, extensions apart, the film whose path ends with the name, or whose
+    path the name ends with; else, if it is a UID, the film with this name in any folder or with this SOP Instance UID.
     """
 
     def __init__(self, films: Sequence[tuple[str, str]], uid_of: Callable[[str], str] = lambda _: "") -> None:
         """Take (id, path) pairs, and a function from a path to the SOP Instance UID in the header ("": unknown)."""
         self.films, self._uid_of = films, uid_of
         self._exact = {name: film for film, path in films for name in (path, film)}
-        self._ends: dict[str, list[str]] = {}
+        self._ends: dict[str, dict[str, bool]] = {}  # end of a path -> {film: whether that is the whole path}
         for film, path in films:
-            for end in {end for name in (film, path) for end in _ends(bare(name))}:
-                self._ends.setdefault(end, []).append(film)
+            known = {bare(path)} if f"/{bare(path)}".endswith(f"/{bare(film)}") else {bare(path), bare(film)}
+            for end in (end for name in known for end in _ends(name)):
+                self._ends.setdefault(end, {})[film] = end in known
 
     def match(self, wanted: Mapping[K, Collection[str]], source: str) -> dict[K, str]:
         """Return {key: film id} of the keys one of whose names, in their order, means a film.
@@ -312,11 +314,13 @@ class FilmNames:
         for name in names:
             if name in self._exact:
                 return self._exact[name]
-            films = next((self._ends[end] for end in _ends(bare(name)) if end in self._ends), [])
-            if len(films) > 1:
-                raise _several(source, name, films)
-            if films:
-                return films[0]
+            for end in _ends(bare(name)):
+                anywhere = end == bare(name) or UID.fullmatch(end)  # else other folders are other films
+                films = [film for film, whole in self._ends.get(end, {}).items() if whole or anywhere]
+                if len(films) > 1:
+                    raise _several(source, name, films)
+                if films:
+                    return films[0]
         return None
 
 

@@ -34,7 +34,7 @@ FOLDERS = {"masks": "masks", "overlays": "overlays", "dicomseg": "seg", "probs":
 
 PREDICTION_COLUMNS = (
     "film", "status", "decision", "top_score", "area_px", "share", "reason", "rows", "columns",
-    "threshold_top_score", "threshold_min_area", "threshold_mask", "tta", "models", "sha256", "warnings",
+    "threshold_top_score", "threshold_min_area", "threshold_mask", "tta", "models", "sha256", "sop_uid", "warnings",
 )  # fmt: skip
 
 # Status of a row. Only "ok" is an answer; an ignored file is no film, and the merge lists it in ignored.csv.
@@ -73,6 +73,7 @@ class FilmWriter:
             "rows": read.rows,
             "columns": read.columns,
             "sha256": read.sha256,
+            "sop_uid": read.sop_uid,
             "warnings": "; ".join(read.warnings),
             "rle": encode_rle(mask),
             "name": film.name,
@@ -140,6 +141,7 @@ def unreadable_row(film: PlannedFilm, reason: str, status: str = UNREADABLE) -> 
         "rows": None,
         "columns": None,
         "sha256": "",
+        "sop_uid": "",
         "warnings": "",
         "rle": EMPTY,
         "name": film.name,

@@ -1,6 +1,6 @@
 """Read and resize films for inference in reader processes. A crash or a hang of a decoder costs one film only.
 
-Readers return pixels, hashes and reasons, but no header text.
+Readers return pixels, hashes, reasons and the SOP Instance UID, but no other header text.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class ReadFilm:
     picture: NDArray[np.uint8] | None = None  # (rows, columns) within picture_px
     sha256: str = ""
     warnings: tuple[str, ...] = ()
+    sop_uid: str = ""
     image: bool = True  # False: a DICOM object of another kind, which is no film
 
 
@@ -69,7 +70,7 @@ def read_job(job: ReadJob) -> ReadFilm:
         return ReadFilm(reason="not enough memory to decode it")
     except Exception as error:  # the type only: the message could quote the header
         return ReadFilm(reason=f"cannot be decoded ({type(error).__name__})")
-    return ReadFilm("", rows, columns, inputs, picture, film.sha256, film.warnings)
+    return ReadFilm("", rows, columns, inputs, picture, film.sha256, film.warnings, film.sop_uid)
 
 
 def _prepare() -> None:

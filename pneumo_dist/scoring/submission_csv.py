@@ -18,9 +18,18 @@ import numpy as np
 from pneumo_dist.config import ConfigError
 from pneumo_dist.data.cases import Case
 from pneumo_dist.data.films.dicom import FilmError, NotAnImage, read_film
-from pneumo_dist.data.films.listing import find_films
+from pneumo_dist.data.films.listing import HEAD_BYTES, find_films, object_reason
+from pneumo_dist.data.films.masks import dicom_header
 from pneumo_dist.data.films.rle import EMPTY, RleError, decode_rle, decode_union, encode_rle
-from pneumo_dist.data.lists import FIELD_BYTES, Annotations, FilmNames, by_film, read_annotations, read_patient_map
+from pneumo_dist.data.lists import (
+    FIELD_BYTES,
+    Annotations,
+    FilmNames,
+    by_film,
+    check_folders,
+    read_annotations,
+    read_patient_map,
+)
 from pneumo_dist.runtime.files import read_json, write_text
 from pneumo_dist.runtime.processes import Pool
 from pneumo_dist.scoring.metrics import FilmRecord, Records, Triplet, summary
@@ -46,6 +55,7 @@ class Prediction:
 
     top_score: float | None
     size: tuple[int, int]
+    sop_uid: str = ""
 
 
 def write_submission(path: Path, rows: Iterable[tuple[str, str]]) -> None:
@@ -147,8 +157,10 @@ def validation_of(path: Path, against: Path) -> Validation:
     films = dict(find_films(against, _follows_links(path))[0])
     if not films:
         raise ConfigError(f"{against} holds no films")
-    found = _reasons({name: against / films[name] for name in films.keys() - answered - unreadable})
-    ignored = {name for name, reason in found.items() if reason == IGNORED}
+    missing = films.keys() - answered - unreadable
+    ignored = {name for name in missing if object_reason(against / films[name])}
+    found = _reasons({name: against / films[name] for name in missing - ignored})
+    ignored |= {name for name, reason in found.items() if reason == IGNORED}
     unreadable |= found.keys() - ignored
     expected = films.keys() - ignored
     problems = problems_of(rows, expected - (unreadable - answered), lambda name: film_size(against / films[name]))
@@ -202,16 +214,16 @@ def _reason(path: Path) -> str:
 
 
 def film_size(path: Path) -> tuple[int, int] | None:
-    """Return (rows, columns) of a film from its header; None if they cannot be read."""
+    """Return (rows, columns) of a film from its header, whatever its name; None if they cannot be read."""
     try:
-        if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
+        with path.open("rb") as handle:
+            head = handle.read(HEAD_BYTES)
+        if head[128:132] != b"DICM" and head.startswith((b"\x89PNG\r\n", b"\xff\xd8\xff")):
             from PIL import Image
 
             with Image.open(path) as image:
                 return image.height, image.width
-        import pydicom
-
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Rows", "Columns"], force=True)
+        header = dicom_header(path, "Rows", "Columns")
         return int(header.Rows), int(header.Columns)
     except Exception:  # a damaged file can raise anything: its size is unknown
         return None
@@ -222,10 +234,10 @@ def score_submission(
 ) -> dict[str, Any]:
     """Score a submission against an annotation list, film by film at film size, with every score of the evaluation.
 
-    Film sizes and top scores come from the predictions.csv beside the submission. Without that file, films are
-    1024x1024 and films are ranked (AUC) by whether their mask is empty. Films that are in only one of the two files and
-    unreadable films (without a top score) are counted, not scored. Intervals are by patient with a map
-    (`ImageId,PatientKey`), else by film.
+    Film sizes, top scores and SOP Instance UIDs come from the predictions.csv beside the submission. Without that file,
+    films are 1024x1024 and ranked (AUC) by whether their mask is empty, and it is unknown which are unreadable (None).
+    Films that are in only one of the two files and unreadable films (without a top score) are counted, not scored.
+    Intervals are by patient with a map (`ImageId,PatientKey`), else by film.
 
     Raises:
         ConfigError: a file cannot be read, a mask is invalid at its film's size, or no film is in both files.
@@ -234,9 +246,12 @@ def score_submission(
     masks = _read_masks(path)
     predictions = _read_predictions(path.with_name("predictions.csv"))
     unreadable = {name for name, prediction in predictions.items() if prediction.top_score is None}
-    names = FilmNames([(name, name) for name in masks.keys() | unreadable])
+    uids = {name: prediction.sop_uid for name, prediction in predictions.items()}
+    names = FilmNames([(name, name) for name in masks.keys() | unreadable], lambda name: uids.get(name, ""))
     annotations = read_annotations(truth, rle)
-    annotations = annotations.of_films(names.match({name: (name,) for name in annotations.rows}, str(truth)))
+    found = names.match({name: (name,) for name in annotations.rows}, str(truth))
+    check_folders(found, str(truth))
+    annotations = annotations.of_films(found)
     unread = annotations.rows.keys() & unreadable
     films = sorted((masks.keys() & annotations.rows.keys()) - unread)
     if not films:
@@ -260,7 +275,7 @@ def score_submission(
         else "masks (no predictions.csv beside the submission)",
         "intervals_by": "patient" if patient_keys else "film",
         "films_without_truth": len(masks.keys() - annotations.rows.keys()),
-        "unreadable": len(unread),
+        "unreadable": len(unread) if predictions else None,
         "unreadable_positive": sum(any(text != EMPTY for text in annotations.texts(name)) for name in unread),
         "truth_without_answer": len(annotations.rows.keys() - masks.keys() - unread),
     }
@@ -296,5 +311,6 @@ def _read_predictions(path: Path) -> dict[str, Prediction]:
     for cells in rows:
         row = dict(zip(header, cells, strict=False))
         size = (int(row["rows"]), int(row["columns"])) if row.get("rows") else COMPETITION_SIZE
-        predictions[row.get("film", "")] = Prediction(float(row["top_score"]) if row.get("top_score") else None, size)
+        top = float(row["top_score"]) if row.get("top_score") else None
+        predictions[row.get("film", "")] = Prediction(top, size, row.get("sop_uid", ""))
     return predictions

@@ -9,7 +9,7 @@ import pytest
 
 from pneumo_dist.config import ConfigError
 from pneumo_dist.data.films.rle import decode_rle, relative_text
-from pneumo_dist.data.lists import FilmNames, check_folders, read_annotations
+from pneumo_dist.data.lists import FilmNames, by_film, check_folders, read_annotations, read_patient_map
 
 REAL = Path(os.environ.get("PNEUMO_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 needs_real_films = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real films in {REAL} (PNEUMO_REAL_DATA)")
@@ -99,8 +99,12 @@ FILMS = [
         ("y.dcm", "y"),
         ("y.png", "y"),
         ("y.dcm.png", "y"),
-        ("/data/train/y.dcm", "y"),
-        ("..\\train\\y.dcm", "y"),
+        ("/data/s/y.dcm", "y"),
+        ("..\\s\\y.dcm", "y"),
+        ("t/y.dcm", None),  # in another folder: another film
+        ("b/c/x", None),
+        ("t/z.png", "z"),  # a path that starts outside the folder of the films
+        ("t/1.2.840.10.7", "1.2.840.10.7"),  # a UID is of one image only
         ("./s/y", "y"),
         ("a/x", "a/x.dcm"),
         ("b/x.dcm", "b/x.dcm"),
@@ -130,3 +134,18 @@ def test_a_name_of_several_films_is_refused():
         FilmNames(FILMS[2:], lambda path: "1.2.3.4.5").match({"1.2.3.4.5": ("1.2.3.4.5",)}, "list.csv")
     with pytest.raises(ConfigError, match="p/y and q/y both have the name of film y"):
         check_folders({"p/y": "y", "q/y": "y"}, "list.csv")
+
+
+def test_a_row_of_another_folder_never_takes_the_place_of_a_films_own():
+    names = FilmNames([("img1", "patient1/img1.png")])
+    rows = ("patient2/img1", "patient1/img1")
+    assert names.match({row: (row,) for row in rows}, "list.csv") == {"patient1/img1": "img1"}
+    keys = {"patient2/img1.png": "B", "patient1/img1.png": "A"}
+    assert by_film(keys, names, Path("patients.csv")) == {"img1": "A"}
+
+
+def test_a_patient_map_without_header_is_refused_without_a_quotation(tmp_path):
+    (tmp_path / "map.csv").write_text("img1,DOE^JOHN 1970\nimg2,ROE^JANE 1980\n")
+    with pytest.raises(ConfigError, match="map.csv:1: the patient map .*, not with ImageId,PatientKey") as caught:
+        read_patient_map(tmp_path / "map.csv")
+    assert "DOE" not in str(caught.value) and "img1" not in str(caught.value)

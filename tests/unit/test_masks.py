@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import highdicom
 import numpy as np
 import pydicom
@@ -29,7 +31,7 @@ from pneumo_dist.done import inputs_of
 from pneumo_dist.inference.dicomseg import SegJob, seg_bytes
 from pneumo_dist.run import Run
 from pneumo_dist.runtime.task import Task
-from tests.film_files import film_bytes, grey, overrides, small_set, write_png
+from tests.film_files import overrides, small_set, write_png
 
 SIZE = 64
 Settings = dict[str, str]
@@ -437,11 +439,72 @@ def test_a_film_listed_without_mask_and_label_is_not_annotated(original, tmp_pat
     assert masks_read(release) == {k: v for k, v in masks_read(settings).items() if k != first[2]}
 
 
-def test_headers_are_read_of_dicom_files_only_and_never_inflated(original, tmp_path):
+def two_labels(first: int, second: int) -> Callable[[np.ndarray], Image.Image]:
+    def make(mask: np.ndarray) -> Image.Image:
+        image = palette(mask)
+        image.putpalette([first] * 3 + [second] * 3)
+        return image
+
+    return make
+
+
+def in_blue(label: int, deep: bool = False) -> Callable[[np.ndarray], Image.Image | bytes]:
+    def make(mask: np.ndarray) -> Image.Image | bytes:
+        pixels = np.stack([mask, mask, mask] if deep else [0 * mask, 0 * mask, mask], 2) * label
+        if deep:  # Pillow reads the upper 8 bits only
+            return cv2.imencode(".png", pixels.astype(np.uint16))[1].tobytes()
+        return Image.fromarray(pixels.astype(np.uint8))
+
+    return make
+
+
+@pytest.mark.parametrize("make", [in_blue(1), in_blue(2), in_blue(1, deep=True), two_labels(0, 0), two_labels(1, 1)])
+def test_a_low_label_in_colours_is_refused_and_never_lost(original, tmp_path, make):
+    mask = next(mask for mask in original[1].values() if mask.any())
+    image = make(mask)
+    (tmp_path / "x.png").write_bytes(image) if isinstance(image, bytes) else image.save(tmp_path / "x.png")
+    with pytest.raises(FilmError, match="mask x.png: colour picture, or a palette with one colour for several labels"):
+        read_mask(MaskFile("x.png", str(tmp_path / "x.png"), ""), "", mask.shape, 10**6)
+
+
+def deflated(data: bytes) -> bytes:
+    film = pydicom.dcmread(io.BytesIO(data))
+    film.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    out = io.BytesIO()
+    film.save_as(out, enforce_file_format=True)
+    return out.getvalue()
+
+
+def test_deflated_films_and_segmentations_find_each_other_within_a_bound(original, tmp_path):
+    settings, masks = original
+    name, mask = next(item for item in masks.items() if item[1].any())
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "IM000001").write_bytes(deflated(films_of(settings)[name].read_bytes()))
+    film = {"data.dicom_dir": str(tmp_path / "films")}
+    expected = masks_read(settings)[name]
+    assert masks_read(film | {"data.rle_csv": settings["data.rle_csv"]}) == {name: expected}
+    (tmp_path / "seg").mkdir()
+    path = tmp_path / "seg" / "1.dcm"
+    path.write_bytes(deflated(seg_of(films_of(settings)[name], mask)))
+    assert masks_read(film | {"data.masks": str(tmp_path / "seg")}) == {"IM000001": expected}
+    seg = pydicom.dcmread(io.BytesIO(seg_of(films_of(settings)[name], mask)))
+    seg.NumberOfFrames = 10_000
+    seg.save_as(path)
+    with pytest.raises(FilmError, match=r"10000 frames, more than 8 films of data.max_pixels: write one per film"):
+        read_mask(MaskFile("1.dcm", str(path), "", name), name, mask.shape, 10**6)
+    bomb = pydicom.dcmread(io.BytesIO(seg_of(films_of(settings)[name], mask)))
+    bomb.PixelData = bytes(50_000_000)
+    buffer = io.BytesIO()
+    bomb.save_as(buffer)
+    path.write_bytes(deflated(buffer.getvalue()))
+    with pytest.raises(FilmError, match="cut-off deflated data, or more than a film within data.max_pixels can have"):
+        read_mask(MaskFile("1.dcm", str(path), "", name), name, mask.shape, 10**6)
+
+
+def test_headers_are_read_of_dicom_files_only(original, tmp_path):
     name, path = next(iter(films_of(original[0]).items()))
     film = pydicom.dcmread(path)
-    (tmp_path / "bare").write_bytes(film_bytes(grey(8, 8), syntax="1.2.840.10008.1.2.1.99"))
     write_png(tmp_path / "x.png", np.zeros((8, 8), np.uint8))
     (tmp_path / "text").write_text("no film" * 100)
     assert sop_uid(path) == film.SOPInstanceUID == name and seg_references(path) is None
-    assert [sop_uid(tmp_path / other) for other in ("bare", "x.png", "text", "gone")] == [""] * 4
+    assert [sop_uid(tmp_path / other) for other in ("x.png", "text", "gone")] == [""] * 3

@@ -5,6 +5,7 @@ import hashlib
 
 import cv2
 import numpy as np
+import pydicom
 import pytest
 
 from pneumo_dist.config import ConfigError
@@ -15,7 +16,7 @@ from pneumo_dist.inference.outputs import FilmWriter, caption, csv_text, unreada
 from pneumo_dist.inference.reading import ReadFilm, fit
 from pneumo_dist.reports import pictures
 from pneumo_dist.scoring.metrics import Triplet
-from pneumo_dist.scoring.submission_csv import score_submission, validate_submission, write_submission
+from pneumo_dist.scoring.submission_csv import score_submission, validate_submission, validation_of, write_submission
 from tests.films import picture, write_dicom
 
 GOOD = "3 2 5 1"
@@ -64,6 +65,27 @@ def test_a_valid_submission_has_no_problems(folder, tmp_path):
 def test_what_is_wrong_with_a_submission_is_named(folder, tmp_path, rows, wanted):
     problems = validate_submission(submission(tmp_path / "s.csv", rows), folder)
     assert (problems == []) if wanted is None else any(wanted in problem for problem in problems), problems
+
+
+def test_the_content_of_a_film_decides_not_its_name(folder, tmp_path):
+    (folder / "a.dcm").rename(folder / "a.png")
+    (folder / "b.png").rename(folder / "b.dcm")
+    film = write_dicom(tmp_path / "deflated.dcm", picture(3, 40, 30))
+    data = pydicom.dcmread(film)
+    data.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    data.save_as(folder / "c.dcm")
+    rows = [("a", "1199 1"), ("b", "999 1"), ("c", "1199 1")]
+    assert validate_submission(submission(tmp_path / "s.csv", rows), folder) == []
+
+
+def test_an_object_without_an_image_is_no_film_without_a_row(folder, tmp_path):
+    """Also behind the first readable film: the search for unreadable ones ends there."""
+    write_dicom(folder / "report.dcm", picture(5), SOPClassUID="1.2.840.10008.5.1.4.1.1.88.11")
+    data = pydicom.dcmread(folder / "report.dcm")
+    data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID
+    data.save_as(folder / "report.dcm")
+    result = validation_of(submission(tmp_path / "s.csv", [("b", "-1")]), folder)
+    assert (result.problems, result.films) == (["2 films have no row (first: a)"], 3)
 
 
 def test_the_header_is_checked_and_a_missing_file_is_one_line(folder, tmp_path):
@@ -155,6 +177,20 @@ def test_the_truth_may_name_films_by_path_and_count_positions(tmp_path):
         score_submission(tmp_path / "submission.csv", labels)
 
 
+def test_the_truth_may_name_films_by_their_uid_but_not_one_film_twice(tmp_path):
+    write_submission(tmp_path / "submission.csv", [("IM000001", "5 9"), ("IM000002", "-1")])
+    (tmp_path / "predictions.csv").write_text(
+        "film,top_score,rows,columns,sop_uid\nIM000001,0.9,40,30,1.2.3.4.5\nIM000002,0.1,40,30,\n"
+    )
+    labels = submission(tmp_path / "labels.csv", [("1.2.3.4.5", "5 9"), ("IM000002", "-1")])
+    patients = submission(tmp_path / "patients.csv", [("1.2.3.4.5.dcm", "p")], head="ImageId,PatientKey")
+    result = score_submission(tmp_path / "submission.csv", labels, patients, bootstrap=0)
+    assert result["films"] == 2 and result["dice"] == 1 and result["unreadable"] == 0
+    labels = submission(tmp_path / "labels.csv", [("p/IM000001", "5 9"), ("q/IM000001", "-1")])
+    with pytest.raises(ConfigError, match="p/IM000001 and q/IM000001 both have the name of film IM000001"):
+        score_submission(tmp_path / "submission.csv", labels)
+
+
 def test_rows_keep_every_digit_and_quote_what_must_be_quoted():
     top = float(np.float32(0.1) + np.float32(2**-20))
     text = csv_text(["film", "top_score", "reason"], [{"film": 'a,"b', "top_score": top, "reason": None}])
@@ -163,13 +199,14 @@ def test_rows_keep_every_digit_and_quote_what_must_be_quoted():
 
 
 def test_a_film_writer_hashes_what_it_wrote(tmp_path):
-    read = ReadFilm("", 96, 80, {}, picture(1))
+    read = ReadFilm("", 96, 80, {}, picture(1), sop_uid="1.2.3")
     film = PlannedFilm("x/ü", "x/ü.dcm", 1, "x_name")
     prob = np.full((96, 80), 0.2, np.float32)
     prob[10:50, 20:40] = 0.9
     writer = FilmWriter(tmp_path, ("csv", "masks", "overlays", "probs"), Triplet(0.5, 0, 0.5))
     row = writer.write(film, read, prob, None)
     assert row["decision"] == "positive" and row["area_px"] == 800 and row["share"] == 800 / 7680
+    assert row["sop_uid"] == "1.2.3" and "sop_uid" in outputs.PREDICTION_COLUMNS
     assert set(row["files"]) == {
         f"{f}/x_name.{e}" for f, e in [("thumbs", "jpg"), ("masks", "png"), ("overlays", "png"), ("probs", "png")]
     }

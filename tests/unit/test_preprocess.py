@@ -19,13 +19,13 @@ from pneumo_dist.data.cases import read_cases
 from pneumo_dist.data.films.dicom import read_film
 from pneumo_dist.data.films.rle import decode_rle
 from pneumo_dist.data.preprocess import decoding, preprocess
-from pneumo_dist.data.preprocess.source import check_source
+from pneumo_dist.data.preprocess.source import check_source, read_source
 from pneumo_dist.data.shards import ShardReader, masks_to_sizes, to_size
 from pneumo_dist.run import Run
 from pneumo_dist.runtime import processes
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.runtime.task import Task
-from tests.film_files import film_bytes, grey, overrides, small_set
+from tests.film_files import dataset, film_bytes, grey, overrides, small_set, written
 
 REAL = Path(os.environ.get("PNEUMO_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 needs_real_films = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real films in {REAL} (PNEUMO_REAL_DATA)")
@@ -465,3 +465,32 @@ def test_the_real_sample_has_its_known_counts_and_patient_level_folds(tmp_path):
     assert len(audit["unannotated"]["ids"]) == 5 and films["sizes"] == {"1024 x 1024": 235}
     assert films["named_unlike_their_sop_uid"] == 0
     assert audit["folds"]["level"] == "patient" and audit["patients"]["films_without_patient"] == 0
+
+
+def with_report(films, to: Path) -> dict[str, str]:
+    """Copy the set and add a report, a DICOM object without an image, under the name of a film."""
+    shutil.copytree(films[0], to)
+    no_pixels = dict.fromkeys(("PixelData", "Rows", "Columns", "BitsAllocated"))
+    report = dataset(np.zeros((8, 8), np.uint8), SOPClassUID="1.2.840.10008.5.1.4.1.1.88.11", **no_pixels)
+    (to / "dicom-images-train" / "report.dcm").write_bytes(written(report, preamble=False))
+    return {key: value.replace(str(films[0]), str(to)) for key, value in films[1].items()}
+
+
+@pytest.mark.parametrize("policy", ["drop", "negative"])
+def test_an_object_without_an_image_is_ignored_and_no_unusable_film(films, tmp_path, policy):
+    settings = with_report(films, tmp_path / "films")
+    preprocessed(tmp_path, settings, f"data.unannotated={policy}", "data.max_bad=0")
+    audit = json.loads((tmp_path / "shards" / "audit.json").read_text())
+    assert audit["ignored"] == [{"path": "report.dcm", "reason": "not an image (Basic Text SR Storage)"}]
+    counts = {"found": 12, "other_files": 1, "in_shards": 11 + (policy == "negative"), "unreadable": 0}
+    assert {name: audit["films"][name] for name in counts} == counts
+    assert len(audit["unannotated"]["ids"]) == 1 and audit["unreadable"] == []
+    assert not preprocess.verify(tmp_path / "shards")
+
+
+def test_an_object_without_an_image_needs_no_annotation(films, tmp_path):
+    settings = with_report(films, tmp_path / "films")
+    run = task(tmp_path, settings, "data.unannotated=error").run
+    with pytest.raises(ConfigError, match=r"1 films have no row") as caught:
+        read_source(run)
+    assert "report" not in str(caught.value)

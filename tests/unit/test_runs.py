@@ -418,6 +418,7 @@ def test_score_counts_the_films_that_are_predicted_positive(tmp_path: Path, capf
     shown = Shown(capfd, "score", submission, "--truth", truth)
     assert shown.status == 0 and shown.out.startswith("3 films, 1 with pneumothorax, 2 predicted positive\n")
     assert "not scored: 1 films of the submission without annotation" in shown.out
+    assert "unreadable films unknown: no predictions.csv beside the submission\n" in shown.out
     assert "dice              0.6667   95 % interval by film: " in shown.out
 
 

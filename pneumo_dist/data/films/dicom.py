@@ -181,7 +181,7 @@ def _parse(data: bytes, max_pixels: int) -> Any:
 
     # Other tags may be malformed: they are never used, and a warning would quote them in the log.
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    data = _inflated(data, max_pixels)
+    data = inflated(data, max_pixels)
     try:
         dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=TAGS, force=data[128:132] != b"DICM")
         return dataset, "PixelData" in dataset and dataset["PixelData"].value is not None
@@ -189,7 +189,7 @@ def _parse(data: bytes, max_pixels: int) -> Any:
         raise FilmError(f"damaged DICOM header ({type(error).__name__})") from None
 
 
-def _inflated(data: bytes, max_pixels: int) -> bytes:
+def inflated(data: bytes, max_pixels: int) -> bytes:
     """Return the data set of a deflated file, any other file as it is. A few bytes may inflate to any size: limited."""
     elements, start = header.file_meta(data)
     if header.text(elements, header.TRANSFER_SYNTAX) != DEFLATED:

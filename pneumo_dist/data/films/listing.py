@@ -131,6 +131,16 @@ def file_reason(path: str) -> str:
     return "not DICOM, PNG or JPEG" if head else "empty file"
 
 
+def object_reason(path: Path) -> str:
+    """Return why a DICOM file of any name is no image, as far as its first bytes tell; "" for any other file."""
+    try:
+        with path.open("rb", buffering=0) as handle:
+            elements = dicom_head(handle.read(HEAD_BYTES))
+    except OSError:
+        return ""
+    return no_image_reason(elements) if elements else ""
+
+
 def dicom_head(data: bytes) -> dict[int, bytes] | None:
     """Return the raw values by tag of a DICOM file's first group, as far as `data` goes; None for other files.
 

@@ -13,11 +13,13 @@ import numpy as np
 
 from pneumo_dist.data.films import codecs
 from pneumo_dist.data.films.codecs import FilmError
-from pneumo_dist.data.films.dicom import load
+from pneumo_dist.data.films.dicom import inflated, load
 from pneumo_dist.data.films.header import TRANSFER_SYNTAX, text
 from pneumo_dist.data.films.listing import HEAD_BYTES, dicom_head
 
 SEG_CLASSES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # Segmentation, Label Map Segmentation
+HEADER_PIXELS = 64_000_000  # as max_pixels, for the headers of deflated files
+SEG_FILMS = 8  # as many films of max_pixels as a segmentation may cover
 FINDING = re.compile(r"(?<!no )(?<!without )pneumothora", re.IGNORECASE)
 
 
@@ -33,12 +35,12 @@ class MaskFile:
 
 def sop_uid(path: Path) -> str:
     """Return the SOP Instance UID in a film's header, "" if there is none."""
-    return str(_header(path, "SOPInstanceUID").get("SOPInstanceUID", ""))
+    return str(dicom_header(path, "SOPInstanceUID").get("SOPInstanceUID", ""))
 
 
 def seg_references(path: Path) -> list[str] | None:
     """Return the SOP Instance UIDs of the images that a DICOM SEG refers to, None for any other file."""
-    header = _header(path, "SOPClassUID", "ReferencedSeriesSequence")
+    header = dicom_header(path, "SOPClassUID", "ReferencedSeriesSequence")
     if header.get("SOPClassUID") not in SEG_CLASSES:
         return None
     series = header.get("ReferencedSeriesSequence") or []
@@ -46,17 +48,18 @@ def seg_references(path: Path) -> list[str] | None:
     return [str(image.get("ReferencedSOPInstanceUID", "")) for image in images]
 
 
-def _header(path: Path, *names: str) -> Any:
-    """Return these elements of a DICOM file, those that it has; none of another or a deflated file."""
+def dicom_header(path: Path, *names: str) -> Any:
+    """Return these elements of a DICOM file, those that it has; none of another file."""
     import pydicom
 
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     try:
         with path.open("rb") as handle:
             head = dicom_head(handle.read(HEAD_BYTES)) or {}
-        if text(head, TRANSFER_SYNTAX) == pydicom.uid.DeflatedExplicitVRLittleEndian:  # may inflate to any size
-            return {}
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(names), force=True)
+        source: Any = path
+        if text(head, TRANSFER_SYNTAX) == pydicom.uid.DeflatedExplicitVRLittleEndian:  # pydicom inflates any size
+            source = io.BytesIO(inflated(load(path, HEADER_PIXELS), HEADER_PIXELS))
+        header = pydicom.dcmread(source, stop_before_pixels=True, specific_tags=list(names), force=True)
         for name in names:  # values are decoded when they are read
             header.get(name)
     except Exception:  # the parser raises various errors on damaged and on other files
@@ -77,7 +80,10 @@ def read_mask(
     """
     try:
         data = load(file.path, max_pixels)
-        mask, warned = _seg(data, file.uid, film_uid, size) if file.uid else (_png(data, max_pixels), ())
+        if file.uid:
+            mask, warned = _seg(inflated(data, max_pixels), file.uid, film_uid, size, SEG_FILMS * max_pixels)
+        else:
+            mask, warned = _png(data, max_pixels), ()
         _check_size(mask.shape, size)
     except FilmError as error:
         raise FilmError(f"mask {file.name}: {error}") from None
@@ -100,11 +106,25 @@ def _png(data: bytes, max_pixels: int) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
             raise FilmError("it has transparent pixels: save it in grey without transparency")
+        # A low label must not get lost: among nearly equal channels, in a palette, or in Pillow's 8 of 16 bits.
+        depth, kind = data[24:26]
+        lost = depth == 16 and kind != 0
+        if image.mode in ("P", "RGB", "RGBA"):
+            colours = image.convert("RGB")
+            lost |= bool((np.asarray(colours) != pixels[..., None]).any())
+            lost |= image.mode == "P" and len(np.unique(np.asarray(image))) > len(colours.getcolors() or ())
+        if lost:
+            raise FilmError("colour picture, or a palette with one colour for several labels: save it in 8 bit grey")
     return pixels > 0
 
 
-def _seg(data: bytes, uid: str, film_uid: str, size: tuple[int, int]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Return the union of the frames of a film and of the segments to take, and what to say about the choice."""
+def _seg(data: bytes, uid: str, film_uid: str, size: tuple[int, int], most: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return the union of the frames of a film and of the segments to take, and what to say about the choice.
+
+    Args:
+        data: not deflated.
+        most: pixels of all frames together.
+    """
     import pydicom
 
     if film_uid not in ("", uid):
@@ -112,8 +132,11 @@ def _seg(data: bytes, uid: str, film_uid: str, size: tuple[int, int]) -> tuple[n
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they quote header values
-            seg = pydicom.dcmread(io.BytesIO(data))
+            seg = pydicom.dcmread(io.BytesIO(data), force=True)
+            seg.file_meta.setdefault("TransferSyntaxUID", pydicom.uid.ExplicitVRLittleEndian)  # of inflated data
             _check_size((seg.Rows, seg.Columns), size)
+            if (frames := int(seg.NumberOfFrames)) * seg.Rows * seg.Columns > most:
+                raise FilmError(f"{frames} frames, more than {SEG_FILMS} films of data.max_pixels: write one per film")
             if seg.SegmentationType == "FRACTIONAL":
                 raise FilmError("a fractional segmentation: convert it to a binary one")
             taken, others, warned = _segments(seg)

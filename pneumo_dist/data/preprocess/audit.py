@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from pneumo_dist.config import Config
@@ -53,7 +54,14 @@ def audit_of(
     holdout: dict[str, int],
     config: Config,
 ) -> dict[str, Any]:
-    """Return the audit; `films` are the readable ones, `bad` the quarantined."""
+    """Return the audit; `films` are the readable ones, `bad` the quarantined and the objects without an image."""
+    objects = {film["id"]: (film["path"], film["reason"]) for film in bad if not film.get("image", True)}
+    source = replace(
+        source,
+        ignored=sorted([*source.ignored, *objects.values()]),
+        unannotated=[name for name in source.unannotated if name not in objects],
+    )
+    bad = [film for film in bad if film.get("image", True)]
     films_of: Counter[int] = Counter(Counter(case.group for case in cases).values())
     folds = [*range(config.data.folds), *([HOLDOUT] if holdout["films"] else [])]
     return {
@@ -103,7 +111,7 @@ def _truth(truth: Truth) -> dict[str, Any]:
 def _films(source: Source, films: list[dict[str, Any]], bad: list[dict[str, Any]], config: Config) -> dict[str, Any]:
     dropped = len(source.unannotated) if config.data.unannotated == "drop" else 0
     return {
-        "found": source.films + dropped,
+        "found": len(films) + len(bad) + dropped,
         "other_files": len(source.ignored),
         "in_shards": len(films),
         "positive": sum(film["label"] for film in films),

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pneumo_dist.data.films.dicom import Film, FilmError, load, parse_film
+from pneumo_dist.data.films.dicom import Film, FilmError, NotAnImage, load, parse_film
 from pneumo_dist.data.films.masks import read_mask
 from pneumo_dist.data.films.rle import EMPTY, RleError, area_px, encode_rle, paint, past_the_end, runs
 from pneumo_dist.data.preprocess.source import FilmJob
@@ -167,18 +167,18 @@ class Decoder:
 
     def work(self, job: FilmJob, index: int) -> _Result:
         """Decode one film into a slot of the shared memory; return (facts, packed masks, reason). Runs in a worker."""
-        reason = f"annotation at {job.broken}" if job.broken else ""
+        reason, image = f"annotation at {job.broken}" if job.broken else "", True
         try:
             if not reason:
                 return *decode_film(job, self._folder, self._max_pixels, self._views(index)), ""
         except FilmError as error:
-            reason = str(error)
+            reason, image = str(error), not isinstance(error, NotAnImage)
         except MemoryError:
             reason = "not enough memory to decode it"
         except Exception as error:  # one unforeseen film must not stop the others
             frame = traceback.extract_tb(error.__traceback__)[-1]
             reason = f"unexpected {type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"
-        return _quarantined(job, self._folder), None, reason
+        return _quarantined(job, self._folder, image), None, reason
 
 
 _DECODERS: dict[int, Decoder] = {}  # workers inherit it by fork: a decoder with its shared memory cannot be pickled
@@ -195,10 +195,11 @@ def _prepare() -> None:
     cv2.setNumThreads(0)  # one worker per core already
 
 
-def _quarantined(job: FilmJob, folder: Path) -> dict[str, Any]:
-    """Return the identity of an unusable film, from which finalize detects a changed source."""
+def _quarantined(job: FilmJob, folder: Path, image: bool = True) -> dict[str, Any]:
+    """Return the identity of an unusable film, or of an object without an image: finalize detects a changed source."""
     try:
         size, sha256 = (folder / job.path).stat().st_size, sha256_file(folder / job.path)
     except OSError:
         size, sha256 = -1, ""
-    return {"id": job.id, "path": job.path, "bytes": size, "sha256": sha256, "annotation": job.digest}
+    facts = {"id": job.id, "path": job.path, "bytes": size, "sha256": sha256, "annotation": job.digest}
+    return facts if image else facts | {"image": False}

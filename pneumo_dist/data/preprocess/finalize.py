@@ -31,7 +31,10 @@ log = logging.getLogger(__name__)
 
 
 def check_bad(bad: list[dict[str, Any]], films: int, config: Config) -> None:
-    """Raise ConfigError if more of the films are unusable than `data.max_bad` allows."""
+    """Raise ConfigError if more of the films are unusable than `data.max_bad` allows; an object is no film."""
+    others = len(bad)
+    bad = [film for film in bad if film.get("image", True)]
+    films -= others - len(bad)
     allowed = int(config.data.max_bad * films)
     if len(bad) > allowed:
         first = "; ".join(f"{film['path']}: {film['reason']}" for film in bad[:3])

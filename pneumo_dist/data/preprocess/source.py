@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from pneumo_dist.config import ConfigError
-from pneumo_dist.data.films.listing import find_films, ignored_text
+from pneumo_dist.data.films.listing import find_films, ignored_text, object_reason
 from pneumo_dist.data.films.masks import MaskFile
 from pneumo_dist.data.lists import read_ids, read_patient_map
 from pneumo_dist.data.preprocess.truth import Truth, read_truth
@@ -70,7 +70,12 @@ def read_source(run: Run) -> Source:
             f"data.dicom_dir={folder}: no film in it ({ignored_text(ignored)}): films are DICOM, PNG or JPEG files"
         )
     truth, films = read_truth(run, folder, films)
-    unannotated = [name for name, _ in films if name not in truth.annotated]
+    others = [film for film in films if film[0] not in truth.annotated]
+    if config.data.unannotated != "negative":  # then they are decoded, and objects without an image are found there
+        reasons = {path: object_reason(folder / path) for _, path in others}
+        others = [film for film in others if not reasons[film[1]]]
+        ignored = sorted([*ignored, *((path, reason) for path, reason in reasons.items() if reason)])
+    unannotated = [name for name, _ in others]
     if unannotated and config.data.unannotated == "error":
         raise ConfigError(
             f"{len(unannotated)} films have no {'row' if truth.annotations else 'mask'} in {truth.path} (first: "
