@@ -494,3 +494,7 @@ def test_an_object_without_an_image_needs_no_annotation(films, tmp_path):
     with pytest.raises(ConfigError, match=r"1 films have no row") as caught:
         read_source(run)
     assert "report" not in str(caught.value)
+    with open(settings["data.rle_csv"], "a") as file:
+        file.write("report,-1\n")  # the list takes it for a film
+    with pytest.raises(ConfigError, match=r"1 of 12 films are unusable.*report.dcm: not an image"):
+        preprocessed(tmp_path, settings, "data.max_bad=0")

@@ -172,7 +172,10 @@ class Decoder:
             if not reason:
                 return *decode_film(job, self._folder, self._max_pixels, self._views(index)), ""
         except FilmError as error:
-            reason, image = str(error), not isinstance(error, NotAnImage)
+            reason, image = (
+                str(error),
+                bool(job.digest) or not isinstance(error, NotAnImage),
+            )  # annotated: a damaged film
         except MemoryError:
             reason = "not enough memory to decode it"
         except Exception as error:  # one unforeseen film must not stop the others
