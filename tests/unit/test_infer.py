@@ -116,6 +116,7 @@ def rows_of(folder: Path) -> dict[str, dict[str, str]]:
 def test_every_readable_film_is_answered_and_every_damaged_one_has_a_reason(reference, films):
     rows = rows_of(reference)
     assert {name for name, row in rows.items() if row["status"] == "ok"} == READABLE
+    assert rows["a"]["sop_uid"] == pydicom.dcmread(films / "a.dcm").SOPInstanceUID and not rows["photo"]["sop_uid"]
     damaged = {name: row for name, row in rows.items() if row["status"] == "unreadable"}
     assert damaged.keys() == DAMAGED and all(row["reason"] and not row["top_score"] for row in damaged.values())
     submission = dict(read_rows(reference / "submission.csv")[1:])

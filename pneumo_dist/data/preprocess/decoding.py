@@ -172,10 +172,8 @@ class Decoder:
             if not reason:
                 return *decode_film(job, self._folder, self._max_pixels, self._views(index)), ""
         except FilmError as error:
-            reason, image = (
-                str(error),
-                bool(job.digest) or not isinstance(error, NotAnImage),
-            )  # annotated: a damaged film
+            reason = str(error)
+            image = bool(job.digest) or not isinstance(error, NotAnImage)  # what is annotated was a film
         except MemoryError:
             reason = "not enough memory to decode it"
         except Exception as error:  # one unforeseen film must not stop the others
