@@ -15,7 +15,7 @@ from typing import Any
 from pneumo_dist import config as configuration
 from pneumo_dist.chain import STAGES, TABLES, job_key, upstream
 from pneumo_dist.config import Config, ConfigError
-from pneumo_dist.data.films import codecs
+from pneumo_dist.data.films import codecs, grey
 from pneumo_dist.data.films.listing import find_films
 from pneumo_dist.data.preprocess.maskfiles import masks_hash
 from pneumo_dist.model.start import start_path
@@ -51,7 +51,7 @@ def _listing_hash(folder: Path, follow_links: bool = True) -> str:
 
 
 def inputs_of(run: Run, stage: str, fold: int | None) -> dict[str, str]:
-    """Return the sha256 of everything that `stage` reads.
+    """Return the sha256 of everything that `stage` reads, and the versions of the code that reads films.
 
     Raises:
         ConfigError: an input is missing; the text says which stage to run or which key to set.
@@ -75,13 +75,14 @@ def _source_hashes(run: Run) -> dict[str, str]:
     if masks := run.source("masks"):
         hashes["masks"] = masks_hash(masks)
     folder = run.source("dicom_dir")
+    hashes["grey_mapping"] = grey.VERSION
     return hashes | ({"films": _listing_hash(folder)} if folder else {})
 
 
 def _inference_hashes(run: Run) -> dict[str, str]:
-    """Hash the list of films, the models and the pooled thresholds that inference reads; name the decoders."""
+    """Hash the films' list, the models and the pooled thresholds of inference; name its decoders and grey mapping."""
     folder = run.infer_source
-    hashes = {CODECS: " ".join(codecs.installed())}
+    hashes = {CODECS: " ".join(codecs.installed()), "grey_mapping": grey.VERSION}
     hashes |= {"films": _listing_hash(folder, run.infer_follows_links)} if folder else {}
     models = run.model_paths()
     hashes |= {f"model{i}": _file_hash(path, "infer.models") for i, path in enumerate(models)}

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pneumo_dist.data.films import codecs
+from pneumo_dist.data.films import codecs, grey
 from pneumo_dist.inference.dicomseg import SegJob, try_write_seg
 from pneumo_dist.inference.film_plan import FilmPlan, PlannedFilm, signature
 from pneumo_dist.inference.outputs import IGNORED, UNREADABLE, FilmWriter, Row, Segment, unreadable_row
@@ -73,7 +73,9 @@ def stream_parts(task: Task, plan: FilmPlan, indices: Sequence[int]) -> None:
         given = Triplet(rule[0], int(rule[1]), rule[2]) if rule else None
         ensemble = load_ensemble(paths, device, config.infer.tta, config.train.amp, pooled, given)
         predictor = ensemble.predictor
-        settings = ensemble.settings | {"outputs": sorted({"csv", *config.infer.outputs}), "codecs": codecs.installed()}
+        settings = ensemble.settings | {
+            "outputs": sorted({"csv", *config.infer.outputs}), "codecs": codecs.installed(), "grey": grey.VERSION,
+        }  # fmt: skip
         todo = [j for j in indices if read_part(part_folder(task.out, j), signature(plan, j, settings)) is None]
         films = sum(len(plan.part(j)) for j in todo)
         log.info("%d of %d parts are finished, inferring %d films", len(indices) - len(todo), len(indices), films)

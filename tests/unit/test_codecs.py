@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 
 import numpy as np
@@ -231,3 +232,27 @@ def coloured_film(channels: np.ndarray, photometric: str, syntax: str) -> bytes:
         film.compress(syntax, encoding_plugin=ENCODERS[syntax], generate_instance_uid=False)
         film.PhotometricInterpretation = photometric
     return written(film)
+
+
+@pytest.mark.parametrize(("make", "bits"), [(lossless_jpeg, 8), (lossless_jpeg, 12), (extended_jpeg, 12)])
+@pytest.mark.parametrize("damage", ["overwritten", "inserted"])
+def test_damage_that_libjpeg_tells_on_stderr_only_is_refused(make, bits, damage, capfd):
+    pixels = grey(40, 56, bits)
+    stream, garbage = make(pixels, bits), bytes(range(1, 41))
+    at = len(stream) * 3 // 5 if damage == "overwritten" else len(stream) - len(codecs.END)
+    end = at + 40 if damage == "overwritten" else at
+    with pytest.raises(FilmError, match="damaged JPEG data .*(bad Huffman code|extraneous bytes)"):
+        parse_film(streamed_bytes(pixels, stream[:at] + garbage + stream[end:], FAMILY + "70", bits), LIMIT)
+    parse_film(streamed_bytes(pixels, stream, FAMILY + "70", bits), LIMIT)
+    assert capfd.readouterr().err == ""
+
+
+def test_decoders_print_nothing_and_the_lines_of_others_are_kept(capfd):
+    stream = bytearray(j2k(grey(40, 44, 12), 12))
+    with pytest.raises(FilmError, match="damaged"):
+        codecs.decode(codecs.stream_of(bytes(stream[: len(stream) // 2]) + codecs.END))
+    with pytest.raises(RuntimeError), codecs._heard():
+        os.write(2, b"a line\nInvalid SOS parameters for sequential JPEG\nof another thread\na line\n")
+        raise RuntimeError
+    os.write(2, b"and the next\n")
+    assert capfd.readouterr().err == "a line\nof another thread\na line\nand the next\n"

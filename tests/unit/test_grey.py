@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
@@ -118,6 +119,27 @@ def test_a_look_up_table_that_never_reaches_its_top_is_scaled_as_declared():
         assert right(read(pixels, 12, VOILUTSequence=lut(entries, 0, 16)), shown(entries[pixels] / 65535))
 
 
+@pytest.mark.parametrize(
+    ("top", "depth", "warning", "shown_by"),
+    [
+        (4095, 12, None, 4095),
+        (1023, 12, None, 4095),
+        (511, 12, "most of the film has few grey levels in its VOI LUT", 4095),
+        (32767, 16, None, 65535),
+        (16380, 16, None, 65535),
+        (150, 12, "VOI LUT that does not fit the film's values ignored", None),
+        (4095, 16, "LUT entries have 12 bits, the header says 16", 4095),
+        (1023, 16, "LUT entries have 10 bits, the header says 16", 1023),
+        (4095, 10, "LUT entries have 12 bits, the header says 10", 4095),
+    ],
+)
+def test_entries_are_scaled_as_declared_or_with_a_warning(top, depth, warning, shown_by):
+    pixels, entries = grey(80, 100, 12), np.linspace(0, top, 4096).astype(int)
+    film = read(pixels, 12, VOILUTSequence=lut(entries, 0, depth))
+    assert film.warnings == ((warning,) if warning else ())
+    assert right(film, shown(entries[pixels] / shown_by) if shown_by else spread(pixels))
+
+
 @pytest.mark.parametrize("kept", [4000, 2500])
 def test_a_table_shorter_than_declared_ends_where_its_data_end(kept):
     pixels, entries = grey(20, 24, 12), np.arange(4096)
@@ -188,6 +210,25 @@ def test_the_next_window_serves_where_the_first_misses_the_film(bits, centre):
     assert right(film, windowed(pixels, fits, 2**bits))
 
 
+@pytest.mark.parametrize("width", [1, 2, 10, 33, 60])
+@pytest.mark.parametrize("part", [0.3, 0.5, 0.8])
+def test_a_window_too_narrow_for_grey_levels_is_not_applied(width, part):
+    pixels = grey(80, 100, 12)
+    film = read(pixels, 12, WindowCenter=round(part * 4095), WindowWidth=width)
+    assert film.warnings == (IGNORED_WINDOW,) and right(film, spread(pixels))
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.88])
+@pytest.mark.parametrize("width", [1000, 1500, 3800])
+def test_a_window_that_clips_little_is_kept_whatever_the_background_and_the_contrast(share, width):
+    pixels = (2000 + (grey(100, 200, 12) / 4095 - 0.5) ** 3 * 4000).astype(np.uint16)  # most values are near 2000
+    pixels[:, : round(200 * share)] = 1500
+    film = read(pixels, 12, WindowCenter=2000, WindowWidth=width)
+    assert right(film, windowed(pixels, 2000, width))
+    assert film.warnings in ((), ("most of the film has few grey levels in its window",))
+    assert bool(film.warnings) == (width == 3800)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     bits=st.sampled_from([8, 10, 12, 16]),
@@ -201,7 +242,7 @@ def test_no_window_makes_a_film_dark_without_a_warning(bits, signed, centre, wid
     window = {"WindowCenter": float(f"{centre * 2**bits:.4e}"), "WindowWidth": float(f"{width * 2**bits:.4e}")}
     film = read(pixels, bits, RescaleSlope=slope, RescaleIntercept=0, **window)
     dark, bright = np.percentile(film.pixels, [5, 95])
-    assert bright - dark >= 31
+    assert bright - dark >= (20 if film.warnings else 31)
     if not film.warnings:
         assert right(film, windowed(pixels * slope, window["WindowCenter"], window["WindowWidth"]))
 
@@ -297,8 +338,40 @@ def test_a_grey_palette_is_read_and_a_coloured_one_refused():
     with pytest.raises(FilmError, match="colour image .PALETTE COLOR.: films"):
         read(pixels, **palette([red, ramp, ramp], 8))
     assert right(read(pixels // 3, **palette([red, ramp, ramp], 8)), pixels // 3)  # no pixel has a colour
+    few = read(pixels, **palette([ramp // 32 + 250 * (ramp == 255)] * 3, 8))
+    assert few.warnings == ("most of the film has few grey levels in its palette",)
     with pytest.raises(FilmError, match="without its look-up tables"):
         read(pixels, PhotometricInterpretation="PALETTE COLOR")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "RGB", "YBR_FULL"])
+def test_sixteen_bits_of_a_picture_or_of_colour_channels_are_mapped_as_those_of_a_film(kind):
+    pixels = (grey(40, 50, 10) + 100).astype(np.uint16)
+    pixels[0, 0] = 65535
+    if kind == "PNG":
+        out = io.BytesIO()
+        Image.fromarray(pixels).save(out, "PNG")
+        film = parse_film(out.getvalue(), LIMIT)
+    else:
+        others = pixels if kind == "RGB" else np.full_like(pixels, 32768)
+        film = read(
+            np.stack([pixels, others, others], axis=-1),
+            SamplesPerPixel=3,
+            PlanarConfiguration=0,
+            PhotometricInterpretation=kind,
+        )
+    assert right(film, spread(pixels.astype(int), 100, 1123)) and "marker or border" in film.warnings[0]
+
+
+@pytest.mark.parametrize("kind", ["RGB", "PALETTE COLOR"])
+def test_a_window_of_colours_is_left_out_with_a_warning(kind):
+    pixels = grey(20, 24)
+    if kind == "RGB":
+        tags = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "PhotometricInterpretation": kind}
+    else:
+        tags = palette([np.arange(256)] * 3, 8)
+    film = read(np.dstack([pixels] * 3) if kind == "RGB" else pixels, WindowCenter=60, WindowWidth=80, **tags)
+    assert np.array_equal(film.pixels, pixels) and "of a colour image ignored" in film.warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -332,7 +405,10 @@ def test_inflating_is_limited_and_a_mentioned_syntax_is_not_one():
     pixels = grey(20, 24)
     data = film_bytes(pixels, AvailableTransferSyntaxUID=DeflatedExplicitVRLittleEndian)
     assert np.array_equal(parse_film(data, LIMIT).pixels, pixels)
+    for start in (data.index(b"DICM") + 4, data.index(b"\x08\0\x16\0UI")):  # without preamble, without group 0002
+        assert np.array_equal(parse_film(data[start:], LIMIT, "film.dcm").pixels, pixels)
     whole = film_bytes(pixels, syntax=DeflatedExplicitVRLittleEndian)
+    assert np.array_equal(parse_film(whole[whole.index(b"DICM") + 4 :], LIMIT, "film.dcm").pixels, pixels)
     for share in (0.95, 0.7):
         with pytest.raises(FilmError, match="cut-off deflated data|damaged"):
             parse_film(whole[: int(len(whole) * share)], LIMIT)

@@ -15,7 +15,7 @@ from pydicom.uid import JPEGLosslessSV1
 
 from pneumo_dist import done
 from pneumo_dist.config import ConfigError
-from pneumo_dist.data.films import codecs
+from pneumo_dist.data.films import codecs, grey
 from pneumo_dist.data.films.rle import decode_rle
 from pneumo_dist.inference import infer, parts, reading
 from pneumo_dist.inference.film_plan import check_films, file_name, read_film_plan, write_film_plan
@@ -481,7 +481,14 @@ def test_the_same_command_reads_what_had_no_decoder_once_one_is_installed(model,
         done.write_done(replace(merged, settings=done.settings_of(merged.config, "merge"), inputs=inputs), {})
         assert inputs["codecs"] == "simplejpeg" and done.differences(merged.run, "merge", None) == []
     assert done.differences(merged.run, "merge", None) is None
-    assert {row["status"] for row in rows_of(run(tmp_path, folder, model)).values()} == {"ok"}
+    out = run(tmp_path, folder, model)
+    assert {row["status"] for row in rows_of(out).values()} == {"ok"}
+    part = out / "parts" / "part-00000" / "part.json"
+    before = part.read_bytes()
+    monkeypatch.setattr(grey, "VERSION", "another")
+    assert done.differences(merged.run, "merge", None) == ["codecs", "grey_mapping"]
+    run(tmp_path, folder, model)
+    assert part.read_bytes() != before
 
 
 def test_check_source_says_what_is_missing(films, model, tmp_path):

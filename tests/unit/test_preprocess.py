@@ -16,11 +16,13 @@ import pytest
 from pneumo_dist import config as configuration
 from pneumo_dist.config import ConfigError
 from pneumo_dist.data.cases import read_cases
+from pneumo_dist.data.films import grey as mapping
 from pneumo_dist.data.films.dicom import read_film
 from pneumo_dist.data.films.rle import decode_rle
 from pneumo_dist.data.preprocess import decoding, preprocess
 from pneumo_dist.data.preprocess.source import check_source, read_source
 from pneumo_dist.data.shards import ShardReader, masks_to_sizes, to_size
+from pneumo_dist.done import inputs_of
 from pneumo_dist.run import Run
 from pneumo_dist.runtime import processes
 from pneumo_dist.runtime.stopping import Stopped
@@ -108,6 +110,16 @@ def test_the_directory_is_the_same_for_any_number_of_elements_workers_and_places
     _folder, settings = copied(films, tmp_path)
     preprocessed(tmp_path / "run", settings, "data.workers=1", parts=5)
     assert content(tmp_path / "run" / "shards") == content(done[0])
+
+
+def test_shards_of_another_grey_mapping_are_refused_with_the_two_ways_to_go_on(done, films, monkeypatch):
+    run = task(done[0].parent, films[1]).run
+    before = inputs_of(run, "preprocess", None)
+    monkeypatch.setattr(mapping, "VERSION", "another")
+    after = inputs_of(run, "preprocess", None)
+    assert {key for key in after if after[key] != before.get(key)} == {"grey_mapping"}
+    with pytest.raises(ConfigError, match="grey mapping has changed since .* --redo, or set data.shard_dir=DIR"):
+        preprocessed(done[0].parent, films[1])
 
 
 def test_no_patient_no_time_and_no_absolute_path_is_in_the_directory(films, done):

@@ -7,10 +7,13 @@ requirements.txt have permissive licences (MIT, BSD, HPND, Apache).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import os
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -147,7 +150,9 @@ def _opencv(stream: Stream) -> np.ndarray:
     """Decode 8-bit JPEG, in which it detects less damage than simplejpeg, or unsigned JPEG 2000."""
     import cv2
 
-    pixels = cv2.imdecode(np.frombuffer(stream.whole, np.uint8), cv2.IMREAD_UNCHANGED)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    with _heard():
+        pixels = cv2.imdecode(np.frombuffer(stream.whole, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None:
         raise ValueError("damaged or truncated")
     return np.asarray(pixels)
@@ -167,9 +172,6 @@ def _gdcm(stream: Stream) -> np.ndarray:
     data, syntax = stream.whole, GDCM_SYNTAXES[stream.codec]
     if stream.codec in HUFFMAN:
         data = _without_comments(data)
-        if stream.components == 1:
-            # At an end marker gdcm fills in what is missing, at the end of the data it refuses. It reads 4 bytes ahead.
-            data = data[: -len(END)] + bytes(4)
     fragment = gdcm.Fragment()
     fragment.SetByteStringValue(data)
     fragments = gdcm.SequenceOfFragments.New()
@@ -186,11 +188,37 @@ def _gdcm(stream: Stream) -> np.ndarray:
     width = 8 if stream.bits <= 8 else 16
     allocated = 12 if stream.codec == JPEG_12 else width  # with 16, gdcm tries another decoder first, which complains
     image.SetPixelFormat(gdcm.PixelFormat(stream.components, allocated, stream.bits, stream.bits - 1, 0))
-    text = image.GetBuffer()
+    with _heard():
+        text = image.GetBuffer()
     if text is None:
         raise ValueError("incomplete or damaged")
     pixels = np.frombuffer(text.encode("utf-8", "surrogateescape"), f"<u{width // 8}")
     return pixels.reshape(stream.rows, stream.columns, *([stream.components] if stream.components > 1 else []))
+
+
+_STDERR = threading.Lock()
+LIBJPEG = re.compile(
+    rb"(?:Corrupt JPEG data: |(?=Premature end))(.*)|Bogus \w|Unsupported (marker|JPEG)|\w+ table 0x|"
+    rb"Invalid (SOS|component|lossless|JPEG)"
+)
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[None]:
+    """Raise FilmError if libjpeg reports damage, which it does on stderr only; pass on what others print there."""
+    with _STDERR, open(os.memfd_create("stderr"), "w+b") as said:
+        stderr = os.dup(2)
+        try:
+            os.dup2(said.fileno(), 2)
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            said.seek(0)
+            lines = [(line, LIBJPEG.match(line)) for line in said.read().splitlines(keepends=True)]
+            os.write(2, b"".join(line for line, known in lines if not known))
+    for reason in (known[1] for _, known in lines if known and known[1]):
+        raise FilmError(f"damaged JPEG data ({plain(ValueError(reason.decode('ascii', 'replace')))})")
 
 
 CHANNEL_STEPS = 2  # by how much the channels of a grey image may differ: colour transformations round

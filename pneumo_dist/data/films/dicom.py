@@ -20,7 +20,7 @@ import numpy as np
 from pneumo_dist.data.films import codecs, header
 from pneumo_dist.data.films.attributes import text, whole
 from pneumo_dist.data.films.codecs import FilmError, NotAnImage
-from pneumo_dist.data.films.grey import grey_table, histogram, palette_table, to_bytes
+from pneumo_dist.data.films.grey import grey_table, histogram, palette_table
 from pneumo_dist.data.films.listing import dicom_head, no_image_reason
 from pneumo_dist.data.films.stored import OVERLAY_BITS, Stored, matrix_of, stored_values
 
@@ -106,7 +106,10 @@ def _read(data: bytes, max_pixels: int, name: str) -> Film:
         return film
     if not preamble and (data[:8] == b"\x89PNG\r\n\x1a\n" or data[:3] == b"\xff\xd8\xff"):
         pixels, decoder = codecs.decode_picture(data, max_pixels)
-        return Film(_stretch(pixels), "", "", "", digest, decoder)
+        warnings: list[str] = []
+        if pixels.dtype == np.uint16:
+            pixels = grey_table({}, histogram(pixels, 16), 16, False, warnings)[pixels]
+        return Film(pixels, "", "", "", digest, decoder, tuple(warnings))
     elements = dicom_head(data)
     if not data or (elements is None and not name.lower().endswith((".dcm", ".dicom"))):
         raise FilmError("neither DICOM, PNG nor JPEG" if data else "empty file")
@@ -169,13 +172,6 @@ def _film(
     )
 
 
-def _stretch(pixels: np.ndarray) -> np.ndarray:
-    if pixels.dtype == np.uint8:
-        return pixels
-    low, high = int(pixels.min()), int(pixels.max())
-    return to_bytes((pixels.astype(np.float32) - low) / max(high - low, 1))
-
-
 def _parse(data: bytes, max_pixels: int) -> Any:
     import pydicom
 
@@ -191,9 +187,11 @@ def _parse(data: bytes, max_pixels: int) -> Any:
 
 def inflated(data: bytes, max_pixels: int) -> bytes:
     """Return the data set of a deflated file, any other file as it is. A few bytes may inflate to any size: limited."""
-    elements, start = header.file_meta(data)
+    preamble = data[128:132] == b"DICM"
+    elements, start = header.file_meta(data, 132 if preamble else 0)
     if header.text(elements, header.TRANSFER_SYNTAX) != DEFLATED:
-        if not elements and DEFLATED.encode() in data:  # pydicom could read the header and inflate
+        # pydicom could read the header and inflate.
+        if not elements and (preamble or data[:2] == b"\x02\0") and DEFLATED.encode() in data:
             raise FilmError("damaged DICOM header (deflated)")
         return data
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
@@ -248,14 +246,16 @@ def _photometric(dataset: Any, samples: int, warnings: list[str]) -> str:
 
 def _shown(dataset: Any, stored: Stored, photometric: str, warnings: list[str]) -> np.ndarray:
     """Return the stored values as uint8 grey."""
+    if photometric not in GREY and any(dataset.get(name) for name in ("WindowCenter", "VOILUTSequence")):
+        warnings.append("window or VOI LUT of a colour image ignored: the standard has them for grey ones")
     if photometric in COLOUR:
-        return _stretch(stored.patterns)
+        dataset = {}
     if stored.bits == 8 and not stored.signed and photometric != PALETTE and not any(n in dataset for n in MAPPING):
         return stored.patterns.astype(np.uint8, copy=False)
     counts = histogram(stored.patterns, stored.bits)
     try:
         if photometric == PALETTE:
-            table = palette_table(dataset, counts, stored.bits)
+            table = palette_table(dataset, counts, stored.bits, warnings)
         else:
             table = grey_table(dataset, counts, stored.bits, stored.signed, warnings)
     except FilmError:

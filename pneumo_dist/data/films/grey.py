@@ -16,9 +16,10 @@ import numpy as np
 from pneumo_dist.data.films.attributes import decimals, integers, text
 from pneumo_dist.data.films.codecs import FilmError
 
-# The middle 90 % of the pixels must use this many grey levels (an eighth of all), or half of the values they have.
-FEWEST_LEVELS = 32
-MIDDLE = (0.05, 0.95)
+VERSION = "2"  # of the grey values that films get: results of another version are not mixed with those of this one
+# Most of the pixels must use this many steps of grey (an eighth of all), or half of the steps between their values.
+FEWEST_STEPS = 32
+MOST = 0.9
 # Values beyond a gap of more than half the range are a marker or a border, if they are so few or all equal.
 FEW = 0.05
 # A full range needs this many values, or a picture of a few values would lose some of them.
@@ -39,11 +40,13 @@ class Lut:
         indices = np.clip(np.rint(values) - self.first, 0, len(self.entries) - 1)
         return np.asarray(self.entries[indices.astype(np.intp)])
 
-    def fractions(self, values: np.ndarray) -> np.ndarray:
+    def fractions(self, values: np.ndarray, warnings: list[str]) -> np.ndarray:
         """Return the entries as fractions of the brightest possible one."""
-        used = int(self.entries.max()).bit_length()
-        # Some vendors declare 16 bits for entries of 10 or 12.
-        depth = self.depth if self.depth - 1 <= used <= self.depth else max(used, 1)
+        depth, used = self.depth, max(int(self.entries.max()).bit_length(), 1)
+        # Some vendors declare 16 bits for entries of 8, 10 or 12.
+        if not used <= depth <= 16 or (depth == 16 and 8 <= used <= 12):
+            warnings.append(f"LUT entries have {used} bits, the header says {depth}")
+            depth = used
         return self(values) / float((1 << depth) - 1)
 
 
@@ -76,17 +79,20 @@ def grey_table(dataset: Any, counts: np.ndarray, bits: int, signed: bool, warnin
     shown, whole_range = _modality(dataset, values, signed, bits)
     for kind, fractions in _presentations(dataset, shown, warnings):
         table = to_bytes(fractions)
-        if _fits(table, counts, signed):
+        if _fits(table, counts):
+            return table
+        if _spans(table, shown, counts):
+            warnings.append(f"most of the film has few grey levels in its {kind}")
             return table
         warnings.append(f"{kind} that does not fit the film's values ignored")
     low, high = whole_range or _range(shown, counts, warnings)
     table = to_bytes((shown - low) / (high - low if high > low else 1.0))
-    if not _fits(table, counts, signed):
+    if not _fits(table, counts):
         warnings.append("most of the film has few grey levels: some values far from all others set the range")
     return table
 
 
-def palette_table(dataset: Any, counts: np.ndarray, bits: int) -> np.ndarray:
+def palette_table(dataset: Any, counts: np.ndarray, bits: int, warnings: list[str]) -> np.ndarray:
     """Return the grey value, uint8, of every bit pattern of a palette image whose colours are equal where it uses them.
 
     Raises:
@@ -96,10 +102,13 @@ def palette_table(dataset: Any, counts: np.ndarray, bits: int) -> np.ndarray:
     luts = [lut for name in names if (lut := lut_of(dataset, False, name))]
     if len(luts) < 3:
         raise FilmError("colour image (PALETTE COLOR without its look-up tables): films are grey")
-    red, *others = (lut.fractions(np.arange(1 << bits)) for lut in luts)
+    red, *others = (lut.fractions(np.arange(1 << bits), warnings) for lut in luts)
     if any((red != other)[counts > 0].any() for other in others):
         raise FilmError("colour image (PALETTE COLOR): films are grey")
-    return to_bytes(red)
+    table = to_bytes(red)
+    if not _fits(table, counts):
+        warnings.append("most of the film has few grey levels in its palette")
+    return table
 
 
 def to_bytes(fractions: np.ndarray) -> np.ndarray:
@@ -107,20 +116,25 @@ def to_bytes(fractions: np.ndarray) -> np.ndarray:
     return np.asarray(np.floor(np.clip(fractions, 0, 1) * 255 + 0.5).astype(np.uint8))
 
 
-def _fits(table: np.ndarray, counts: np.ndarray, signed: bool) -> bool:
-    """Return whether the grey values of a film use more than a sliver of the range, if its stored values do."""
-    ascending = np.roll(counts, len(counts) // 2) if signed else counts
-    low, high = _middle(ascending)
-    used = np.count_nonzero(ascending[low : high + 1])
-    dark, bright = _middle(np.bincount(table, counts, 256))
+def _fits(table: np.ndarray, counts: np.ndarray) -> bool:
+    """Return whether the pixels of a film have several grey levels, and not few if they have many values."""
     several = len(np.unique(table[counts > 0])) > 1
-    return several and bright - dark >= min(FEWEST_LEVELS, (used - 1) / 2)
+    counts = counts.copy()
+    counts[counts.argmax()] = 0  # a background
+    return several and _steps(np.bincount(table, counts)) >= min(FEWEST_STEPS, _steps(counts) / 2)
 
 
-def _middle(counts: np.ndarray) -> tuple[int, int]:
-    """Return the indices between which the middle 90 % of the pixels lie."""
-    low, high = np.searchsorted(counts.cumsum(), np.multiply(MIDDLE, counts.sum()))
-    return int(low), int(high)
+def _steps(counts: np.ndarray) -> int:
+    """Return the number of steps between the most frequent values that most of the pixels have."""
+    return int(np.searchsorted(np.sort(counts)[::-1].cumsum(), MOST * counts.sum()))
+
+
+def _spans(table: np.ndarray, shown: np.ndarray, counts: np.ndarray) -> bool:
+    """Return whether grey values that are few neither clip the film nor belong to values of another depth."""
+    low, high = _range(shown, counts, [])
+    levels = np.unique(table[(counts > 0) & (shown >= low) & (shown <= high)])
+    clipped = counts[(table == 0) | (table == 255)].sum()
+    return len(levels) > FEWEST_STEPS and clipped <= FEW * counts.sum()
 
 
 def _without_padding(dataset: Any, counts: np.ndarray, values: np.ndarray, bits: int) -> np.ndarray:
@@ -160,7 +174,7 @@ def _presentations(dataset: Any, shown: np.ndarray, warnings: list[str]) -> Iter
         # The input of the LUT has the sign of the values after the modality transformation.
         lut = lut_of(item, bool(shown.min() < 0))
         if lut:
-            yield "VOI LUT", lut.fractions(shown)
+            yield "VOI LUT", lut.fractions(shown, warnings)
         else:
             warnings.append("VOI LUT without data ignored")
     function = text(dataset, "VOILUTFunction")

@@ -49,10 +49,9 @@ def elements_of(data: bytes) -> dict[int, bytes] | None:
     return None
 
 
-def file_meta(data: bytes) -> tuple[dict[int, bytes], int]:
-    """Return (raw values by tag of group 0002, offset of the data set behind them); ({}, 0) if it is malformed."""
+def file_meta(data: bytes, at: int) -> tuple[dict[int, bytes], int]:
+    """Return (raw values by tag of group 0002 at `at`, offset of the data set behind); ({}, 0) if it is malformed."""
     elements: dict[int, bytes] = {}
-    at = 132
     while at + 8 <= len(data):
         group, element, vr, length = ELEMENT.unpack_from(data, at)
         if group != 2:

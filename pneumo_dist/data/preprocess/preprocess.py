@@ -13,6 +13,7 @@ from typing import Any
 
 from pneumo_dist.config import Config
 from pneumo_dist.data import shards as files
+from pneumo_dist.data.films import grey
 from pneumo_dist.data.preprocess.decoding import Decoded, Decoder
 from pneumo_dist.data.preprocess.finalize import check_bad, finalize
 from pneumo_dist.data.preprocess.manifest import (
@@ -87,8 +88,8 @@ def _write_shard(
                 writer.add(decoded.images, decoded.masks)
                 films.append(decoded.facts)
             parts = writer.finish()
-            limits = {"max_pixels": task.config.data.max_pixels}
-            listing = {"format": FORMAT, "shard": shard, "of": count, "settings": limits, "films": films, "bad": bad}
+            settings = _settings(task.config)
+            listing = {"format": FORMAT, "shard": shard, "of": count, "settings": settings, "films": films, "bad": bad}
             path = out / files.films_name(shard, count)
             if path.exists() and _identity(read_json(path)) != _identity(listing):
                 raise changed(out, f"films of shard {shard} have changed")
@@ -108,6 +109,10 @@ def _identity(listing: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _settings(config: Config) -> dict[str, Any]:
+    return {"max_pixels": config.data.max_pixels, "grey": grey.VERSION}
+
+
 def _missing_sizes(out: Path, shard: int, source: Source, config: Config) -> tuple[int, ...]:
     """Return the sizes to write of a shard; raise ConfigError if its existing files come from another source."""
     count = len(source.jobs)
@@ -119,6 +124,6 @@ def _missing_sizes(out: Path, shard: int, source: Source, config: Config) -> tup
         )
         if written != [(job.id, job.path, job.digest) for job in source.jobs[shard]]:
             raise changed(out, f"the films or annotations of shard {shard} have changed")
-        if listing["settings"] != {"max_pixels": config.data.max_pixels}:
-            raise changed(out, "data.max_pixels has changed")
+        if listing["settings"] != _settings(config):
+            raise changed(out, "data.max_pixels or this program's grey mapping has changed")
     return tuple(size for size in config.sizes if not (out / files.size_name(size, shard, count)).exists())
