@@ -21,7 +21,7 @@ from pneumo_dist.data.films import codecs, header
 from pneumo_dist.data.films.attributes import text, whole
 from pneumo_dist.data.films.codecs import FilmError, NotAnImage
 from pneumo_dist.data.films.grey import grey_table, histogram, palette_table
-from pneumo_dist.data.films.listing import dicom_head, no_image_reason
+from pneumo_dist.data.films.listing import SOP_CLASSES, dicom_head, no_image_reason
 from pneumo_dist.data.films.stored import OVERLAY_BITS, Stored, matrix_of, stored_values
 
 __all__ = ["Film", "FilmError", "NotAnImage", "read_film"]
@@ -208,7 +208,9 @@ def _read_dicom(data: bytes, max_pixels: int, digest: str) -> Film:
     dataset, has_pixels = _parse(data, max_pixels)
     if "Rows" not in dataset and not has_pixels:
         kind = text(dataset, "SOPClassUID")
-        if kind and not kind.startswith("1.2.840.10008."):
+        stated = header.text(header.file_meta(data, 132)[0], SOP_CLASSES[0])
+        # Both must agree: in a damaged film, a mangled class is no sign of another kind of object.
+        if kind and kind == stated and not kind.startswith("1.2.840.10008."):
             raise NotAnImage("not an image (private DICOM object without pixel matrix)")
         raise FilmError("no pixel matrix in the header: truncated, or not an image")
     frames = whole(dataset, "NumberOfFrames", 1)
