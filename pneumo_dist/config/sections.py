@@ -279,7 +279,7 @@ class Infer:
     )
     label: str | None = key(None, "name of the result, <run>/infer/<label>; null: the folder's name")
     tta: str | None = key(None, "test-time augmentation: hflip or none; null: the one stored in the model")
-    triplet: list[float] = key([], "top score, min. area (pixels of 1024x1024), mask threshold; empty: the model's")
+    triplet: list[float] = key([], "film score, min. area (pixels of 1024x1024), mask threshold; empty: the model's")
     outputs: list[str] = key(["csv"], "outputs: csv, masks, overlays, dicomseg, probs")
     unreadable: str = key("skip", "rows of unreadable films in submission.csv: skip (none) or negative (-1)")
     follow_links: bool = key(False, "follow symbolic links that lead out of infer.dir")
@@ -296,7 +296,7 @@ class Infer:
             good = len(self.triplet) == 3 and all(0 <= share <= 1 for share in self.triplet[::2])
             require(
                 good and self.triplet[1] >= 0 and self.triplet[1].is_integer(),
-                f"infer.triplet={self.triplet} must be top score, minimum area and mask threshold, "
+                f"infer.triplet={self.triplet} must be film score, minimum area and mask threshold, "
                 "for example 0.75,1500,0.3",
             )
         if self.label is not None:

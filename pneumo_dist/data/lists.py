@@ -99,7 +99,7 @@ def _text(path: Path, kind: str) -> str:
         ) from None
 
 
-def _table(path: Path, kind: str, *headers: tuple[str, ...]) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+def read_table(path: Path, kind: str, *headers: tuple[str, ...]) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     """Return (column names in lower case, rows as (line number, stripped cells)) of a csv file.
 
     The separator is the first of comma, semicolon and tab whose columns include one of the `headers`, in any order.
@@ -147,7 +147,7 @@ def read_annotations(path: Path, rle: str | None = None, or_films: bool = False)
         ConfigError: the file is missing, no csv, has another header or no row, or its offsets are ambiguous.
     """
     films = (("ImageId", "has_pneumo"), ("ImageId", "new_filename")) if or_films else ()
-    columns, table = _table(path, "annotation list", ("ImageId", "EncodedPixels"), *films)
+    columns, table = read_table(path, "annotation list", ("ImageId", "EncodedPixels"), *films)
     lines = [(line, dict(zip(columns, cells, strict=False)), len(cells)) for line, cells in table]
     sure = rle is not None
     rle = _convention(path, [row.get("encodedpixels", "") for _, row, _ in lines], rle)
@@ -232,7 +232,7 @@ def read_patient_map(path: Path) -> dict[str, str]:
         ConfigError: the file is unreadable, has another header, a row without a key, or two keys for one image.
     """
     keys: dict[str, str] = {}
-    columns, table = _table(path, PATIENT_MAP, ("ImageId", "PatientKey"))
+    columns, table = read_table(path, PATIENT_MAP, ("ImageId", "PatientKey"))
     image, patient = columns.index("imageid"), columns.index("patientkey")
     for line, cells in table:
         if len(cells) != len(columns) or not (cells[image] and cells[patient]):

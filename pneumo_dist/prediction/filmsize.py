@@ -1,4 +1,4 @@
-"""Probability maps from model size to film size. Thresholds, areas and top scores are taken at film size only."""
+"""Probability maps from model size to film size. Thresholds and areas are taken at film size only."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ from pneumo_dist.data.lists import (
     check_folders,
     read_annotations,
     read_patient_map,
+    read_table,
 )
 from pneumo_dist.runtime.files import read_json, write_text
 from pneumo_dist.runtime.processes import Pool
@@ -51,7 +52,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A row of predictions.csv; an unreadable film has no top score."""
+    """A row of predictions.csv; an unreadable film has no score."""
 
     top_score: float | None
     size: tuple[int, int]
@@ -168,12 +169,9 @@ def validation_of(path: Path, against: Path) -> Validation:
 
 
 def _listed_ids(path: Path) -> list[str]:
-    header, *listed = read_rows(path, "folder of films or list of ids") or [[]]
-    names = [cell.strip().lstrip("\ufeff") for cell in header]
-    if "ImageId" not in names:
-        raise ConfigError(f"{path}: neither a folder of films nor a csv with an ImageId column")
-    column = names.index("ImageId")
-    return [row[column].strip() for row in listed if len(row) > column]
+    columns, rows = read_table(path, "folder of films or list of ids", ("ImageId",))
+    column = columns.index("imageid")
+    return [cells[column] for _, cells in rows if len(cells) > column]
 
 
 def _follows_links(submission: Path) -> bool:
@@ -234,9 +232,9 @@ def score_submission(
 ) -> dict[str, Any]:
     """Score a submission against an annotation list, film by film at film size, with every score of the evaluation.
 
-    Film sizes, top scores and SOP Instance UIDs come from the predictions.csv beside the submission. Without that file,
+    Film sizes, scores and SOP Instance UIDs come from the predictions.csv beside the submission. Without that file,
     films are 1024x1024 and ranked (AUC) by whether their mask is empty, and it is unknown which are unreadable (None).
-    Films that are in only one of the two files and unreadable films (without a top score) are counted, not scored.
+    Films that are in only one of the two files and unreadable films (without a score) are counted, not scored.
     Intervals are by patient with a map (`ImageId,PatientKey`), else by film.
 
     Raises:
@@ -270,7 +268,7 @@ def score_submission(
         records.append(FilmRecord(top, area, hits, int(annotated.sum()), mask.size))
     return {
         **summary(Records.build(cases, records, (0.5,)), Triplet(0.0, 0, 0.5), bootstrap),
-        "auc_from": "top scores of predictions.csv"
+        "auc_from": "film scores of predictions.csv"
         if predictions
         else "masks (no predictions.csv beside the submission)",
         "intervals_by": "patient" if patient_keys else "film",

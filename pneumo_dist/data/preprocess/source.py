@@ -83,9 +83,10 @@ def read_source(run: Run) -> Source:
         )
     chosen = films if config.data.unannotated == "negative" else [f for f in films if f[0] in truth.annotated]
     if not chosen:
+        row = f"first row: {truth.orphans[0]}; " if truth.orphans else "a listed film has no mask; "
         raise ConfigError(
-            f"{truth.path}: no row belongs to any of the {len(films)} films in {folder} (first row: "
-            f"{truth.orphans[0]}; first film: {films[0][1]}): check data.rle_csv"
+            f"{truth.path}: no row belongs to any of the {len(films)} films in {folder} ({row}"
+            f"first film: {films[0][1]}): check data.rle_csv and data.masks"
         )
     count = min(config.data.shards, len(chosen))
     edges = [len(chosen) * j // count for j in range(count + 1)]

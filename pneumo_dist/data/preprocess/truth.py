@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,11 @@ def read_truth(run: Run, folder: Path, films: Films) -> tuple[Truth, Films]:
         ConfigError: the list or the folder of masks is unusable, both hold masks, or a name is ambiguous.
     """
     path, masks_folder = run.source("rle_csv"), run.source("masks")
+
+    @cache
+    def uid_of(film: str) -> str:
+        return sop_uid(folder / film)
+
     annotations = None
     if path:
         annotations = read_annotations(path, run.config.data.rle, or_films=True)
@@ -77,8 +83,8 @@ def read_truth(run: Run, folder: Path, films: Films) -> tuple[Truth, Films]:
             raise ConfigError(f"data.rle_csv={path} and data.masks={masks_folder} both hold masks: give one of them")
         if not annotations.rle and not masks_folder:
             raise ConfigError(f"{path}: no column EncodedPixels: give the folder of the masks with data.masks=DIR")
-        annotations, films = _of_films(annotations, FilmNames(films, lambda film: sop_uid(folder / film)))
-    names = FilmNames(films, lambda film: sop_uid(folder / film))
+        annotations, films = _of_films(annotations, FilmNames(films, uid_of))
+    names = FilmNames(films, uid_of)
     masks = find_masks(masks_folder, folder, names) if masks_folder else None
     annotated = set(masks.of_film) if masks else set()
     orphans = []
