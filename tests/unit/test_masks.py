@@ -437,6 +437,12 @@ def test_a_film_listed_without_mask_and_label_is_not_annotated(original, tmp_pat
     first = next(line.partition(",") for line in path.read_text().splitlines()[1:])
     (tmp_path / "png_masks" / first[0]).unlink()
     assert masks_read(release) == {k: v for k, v in masks_read(settings).items() if k != first[2]}
+    # No listed film has its mask, and a film that is not listed has one.
+    write_png(tmp_path / "png_masks" / "other.png", np.ones((4, 4), bool))
+    (tmp_path / "png_images" / "other.png").write_bytes((tmp_path / "png_images" / first[0]).read_bytes())
+    path.write_text(f"new_filename,ImageId\n{first[0]},{first[2]}\n")
+    with pytest.raises(ConfigError, match=r"no row belongs to any of the .* films .*a listed film has no mask"):
+        preprocess.check_source(run_of(release))
 
 
 def two_labels(first: int, second: int) -> Callable[[np.ndarray], Image.Image]:
