@@ -22,7 +22,15 @@ from pneumo_dist.inference.reading import THUMB_PX, ReadFilm, fit
 from pneumo_dist.reports import pictures
 from pneumo_dist.runtime.files import write_text
 from pneumo_dist.scoring.records import Triplet, apply_triplet, film_score
-from pneumo_dist.scoring.submission_csv import problems_of, score_submission, validate_submission, write_submission
+from pneumo_dist.scoring.submission_csv import (
+    IGNORED,
+    OK,
+    UNREADABLE,
+    problems_of,
+    score_submission,
+    validate_submission,
+    write_submission,
+)
 
 __all__ = [
     "FOLDERS", "IGNORED", "OK", "UNREADABLE", "FilmWriter", "csv_text", "problems_of", "score_submission",
@@ -36,9 +44,6 @@ PREDICTION_COLUMNS = (
     "film", "status", "decision", "top_score", "area_px", "share", "reason", "rows", "columns",
     "threshold_top_score", "threshold_min_area", "threshold_mask", "tta", "models", "sha256", "sop_uid", "warnings",
 )  # fmt: skip
-
-# Status of a row. Only "ok" is an answer; an ignored file is no film, and the merge lists it in ignored.csv.
-OK, UNREADABLE, IGNORED = "ok", "unreadable", "ignored"
 
 Row = dict[str, Any]
 Segment = Callable[[PlannedFilm, NDArray[np.bool_], Path], tuple[int, str] | str]

@@ -14,6 +14,7 @@ import numpy as np
 
 from pneumo_dist.reports import page, plots
 from pneumo_dist.runtime.files import write_text
+from pneumo_dist.scoring.submission_csv import OK
 
 # Scrolling adds the cards: 5,000 images at once would take the browser seconds.
 _SCRIPT = """
@@ -97,7 +98,7 @@ def write_worklist(path: Path, rows: Sequence[Mapping[str, Any]], inference: Map
         rows: the results of `FilmWriter.write` and `unreadable_row`.
         inference: counts and settings, as in inference.json.
     """
-    readable = [row for row in rows if row["status"] == "ok"]
+    readable = [row for row in rows if row["status"] == OK]
     parts = [_heading(inference), _tiles(inference), _histogram(readable, inference["triplet"]["top_score"])]
     parts[1:1] = [f"<p>{escape(note)}.</p>" for note in inference.get("notes", ())]
     parts += [page.settings_table({name: inference[name] for name in SETTINGS}), _controls(inference)]

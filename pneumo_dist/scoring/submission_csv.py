@@ -37,7 +37,8 @@ from pneumo_dist.scoring.metrics import FilmRecord, Records, Triplet, summary
 
 HEADER = ["ImageId", "EncodedPixels"]
 COMPETITION_SIZE = (1024, 1024)
-IGNORED = "ignored"  # of a file that is not an image
+# Status of a row of predictions.csv. Only "ok" is an answer; an ignored file is no film.
+OK, UNREADABLE, IGNORED = "ok", "unreadable", "ignored"
 
 
 @dataclass(frozen=True)
