@@ -2,6 +2,14 @@
 # Sourced by every *.sbatch of this folder: sets up the environment of a node and defines `task`, which runs one stage
 # with srun. It needs plain bash only. Adapt the lines at the top to the cluster.
 
+# sbatch passes the calling shell's variables on. Those of an earlier torchrun, of other Python packages and of other
+# networks must not act here: what this cluster needs is set below.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_PORT PNEUMO_STORE OMP_NUM_THREADS LD_LIBRARY_PATH LD_PRELOAD \
+    PYTHONPATH PYTHONHOME PYTHONUSERBASE PYTHONOPTIMIZE PYTHONWARNINGS PYTHONINSPECT NVIDIA_TF32_OVERRIDE \
+    "${!NCCL_@}" "${!GLOO_@}" "${!TORCH_NCCL_@}"
+if [ -n "${SLURM_MEM_PER_NODE:-}" ]; then unset SLURM_MEM_PER_CPU; fi # srun refuses both
+export PYTHONUTF8=1 # whatever the locale: names of films and folders need not be ASCII
+
 # --- change here -------------------------------------------------------------------------------------------------
 # module load cuda
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0   # the network that joins the nodes (ip -br link)
@@ -18,13 +26,13 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # The first node of the job. Ranks derive the port from the job id (pneumo_dist/runtime/ranks.py).
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
-unset MASTER_PORT # a value of the submitting shell
 
 # In SLURM 22.05 to 23.02, srun does not inherit the job's --cpus-per-task.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 
-# A failed rank ends the other ranks, so that the job fails instead of waiting for it.
-srun=(srun --kill-on-bad-exit=1)
+# A failed rank ends the other ranks, so that the job fails instead of waiting for it. All variables reach the ranks
+# even if sbatch was called with --export=NONE.
+srun=(srun --kill-on-bad-exit=1 --export=ALL)
 python=("$PYTHON")
 
 # task STAGE RUN_DIR [--fold K | --part I/N]: starts one process per task of the job. `env` blocks the signals until

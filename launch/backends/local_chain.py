@@ -29,6 +29,10 @@ def run_local_chain(plan: Plan, site: Site) -> int:
         ConfigError: another process already runs one of the jobs.
     """
     run = plan.run
+    if site.environment_note:
+        print(site.environment_note, flush=True)
+    if "LD_LIBRARY_PATH" in os.environ:
+        print("note: the libraries in LD_LIBRARY_PATH of this shell come before those of PyTorch", flush=True)
     locks: list[Lock] = []
     display = Display()
     watch = _ProgressWatch(plan, display)
@@ -108,6 +112,7 @@ class _LocalChain:
                 run=self._plan.run,
                 code=self._code,
                 store=Path(folder) / "store",
+                profile_env=self._site.profile.env,
             )
             self._record(node, count)
             self._watch.begin(node)

@@ -22,6 +22,7 @@ from submitit.slurm.slurm import SlurmExecutor
 from launch.jobs import Job
 from launch.planning.profile import Profile, Resources
 from launch.planning.shape import Shape
+from launch.state import environment
 from launch.state import slurm_client as slurm
 
 # Used if neither the profile nor the partition has a limit: a day is enough for a stage, and most partitions allow it.
@@ -97,7 +98,9 @@ def _executor(spec: JobSpec) -> _Script:
         # A warning time longer than the job would send the signal at its start, after every requeue.
         signal_delay_s=max(1, min(profile.signal_delay_s, minutes * 60 // 2)),
         setup=_setup_lines(spec),
-        srun_args=["--kill-on-bad-exit=1", *profile.srun],  # else the other ranks wait for one that has died
+        # Without the first, the other ranks wait for one that has died; without the second, `export: NONE` in the
+        # profile would keep the lines of `setup` from the ranks.
+        srun_args=["--kill-on-bad-exit=1", "--export=ALL", *profile.srun],
         stderr_to_stdout=True,
         array_parallelism=shape.array_tasks,
         wckey=None,
@@ -124,12 +127,13 @@ def _default_cpus(spec: JobSpec) -> int:
 def _setup_lines(spec: JobSpec) -> list[str]:
     return [
         *spec.profile.setup,
+        *(f"export {key}={shlex.quote(value)}" for key, value in sorted(spec.profile.env.items())),
         f"export PYTHONPATH={shlex.quote(str(spec.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        # `python -m` searches the current directory first: in the checkout it would not run the copy.
-        "export PYTHONSAFEPATH=1",
+        # `python -m` searches the current directory first: in the checkout it would not run the copy. UTF-8 whatever
+        # the locale: names of films and folders need not be ASCII.
+        "export PYTHONSAFEPATH=1 PYTHONUTF8=1",
         # srun of SLURM 22.05 to 23.02 does not inherit --cpus-per-task from the job.
         "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
-        *(f"export {key}={shlex.quote(value)}" for key, value in sorted(spec.profile.env.items())),
     ]
 
 
@@ -138,12 +142,16 @@ def _more_options(spec: JobSpec, resources: Resources) -> dict[str, object]:
     options: dict[str, object] = {
         "requeue" if spec.profile.requeue else "no-requeue": True,
         "kill-on-invalid-dep": "yes",  # else the jobs after a failed one stay pending forever
+        "export": "ALL",  # sbatch itself gets only the listed variables
+        "propagate": "NONE",  # nor do the limits (ulimit) of the shell reach the job
     }
     if resources.mem_gb is not None:
         options["mem"] = f"{round(resources.mem_gb * 1024)}M"
     if spec.shape.gpus_per_node and not resources.gres:
         options["gpus-per-node"] = spec.shape.gpus_per_node
-    return options | resources.sbatch
+    # A bare option is True; one that a stage switches off is false.
+    options |= resources.sbatch
+    return {name: value for name, value in options.items() if value is not None and value is not False}
 
 
 def script(spec: JobSpec) -> str:
@@ -155,22 +163,16 @@ def script(spec: JobSpec) -> str:
 
 
 @contextmanager
-def _outside_any_job() -> Iterator[None]:
-    """Hide the variables of the job in which submit.py itself may run: sbatch and srun would inherit its settings."""
-    hidden = {
-        key: value
-        for key, value in os.environ.items()
-        if key.startswith(("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_")) and key != "SLURM_CONF"
-    }
-    if "SLURM_JOB_ID" not in hidden:  # these are settings of the user
-        yield
-        return
+def _listed_variables_only() -> Iterator[None]:
+    """Hide all other variables: submitit calls sbatch with this process's environment, and the job inherits it."""
+    shell = dict(os.environ)
+    listed = environment.passed()
     try:
-        for key in hidden:
-            del os.environ[key]
+        os.environ.clear()
+        os.environ.update(listed)
         yield
     finally:
-        os.environ.update(hidden)
+        os.environ.update(shell)
 
 
 def submit(spec: JobSpec, jobs: Sequence[Job]) -> str:
@@ -183,7 +185,7 @@ def submit(spec: JobSpec, jobs: Sequence[Job]) -> str:
     spec.folder.mkdir(parents=True, exist_ok=True)
     try:
         # submitit prints sbatch's message too; the error below has it already.
-        with _outside_any_job(), redirect_stderr(io.StringIO()):
+        with _listed_variables_only(), redirect_stderr(io.StringIO()):
             submitted = executor.submit_array(list(jobs))
     except (FailedJobError, FailedSubmissionError) as error:
         lines = [line.removeprefix("sbatch: error: ") for line in str(error).splitlines() if line.strip()]

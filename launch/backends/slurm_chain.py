@@ -1,8 +1,12 @@
-"""Submit a plan to SLURM as a chain of dependent jobs, all of them or none; or print the scripts of such a chain."""
+"""Submit a plan to SLURM as a chain of dependent jobs; or print the scripts of such a chain.
+
+All jobs are submitted or none, unless the site limits their number: then those that fit, in the order of the chain.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,15 +15,17 @@ from launch.backends.sbatch import JobSpec, blocks_signals, script, submit
 from launch.jobs import Job
 from launch.planning import checks
 from launch.planning.estimates import estimates
-from launch.planning.plan import JobName, Plan, ancestors, missing_line
+from launch.planning.plan import DERIVED, JobName, Plan, ancestors, missing_line
 from launch.planning.shape import shape_of
 from launch.planning.site import Site
 from launch.state import slurm_client as slurm
 from launch.state.ledger import Ledger
 from launch.state.locks import Locked, lock
 from pneumo_dist.chain import Node, job_key
-from pneumo_dist.config import ConfigError
+from pneumo_dist.config import ConfigError, to_yaml
 
+# MaxSubmitJobs and the like: AssocMaxSubmitJobLimit, QOSMaxSubmitJobPerUserLimit, AssocGrpSubmitJobsLimit, ...
+SUBMIT_LIMIT = re.compile(r"\w*Submit\w*Limit")
 JobIds = dict[JobName, str]
 
 
@@ -61,6 +67,8 @@ def render(plan: Plan, site: Site) -> Iterator[str]:
         title = plan.title(node.stage, node.fold)
         state = "" if node.key in todo else "; already done, not submitted"
         yield f"# ---- {title} ({spec.shape}{state})\n{script(spec)}"
+    if site.environment_note:
+        yield f"# {site.environment_note}"
     if not blocks_signals():
         yield (
             "# note: `env` on this machine cannot block signals (it needs coreutils 8.31): "
@@ -71,12 +79,18 @@ def render(plan: Plan, site: Site) -> Iterator[str]:
 def submit_chain(plan: Plan, site: Site) -> int:
     """Submit the jobs of a plan in order with their dependencies, and print ids and where to look.
 
+    Returns:
+        0 all submitted, 1 the site's limit left some out; with --wait, 0 all done, 1 a job failed, 130 Ctrl-C.
+
     Raises:
         ConfigError: something must be corrected, or SLURM refused a job; then no job stays submitted.
     """
     ledger = Ledger(plan.run)
-    plan, job_ids = _live_upstream(plan, ledger)
+    whole = plan
+    plan, job_ids = _live_jobs(plan, ledger)
     checks.refuse(plan, site)
+    if site.environment_note:
+        print(site.environment_note, flush=True)
     for line in estimates(plan, site):
         print(f"note: {line}", flush=True)
     try:
@@ -87,7 +101,7 @@ def submit_chain(plan: Plan, site: Site) -> int:
         refuse_live(plan, ledger, slurm_answers=True)
         prepared = prepare(plan)
         try:
-            submitted = _submit_all(plan, site, prepared.code, ledger, job_ids)
+            submitted, limit = _submit_all(plan, site, prepared.code, ledger, job_ids)
         except ConfigError:
             prepared.undo()
             raise
@@ -98,22 +112,40 @@ def submit_chain(plan: Plan, site: Site) -> int:
     print(f"logs:        {plan.run.jobs_dir}")
     print(f"status:      python launch/runs.py status {plan.runs_argument}")
     print(f"TensorBoard: python launch/runs.py tensorboard {plan.runs_argument}", flush=True)
+    return _after_submission(whole, plan, site, submitted, limit)
+
+
+def _after_submission(whole: Plan, plan: Plan, site: Site, submitted: dict[str, str], limit: str | None) -> int:
+    """Follow the jobs if --wait is given, and then submit those that a limit left out; else say how to submit them."""
     if not plan.request.wait:
-        return 0
+        if limit:
+            again = "without --redo, " if plan.request.redo else ""
+            print(
+                f"note: SLURM accepts no more jobs of yours now ({limit}): {len(submitted)} of {len(plan.todo)} are "
+                f"submitted. Repeat the command when some have ended, {again}or with --wait: it submits the rest"
+            )
+        return 1 if limit else 0
     from launch.backends.follow import follow
 
-    return follow(plan, submitted)
+    now = tuple(node for node in plan.todo if node.key in submitted)
+    status = follow(dataclasses.replace(plan, todo=now, targets=now), submitted)
+    if status or not limit:
+        return status
+    rest = tuple(node for node in whole.todo if node not in now)
+    print(f"submitting more jobs, which the limit ({limit}) left out", flush=True)
+    request = dataclasses.replace(plan.request, redo=False)  # the old results are renamed already
+    return submit_chain(dataclasses.replace(whole, todo=rest, request=request), site)
 
 
-def _live_upstream(plan: Plan, ledger: Ledger) -> tuple[Plan, JobIds]:
-    """Return the plan without upstream jobs that are queued or running, and the ids of the jobs to wait for.
+def _live_jobs(plan: Plan, ledger: Ledger) -> tuple[Plan, JobIds]:
+    """Return the plan without jobs that are queued or running, and the ids of the jobs to wait for.
+
+    Of the requested jobs, those count that an earlier call with this configuration has submitted, if others are left.
+    Not those that pool or merge what there is: they may have been submitted for other folds.
 
     Raises:
         ConfigError: an upstream job is neither done nor live, and there is no --after.
     """
-    upstream_todo = [node for node in plan.todo if node.key not in plan.requested]
-    if not plan.missing and not upstream_todo:
-        return plan, {}
     try:
         live = ledger.live()
     except slurm.SlurmError as error:
@@ -125,17 +157,32 @@ def _live_upstream(plan: Plan, ledger: Ledger) -> tuple[Plan, JobIds]:
             job_ids[job] = live[key]
         elif not plan.request.after:
             raise ConfigError(missing_line(plan, node, job))
-    for node in upstream_todo:
-        if node.key in live:
-            job_ids[(node.stage, node.fold)] = live[node.key]
-            plan = dataclasses.replace(plan, todo=tuple(n for n in plan.todo if n is not node))
+    queued = [node for node in plan.todo if node.key in live and _continues(plan, node)]
+    if len(queued) < len(plan.todo):  # else there is nothing to submit: one writer
+        job_ids |= {(node.stage, node.fold): live[node.key] for node in queued}
+        plan = dataclasses.replace(plan, todo=tuple(node for node in plan.todo if node not in queued))
     for job, job_id in job_ids.items():
         print(f"{plan.title(*job)} is queued or running as job {job_id}: waiting for it", flush=True)
     return plan, job_ids
 
 
-def _submit_all(plan: Plan, site: Site, code: Path, ledger: Ledger, job_ids: JobIds) -> dict[str, str]:
-    """Submit the jobs and record each in the ledger; return {key: job id}. After an error, cancel them all."""
+def _continues(plan: Plan, node: Node) -> bool:
+    """Tell whether the live job of a node can stand for the planned one."""
+    if node.key not in plan.requested:
+        return True
+    config = plan.run.job_config_file(node.key)
+    same = config.is_file() and config.read_text() == to_yaml(plan.run.config)
+    return same and not plan.request.redo and node.stage not in DERIVED
+
+
+def _submit_all(
+    plan: Plan, site: Site, code: Path, ledger: Ledger, job_ids: JobIds
+) -> tuple[dict[str, str], str | None]:
+    """Submit the jobs and record each in the ledger. After an error, cancel them all.
+
+    Returns:
+        {key: job id}, and the site's limit that kept the rest from being submitted, or None.
+    """
     submitted: dict[str, str] = {}
     for node in plan.todo:
         spec = _job_spec(plan, site, code, node, job_ids)
@@ -157,11 +204,15 @@ def _submit_all(plan: Plan, site: Site, code: Path, ledger: Ledger, job_ids: Job
                 after=[spec.after] if spec.after else [],
             )
             ledger.append(entry)
-        except BaseException as error:  # also Ctrl-C: no part of a chain, and no job that the ledger lacks, may stay
+        except slurm.SlurmError as error:
+            limit = SUBMIT_LIMIT.search(str(error))
+            if limit and submitted:
+                return submitted, limit[0]
             slurm.cancel(submitted.values())
-            if isinstance(error, slurm.SlurmError):
-                cancelled = f"; the {len(submitted)} jobs submitted before it are cancelled" if submitted else ""
-                title = plan.title(node.stage, node.fold)
-                raise ConfigError(f"SLURM refused the job of {title}: {error}{cancelled}") from None
+            cancelled = f"; the {len(submitted)} jobs submitted before it are cancelled" if submitted else ""
+            title = plan.title(node.stage, node.fold)
+            raise ConfigError(f"SLURM refused the job of {title}: {error}{cancelled}") from None
+        except BaseException:  # also Ctrl-C: no part of a chain, and no job that the ledger lacks, may stay
+            slurm.cancel(submitted.values())
             raise
-    return submitted
+    return submitted, None

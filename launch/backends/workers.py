@@ -14,11 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType, MappingProxyType, TracebackType
 
+from launch.state import environment
 from pneumo_dist.run import RunFolder
 from pneumo_dist.runtime.processes import die_with_parent
 from pneumo_dist.runtime.ranks import LOCAL_STORE
@@ -31,7 +32,7 @@ GRACE_AFTER_FAILURE_S = 5.0  # the other ranks hang in a collective, or are writ
 
 @dataclass(frozen=True)
 class Worker:
-    """One process: its command, additional environment variables, and the file that receives its output."""
+    """One process: its command, its environment variables, and the file that receives its output."""
 
     command: list[str]
     environ: dict[str, str]
@@ -47,9 +48,8 @@ class Outcome:
     failed: tuple[int, int] | None = None
 
 
-def gpus() -> list[str]:
-    """Return the GPUs that CUDA shows to a worker of this machine, without importing torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+def gpus(visible: str | None) -> list[str]:
+    """Return the GPUs that CUDA shows to a worker with this CUDA_VISIBLE_DEVICES, without importing torch."""
     if visible is not None:
         return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
     if shutil.which("nvidia-smi") is None:
@@ -71,12 +71,14 @@ def job_workers(
     run: RunFolder,
     code: Path,
     store: Path,
+    profile_env: Mapping[str, str] = MappingProxyType({}),
     python: str = sys.executable,
 ) -> list[Worker]:
     """Return the `count` processes of one job: ranks of one group ("ranks") or independent tasks ("array")."""
+    shared = {**environment.passed(local=True), **profile_env}
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     # Ranks choose a GPU by LOCAL_RANK; the tasks of an array all have LOCAL_RANK 0.
-    devices = gpus() if kind == "array" and stage == "infer" else []
+    devices = gpus(shared.get("CUDA_VISIBLE_DEVICES")) if kind == "array" and stage == "infer" else []
     group = []
     for i in range(count):
         command = [python, "-m", "pneumo_dist.stages", "--stage", stage, "--run-dir", str(run.folder)]
@@ -84,16 +86,18 @@ def job_workers(
         command += ["--part", f"{i}/{count}"] if kind == "array" else []
         ranks = kind == "ranks"
         environ = {
+            **shared,
             "RANK": str(i if ranks else 0),
             "WORLD_SIZE": str(count if ranks else 1),
             "LOCAL_RANK": str(i if ranks else 0),
             "LOCAL_WORLD_SIZE": str(count),  # tasks of an array share the cores too
             LOCAL_STORE: str(store),
             "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-            "PYTHONPATH": os.pathsep.join([str(code), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "OMP_NUM_THREADS": shared.get("OMP_NUM_THREADS", str(threads)),
+            "PYTHONPATH": os.pathsep.join([str(code), *filter(None, [shared.get("PYTHONPATH")])]),
             "PYTHONUNBUFFERED": "1",
             "PYTHONSAFEPATH": "1",
+            "PYTHONUTF8": "1",  # whatever the locale
         }
         if devices:
             environ["CUDA_VISIBLE_DEVICES"] = devices[i % len(devices)]
@@ -165,7 +169,7 @@ class Foreground:
                 with worker.log.open("ab") as log:
                     running[i] = subprocess.Popen(
                         worker.command,
-                        env={**os.environ, **worker.environ},
+                        env=worker.environ,
                         cwd=worker.folder,
                         stdin=subprocess.DEVNULL,
                         stdout=log,

@@ -14,6 +14,7 @@ from pathlib import Path
 from launch.planning.plan import Plan
 from launch.planning.shape import shape_of
 from launch.planning.site import Site
+from launch.state.slurm_client import largest_array
 from pneumo_dist.chain import STAGES
 from pneumo_dist.config import TRAIN_STAGES, ConfigError
 
@@ -156,6 +157,14 @@ def _partition_limits(plan: Plan, site: Site) -> Iterator[str]:
             )
 
 
+def _array_limit(plan: Plan, site: Site) -> Iterator[str]:
+    shapes = [shape_of(node.stage, plan.request.nodes, site.gpus_per_node) for node in plan.todo]
+    tasks = max((shape.array_tasks for shape in shapes), default=1)
+    largest = largest_array() if site.slurm and tasks > 1 else None
+    if largest and tasks > largest:
+        yield f"--nodes {tasks}: this SLURM allows arrays of at most {largest} tasks (MaxArraySize)"
+
+
 def problems(plan: Plan, site: Site, probe: bool) -> Iterator[str]:
     """Yield the problems of a plan, most serious first.
 
@@ -173,6 +182,7 @@ def problems(plan: Plan, site: Site, probe: bool) -> Iterator[str]:
     no_space = _no_space(plan)
     if no_space:
         yield no_space
+    yield from _array_limit(plan, site)
     yield from _partition_limits(plan, site)
     write_fails = _write_fails(plan.run.folder) if probe else None
     if write_fails:

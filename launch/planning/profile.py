@@ -11,11 +11,19 @@ from typing import Any
 
 from launch import bootstrap
 from pneumo_dist.config import ConfigError
+from pneumo_dist.config.loading import leaves, refuse_interpolation
 
 FOLDER = bootstrap.ROOT.resolve() / "configs" / "cluster"
 # Internal jobs take the settings of the stage that the user names; `cpu` names all jobs that never need a GPU.
 FAMILY = {"phantom": "preprocess", "finalize": "preprocess", "pool": "evaluate", "merge": "infer"}
 CPU_ONLY = ("phantom", "preprocess", "finalize", "merge", "pool")
+# Options of sbatch that submit.py computes from a key of the profile, or from the chain alone (None).
+FIXED_OPTIONS = {
+    "partition": "partition", "time": "time_min", "cpus-per-task": "cpus_per_task", "signal": "signal_delay_s",
+    "requeue": "requeue", "no-requeue": "requeue", "array": None, "clusters": None, "dependency": None, "error": None,
+    "job-name": None, "nodes": None, "ntasks": None, "ntasks-per-node": None, "open-mode": None, "output": None,
+    "test-only": None, "wait": None,
+}  # fmt: skip
 STAGE_KEYS = ("cpu", "phantom", "preprocess", "finalize", "1", "2", "swa", "evaluate", "pool", "infer", "merge")
 
 
@@ -31,7 +39,8 @@ class Resources:
     gres: str | None = None  # the site's name for GPUs, without a number (gpu:a100); default --gpus-per-node
     cpus_per_task: int | None = None
     mem_gb: float | None = None  # per node
-    sbatch: dict[str, str] = field(default_factory=dict)  # any other sbatch option, long name without dashes
+    # Any other sbatch option, long name without dashes; true for an option without a value, false for none.
+    sbatch: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.gres and not re.fullmatch(r"[A-Za-z_]\w*(:[A-Za-z_][\w.-]*)?", self.gres):
@@ -42,6 +51,15 @@ class Resources:
             raise ConfigError(f"cpus_per_task={self.cpus_per_task} must be at least 1")
         if self.mem_gb is not None and self.mem_gb <= 0:
             raise ConfigError(f"mem_gb={self.mem_gb} must be positive")
+        for name, value in self.sbatch.items():
+            option = name.replace("_", "-")
+            if not re.fullmatch(r"[a-z][a-z0-9-]+", option):
+                raise ConfigError(f"sbatch.{name} is not the long name of an sbatch option")
+            if option in FIXED_OPTIONS:
+                use = f": use the key {FIXED_OPTIONS[option]}" if FIXED_OPTIONS[option] else ""
+                raise ConfigError(f"sbatch.{name}: submit.py sets this option{use}")
+            if not isinstance(value, str | int | float | None):
+                raise ConfigError(f"sbatch.{name} must be one value (several: separate them by commas, in quotes)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +133,26 @@ def _check_keys(tree: Any, cls: type, prefix: str) -> None:
             raise ConfigError(f"unknown key {prefix}{key}{_nearest(str(key), valid)}")
 
 
+def _check_numbers(text: str) -> None:
+    """Refuse what YAML reads as another number: 12:00:00 is 43200 (base 60), 010 is 8."""
+    import yaml
+
+    for token in yaml.scan(text):
+        if isinstance(token, yaml.ScalarToken) and token.plain and re.fullmatch(r"\d+(:\d+)+|0\d+", token.value):
+            raise ConfigError(
+                f"line {token.start_mark.line + 1}: put {token.value} in quotes: YAML reads another number"
+            )
+
+
+def _check_texts(tree: dict[Any, Any]) -> None:
+    """Refuse what would reach a script as something else: OmegaConf's ${...}, and line breaks except in `setup`."""
+    for key, value in leaves(tree):
+        refuse_interpolation(key, value)
+        for text in value if isinstance(value, list) and key != "setup" else [value]:
+            if isinstance(text, str) and not text.isprintable():
+                raise ConfigError(f"{key}: a line break or another control character is not allowed here")
+
+
 def find_profile(name: str | None) -> Path | None:
     """Return the file of a profile: a path, a name in configs/cluster/, or its default.yaml if `name` is None.
 
@@ -144,9 +182,12 @@ def load_profile(path: Path | None) -> Profile:
     from yaml import YAMLError
 
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path)) or {}
+        text = path.read_text()
+        _check_numbers(text)
+        tree = OmegaConf.to_container(OmegaConf.create(text))
         _check_keys(tree, Profile, "")
         assert isinstance(tree, dict)
+        _check_texts(tree)
         if isinstance(tree.get("time_min"), int):
             tree["time_min"] = {"default": tree["time_min"]}
         for key in ("time_min", "stages"):  # YAML reads the stage names 1 and 2 as numbers

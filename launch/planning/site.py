@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.planning.arguments import Request
 from launch.planning.profile import Profile, find_profile, load_profile
-from launch.state import slurm_client
+from launch.state import environment, slurm_client
 from pneumo_dist.config import ConfigError
 
 
@@ -25,6 +27,20 @@ class Site:
     def ranks(self, nodes: int) -> int:
         """Return the ranks of a training job on `nodes` nodes: one per GPU, or one per node without GPUs."""
         return nodes * max(1, self.gpus_per_node)
+
+    @property
+    def environment_note(self) -> str:
+        """The variables of the shell that will not reach the jobs although the user may expect it, as a note; or ""."""
+        shell_lines = "\n".join([*self.profile.setup, self.profile.python or ""]) if self.slurm else ""
+        names = environment.left_out(local=not self.slurm)
+        names |= set(re.findall(r"\$(\w+)", shell_lines)) & os.environ.keys() - environment.passed().keys()
+        names -= self.profile.env.keys()
+        if not names:
+            return ""
+        return (
+            f"note: of this shell, {', '.join(sorted(names))} will not reach the jobs: "
+            "set what they need in the profile (env, sbatch, setup)"
+        )
 
     def partition(self, stage: str) -> slurm_client.Partition | None:
         """Return the partition that runs `stage`; None on this machine, or if SLURM does not answer.

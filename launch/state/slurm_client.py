@@ -6,13 +6,14 @@ Every call has a time limit, since SLURM's clients hang if the controller is dea
 from __future__ import annotations
 
 import dataclasses
-import os
 import pwd
 import re
 import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from launch.state import environment
 
 LIVE = (
     "PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED",
@@ -25,9 +26,11 @@ class SlurmError(RuntimeError):
 
 
 def _run(command: list[str], timeout_s: float = 20.0) -> str:
-    environ = {**os.environ, "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
+    environ = {**environment.passed(), "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environ, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=timeout_s, env=environ, check=False
+        )
     except FileNotFoundError:
         raise SlurmError(f"{command[0]} is not on PATH") from None
     except subprocess.TimeoutExpired:
@@ -103,6 +106,15 @@ def partition(name: str | None) -> Partition | None:
         min(gpus(row[4]) for row in rows),
         min(limits) if limits else None,
     )
+
+
+def largest_array() -> int | None:
+    """Return how many tasks an array may have, or None if SLURM does not answer."""
+    try:
+        match = re.search(r"^MaxArraySize\s*=\s*(\d+)", _run(["scontrol", "show", "config"], 5.0), re.MULTILINE)
+    except SlurmError:
+        return None
+    return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -26,6 +27,7 @@ def _override(text: str) -> tuple[str, str]:
     key, sep, value = text.partition("=")
     key = key.strip()
     require(bool(sep and key), f"{text!r} is not key=value (for example stage1.epochs=10)")
+    refuse_interpolation(key, value)
     known = keys()
     if key not in known:
         raise ConfigError(f"unknown key {key!r}{nearest(key, list(known))}")
@@ -59,7 +61,8 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
             except OSError as error:
                 raise ConfigError(f"{path}: cannot read the configuration ({error.strerror})") from None
             require(OmegaConf.is_dict(layer), f"{path}: a configuration must be a mapping of keys to values")
-            for key in _leaves(OmegaConf.to_container(layer)):
+            for key, value in leaves(OmegaConf.to_container(layer)):
+                refuse_interpolation(f"{path}: {key}", value)
                 if not any(known == key or known.startswith(key + ".") for known in keys()):
                     raise ConfigError(f"{path}: unknown key {key!r}{nearest(key, list(keys()))}")
             tree = OmegaConf.merge(tree, layer)
@@ -78,22 +81,23 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
     return result
 
 
-def _leaves(tree: Any, prefix: str = "") -> list[str]:
-    if not isinstance(tree, dict):
-        return [prefix.rstrip(".")] if prefix else []
-    return [leaf for name, value in tree.items() for leaf in _leaves(value, f"{prefix}{name}.")]
+def refuse_interpolation(key: str, value: Any) -> None:
+    """Raise ConfigError on OmegaConf's ${...}: ${oc.env:TOKEN} would write a secret of the shell into config.yaml."""
+    require("${" not in str(value), f"{key}: ${{...}} is not replaced here: write the value, or $NAME without braces")
+
+
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of everything in nested mappings that is not a mapping itself."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + str(name), value
 
 
 def flatten(config: Config) -> dict[str, Any]:
     """Return the configuration as {dotted key: plain value}."""
-
-    def walk(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
-        flat: dict[str, Any] = {}
-        for name, value in tree.items():
-            flat |= walk(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        return flat
-
-    return walk(dataclasses.asdict(config), "")
+    return dict(leaves(dataclasses.asdict(config)))
 
 
 def to_yaml(config: Config) -> str:

@@ -86,7 +86,7 @@ def test_a_stages_own_values_win_over_those_for_cpu_jobs_and_the_profiles(tmp_pa
     )
     assert profile.resources("1").partition == "gpu" and profile.resources("1").qos == "normal"
     assert profile.resources("merge").partition == "cpu" and profile.resources("merge").qos is None
-    assert profile.resources("finalize").partition == "big" and profile.resources("finalize").sbatch == {"nice": "1"}
+    assert profile.resources("finalize").partition == "big" and profile.resources("finalize").sbatch == {"nice": 1}
     assert [profile.minutes(s) for s in ("1", "2", "finalize")] == [700, 60, 9]
 
 
