@@ -4,9 +4,11 @@
 
 # sbatch passes the calling shell's variables on. Those of an earlier torchrun, of other Python packages and of other
 # networks must not act here: what this cluster needs is set below.
-unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_PORT PNEUMO_STORE OMP_NUM_THREADS LD_LIBRARY_PATH LD_PRELOAD \
-    PYTHONPATH PYTHONHOME PYTHONUSERBASE PYTHONOPTIMIZE PYTHONWARNINGS PYTHONINSPECT NVIDIA_TF32_OVERRIDE \
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_PORT PNEUMO_STORE OMP_NUM_THREADS NVIDIA_TF32_OVERRIDE \
+    PYTHONPATH PYTHONHOME PYTHONUSERBASE PYTHONOPTIMIZE PYTHONWARNINGS PYTHONINSPECT LD_PRELOAD \
     "${!NCCL_@}" "${!GLOO_@}" "${!TORCH_NCCL_@}"
+# Loaded modules need it, so it stays.
+if [ -n "${LD_LIBRARY_PATH:-}" ]; then echo "note: libraries in LD_LIBRARY_PATH of the calling shell come first"; fi
 if [ -n "${SLURM_MEM_PER_NODE:-}" ]; then unset SLURM_MEM_PER_CPU; fi # srun refuses both
 export PYTHONUTF8=1 # whatever the locale: names of films and folders need not be ASCII
 

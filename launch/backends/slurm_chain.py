@@ -210,6 +210,8 @@ def _submit_all(
                 return submitted, limit[0]
             slurm.cancel(submitted.values())
             cancelled = f"; the {len(submitted)} jobs submitted before it are cancelled" if submitted else ""
+            if limit:
+                cancelled = "; repeat the command when some of your jobs have ended"
             title = plan.title(node.stage, node.fold)
             raise ConfigError(f"SLURM refused the job of {title}: {error}{cancelled}") from None
         except BaseException:  # also Ctrl-C: no part of a chain, and no job that the ledger lacks, may stay

@@ -33,7 +33,7 @@ class Site:
         """The variables of the shell that will not reach the jobs although the user may expect it, as a note; or ""."""
         shell_lines = "\n".join([*self.profile.setup, self.profile.python or ""]) if self.slurm else ""
         names = environment.left_out(local=not self.slurm)
-        names |= set(re.findall(r"\$(\w+)", shell_lines)) & os.environ.keys() - environment.passed().keys()
+        names |= set(re.findall(r"\$(?!SLURM_)(\w+)", shell_lines)) & os.environ.keys() - environment.passed().keys()
         names -= self.profile.env.keys()
         if not names:
             return ""

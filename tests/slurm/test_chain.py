@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.slurm.conftest import Chain
-from tests.slurm.private import ROOT, TINY, PrivateCluster, devcluster, same_weights, until
+from tests.slurm.private import PROFILE, ROOT, TINY, PrivateCluster, devcluster, same_weights, until
 
 STAGES = ("phantom", "shards", "fold0/stage1", "fold0/stage2", "fold0/swa", "fold0/evaluate", "infer/films")
 
@@ -39,6 +39,23 @@ def test_whole_chain_on_two_nodes_ends_with_a_submission_for_every_film(chain: C
 def test_ranks_of_a_training_ran_on_two_different_nodes(chain: Chain, cluster: PrivateCluster) -> None:
     job_id = next(str(row["job_id"]) for row in ledger(chain.run) if row["key"] == "stage1-fold0")
     assert cluster.job(job_id)["NumNodes"] == "2"
+
+
+def test_variables_of_the_calling_shell_change_nothing(free_cluster: PrivateCluster, tmp_path: Path) -> None:
+    foreign = {
+        "SBATCH_PARTITION": "low", "SBATCH_HOLD": "1", "SQUEUE_PARTITION": "nowhere", "SLURM_EXPORT_ENV": "NONE",
+        "SLURM_MEM_PER_CPU": "9999", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "TOKEN": "secret",
+    }  # fmt: skip
+    (tmp_path / "omegaconf.py").write_text("raise RuntimeError('another omegaconf')")
+    shell = PrivateCluster(free_cluster.folder)
+    shell.env |= foreign | {"PYTHONPATH": str(tmp_path), "LC_ALL": "C"}
+    profile = tmp_path / "p.yaml"
+    profile.write_text(PROFILE.read_text() + f"setup: ['env > {tmp_path}/$SLURM_JOB_NAME']\nsrun: [--quiet]\n")
+    words = ("--stage", "preprocess", "--config", TINY, "--run", "a", "--profile", profile, "--wait")
+    shell.submit(*words, f"run_root={tmp_path}/Läufe", timeout_s=120)
+    seen = {line.partition("=")[0] for line in (tmp_path / "finalize.a").read_text().splitlines()}
+    assert not seen & foreign.keys() and {"HOME", "PATH", "USER"} & os.environ.keys() <= seen
+    assert {free_cluster.job(str(row["job_id"]))["Partition"] for row in ledger(tmp_path / "Läufe" / "a")} == {"batch"}
 
 
 def test_preprocess_and_infer_were_arrays_and_every_job_waited_for_the_one_before(chain: Chain) -> None:

@@ -65,6 +65,18 @@ def test_every_profile_that_is_delivered_can_be_read_and_rendered(tmp_path: Path
         ("env: {NCCL-DEBUG: x}", "env.NCCL-DEBUG"),
         ("- a", "key: value lines"),
         ("partition: [", "p.yaml"),
+        ("setup: ['echo ${oc.env:HOME}']", "setup: ${...} is not replaced here"),
+        ("env: {A: '${oc.env:HOME}'}", "env.A: ${...} is not replaced here"),
+        ('stages: {cpu: {qos: "a\\nb"}}', "stages.cpu.qos: a line break"),
+        ('srun: ["--x=a\\tb"]', "srun: a line break or another control character"),
+        ("sbatch: {output: x.log}", "sbatch.output: submit.py sets this option"),
+        ("sbatch: {job_name: x}", "sbatch.job_name: submit.py sets this option"),
+        ("stages: {swa: {sbatch: {time: 5}}}", "sbatch.time: submit.py sets this option: use the key time_min"),
+        ("sbatch: {'nice --hold': 5}", "is not the long name"),
+        ("sbatch: {licenses: [a, b]}", "sbatch.licenses must be one value"),
+        ("time_min: 12:00:00", "line 1: put 12:00:00 in quotes"),
+        ("sbatch: {begin: 16:00}", "put 16:00 in quotes"),
+        ("exclude: 013", "put 013 in quotes"),
     ],
 )
 def test_a_mistake_in_a_profile_is_one_line_naming_file_and_key(tmp_path: Path, text: str, said: str) -> None:
@@ -116,6 +128,17 @@ def test_signals_are_blocked_until_the_job_has_its_handlers(tmp_path: Path, monk
     assert "block-signal" not in script(tmp_path)
 
 
+def test_options_of_sbatch_without_a_value(tmp_path: Path) -> None:
+    text = (
+        "sbatch: {contiguous: true, hold: true, nice: 0, switches: 1@00:30:00}\nstages: {swa: {sbatch: {hold: false}}}"
+    )
+    profile = written(tmp_path, text)
+    first, swa = script(tmp_path, profile=profile), script(tmp_path, "swa", profile=profile)
+    for line in ("--contiguous\n", "--nice=0\n", "--switches=1@00:30:00\n"):
+        assert f"#SBATCH {line}" in first and f"#SBATCH {line}" in swa
+    assert "#SBATCH --hold\n" in first and "hold" not in swa
+
+
 def test_requeueing_can_be_given_up(tmp_path: Path) -> None:
     text = script(tmp_path, profile=Profile(requeue=False))
     assert "#SBATCH --no-requeue" in text and "#SBATCH --requeue" not in text
@@ -149,6 +172,29 @@ def test_an_array_is_one_script(tmp_path: Path) -> None:
 
 def test_the_warning_comes_at_half_time_of_a_short_job_at_the_earliest(tmp_path: Path) -> None:
     assert "--signal=USR2@60" in script(tmp_path, profile=Profile(time_min={"default": 2}))
+
+
+def test_plain_scripts_leave_out_what_the_shell_had_set_for_something_else(tmp_path: Path) -> None:
+    fake(tmp_path, "scontrol", "node1")
+    foreign = {
+        "RANK": "0",
+        "MASTER_PORT": "1",
+        "PYTHONPATH": "/foreign",
+        "NCCL_DEBUG": "INFO",
+        "SLURM_MEM_PER_CPU": "9",
+    }
+    shell = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "SLURM_JOB_NODELIST": "node1",
+        "SLURM_MEM_PER_NODE": "5",
+        "HOME": "/h",
+    }
+    program = ["bash", "-c", '. slurm/env.sh; env; echo "${srun[@]}"']
+    shown = subprocess.run(program, cwd=ROOT, env=shell | foreign, capture_output=True, text=True, check=True).stdout
+    lines = shown.splitlines()
+    assert not [line for line in lines if line.split("=")[0] in foreign.keys() - {"PYTHONPATH"}]
+    assert {f"PYTHONPATH={ROOT}", "MASTER_ADDR=node1", "HOME=/h", "SLURM_MEM_PER_NODE=5"} <= set(lines)
+    assert "--export=ALL" in lines[-1]
 
 
 @pytest.mark.parametrize(

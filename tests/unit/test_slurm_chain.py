@@ -12,8 +12,10 @@ import pytest
 from launch.backends import follow
 from launch.backends.slurm_job import Job
 from launch.monitor.display import Display
+from launch.planning.plan import Plan
 from launch.planning.recipe import ROOT
 from launch.state import codecopy
+from launch.state import slurm_client as slurm
 from launch.state.ledger import Entry, Ledger
 from launch.submit import main
 from pneumo_dist import config as configuration
@@ -23,7 +25,7 @@ from tests.unit.test_submit import finished, make
 
 SMALL = ["phantom.films=9", "model.pretrained=none"]
 TOOLS = {
-    "scontrol": "echo 'Slurmctld(primary) at head is UP'",
+    "scontrol": "echo 'Slurmctld(primary) at head is UP'; echo 'MaxArraySize            = 1001'",
     "sinfo": "echo 'batch*|3|8|32000|(null)|2:00:00'",
     "squeue": "cat {folder}/queue 2>/dev/null; true",
     "scancel": 'echo "$@" >> {folder}/cancelled',
@@ -31,6 +33,7 @@ TOOLS = {
     "sbatch": """
 n=$(($(cat {folder}/count 2>/dev/null || echo 0) + 1)); echo $n > {folder}/count
 if [ $n -ge $(cat {folder}/refuse 2>/dev/null || echo 999) ]; then
+    [ -f {folder}/limit ] && echo 'sbatch: error: AssocMaxSubmitJobLimit' >&2
     echo 'sbatch: error: Batch job submission failed: Invalid qos specification' >&2; exit 1
 fi
 if [ -f {folder}/then ]; then . {folder}/then; fi
@@ -45,7 +48,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "tools"
     folder.mkdir()
     for name, text in TOOLS.items():
-        (folder / name).write_text("#!/bin/sh\n" + text.format(folder=folder) + "\n")
+        (folder / name).write_text(f"#!/bin/sh\nenv > {folder}/{name}.env\n" + text.format(folder=folder) + "\n")
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
@@ -126,6 +129,73 @@ def test_a_stage_waits_for_a_live_one_of_its_run(
     )
 
 
+FILTERS = {f"{tool}_PARTITION": "none" for tool in ("SQUEUE", "SINFO", "SACCT", "SCANCEL")}
+LEFT_BEHIND = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "PNEUMO_STORE": "x"}
+MEANT = {"SBATCH_PARTITION": "low", "SLURM_MEM_PER_CPU": "9", "NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "3"}
+
+
+def test_only_listed_variables_reach_slurms_commands_and_the_jobs(
+    tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.yaml").write_text("setup: [cd $SCRATCH]\nenv: {NCCL_DEBUG: WARN, PYTHONPATH: /ours}")
+    foreign = FILTERS | LEFT_BEHIND | MEANT | {"SCRATCH": "/s", "TOKEN": "secret", "LD_LIBRARY_PATH": "/foreign"}
+    for name, value in (foreign | {"SLURM_CONF": "/etc/ours.conf"}).items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    words = ("--stage", "preprocess", "--nodes", "2", "--profile", str(tmp_path / "p.yaml"))
+    assert submit(tmp_path, *words) == 0
+    assert dict(os.environ) == before
+    slurm.cancel(["1"])
+    slurm.queued(["1"])
+    for command in TOOLS:
+        seen = dict(line.partition("=")[::2] for line in (tools / f"{command}.env").read_text().splitlines())
+        assert not seen.keys() & foreign.keys(), command
+        assert seen["SLURM_CONF"] == "/etc/ours.conf" and seen["HOME"] == os.environ["HOME"], command
+    (note,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("note: of this shell")]
+    named = {"LD_LIBRARY_PATH", "MASTER_ADDR", "OMP_NUM_THREADS", "RANK", "SBATCH_PARTITION", "SCRATCH", "WORLD_SIZE"}
+    assert f"of this shell, {', '.join(sorted(named | {'SLURM_MEM_PER_CPU'}))} will not reach the jobs" in note
+    text = script(tmp_path / "a", 1)
+    assert text.index("export PYTHONPATH=/ours") < text.index("/code/"), "the copy of the code comes first"
+    assert "--export=ALL" in text.split("srun ")[1] and "#SBATCH --propagate=NONE" in text
+    # Inside a job, SLURM_* are that job's and no setting of the user.
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert submit(tmp_path, *words, "--dry-run") == 0
+    assert f"# note: of this shell, {', '.join(sorted(named))} will" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_limit_on_submitted_jobs_lets_the_command_continue(
+    wait: bool, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tools / "refuse").write_text("5")
+    (tools / "limit").touch()
+    words = ("--stage", "all", "--folds", "0,1")
+    if wait:
+
+        def ended(plan: Plan, submitted: dict[str, str]) -> int:
+            for node in plan.todo:
+                finished(plan, node.stage, node.fold)
+            (tools / "refuse").unlink(missing_ok=True)
+            return 0
+
+        monkeypatch.setattr(follow, "follow", ended)
+        assert submit(tmp_path, *words, "--wait") == 0
+    else:
+        assert submit(tmp_path, *words) == 1
+        said = capfd.readouterr().out
+        assert "(AssocMaxSubmitJobLimit): 4 of 14 are submitted. Repeat the command" in said
+        rows = [f"{e.job_id}|{e.name}|PENDING|None|" for e in Ledger(RunFolder(tmp_path / "a")).entries()]
+        (tools / "queue").write_text(squeue(*rows) + "\n")
+        assert submit(tmp_path, *words) == 2 and "repeat the command when" in capfd.readouterr().err
+        (tools / "refuse").unlink()
+        assert submit(tmp_path, *words, "stage1.epochs=7") == 2 and "already queued" in capfd.readouterr().err
+        assert submit(tmp_path, *words) == 0
+    entries = {entry.key: entry for entry in Ledger(RunFolder(tmp_path / "a")).entries()}
+    assert len(entries) == 14 and entries["stage1-fold0"].job_id == "4" and not (tools / "cancelled").exists()
+    assert entries["stage2-fold0"].after == ([] if wait else ["afterok:4"])
+    assert entries["stage2-fold1"].after == [f"afterok:{entries['stage1-fold1'].job_id}"]
+
+
 def test_after_stands_for_what_is_missing(tools: Path, tmp_path: Path) -> None:
     assert submit(tmp_path, "--stage", "2", "--after", "70,71") == 0
     assert "--dependency=afterok:70:71\n" in script(tmp_path / "a", 1)
@@ -139,6 +209,7 @@ def test_after_stands_for_what_is_missing(tools: Path, tmp_path: Path) -> None:
         ([], "cpus_per_task: 9", "9 CPUs"),
         (["--gpus-per-node", "4"], "cpus_per_task: 3", "12 CPUs for stage 1"),
         ([], "gpus_per_node: 4\ncpus_per_task: 3", "12 CPUs for stage 1"),
+        (["--nodes", "2000", "--stage", "preprocess"], "", "arrays of at most 1001 tasks (MaxArraySize)"),
     ],
 )
 def test_what_would_wait_for_ever_is_refused(

@@ -321,6 +321,8 @@ def test_dry_run_warns_of_what_is_missing_and_exits_0(tmp_path: Path) -> None:
         ("--stage 1 trian.seed=1", "did you mean train.seed?"),
         ("--stage 1 stage1.epochs=many", "stage1.epochs=many"),
         ("--stage 1 --config none.yaml", "none.yaml"),
+        ("--stage 1 infer.label=${oc.env:HOME}", "infer.label: ${...} is not replaced here"),
+        ("--stage 1 --config {secret}", "secret.yaml: data.stage_dir: ${...} is not replaced here"),
         ("--stage 1 --profile nowhere", "--profile nowhere"),
         ("--stage 2 --run a", "stage 2 needs preprocess"),
         ("--stage preprocess --run a", "no films: give data.dicom_dir"),
@@ -348,9 +350,11 @@ def test_what_can_be_known_beforehand_is_one_line_and_exit_2(
     (tmp_path / "films" / "a.png").write_bytes(b"x")
     (tmp_path / "ok.csv").write_text("ImageId,EncodedPixels\na,-1\n")
     (tmp_path / "no.csv").write_text("this is\nno list\n")
-    filled = words.format(
-        empty=tmp_path / "empty", films=tmp_path / "films", csv=tmp_path / "ok.csv", no_csv=tmp_path / "no.csv"
-    )
+    (tmp_path / "secret.yaml").write_text("data: {stage_dir: '${oc.env:HOME}'}")
+    files = {"{empty}": "empty", "{films}": "films", "{csv}": "ok.csv", "{no_csv}": "no.csv", "{secret}": "secret.yaml"}
+    filled = words
+    for place, name in files.items():
+        filled = filled.replace(place, str(tmp_path / name))
     # No SLURM on this PATH, whatever the machine has.
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -369,6 +373,14 @@ def test_a_run_root_that_is_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[
     (tmp_path / "r").write_text("")
     status, _, errors = submit_in_process(capfd, "--stage", "1", "--cluster", "local", f"run_root={tmp_path}/r")
     assert status == 2 and "is a file" in errors and "run_root" in errors
+
+
+def test_other_packages_and_settings_of_python_in_the_shell_do_not_act(tmp_path: Path) -> None:
+    (tmp_path / "omegaconf.py").write_text("raise RuntimeError('another omegaconf')")
+    shell = {"PYTHONPATH": str(tmp_path), "PYTHONHOME": sys.base_prefix, "PYTHONOPTIMIZE": "2", "PYTHONINSPECT": "1"}
+    shown = submit("--stage", "1", "--dry-run", "--run", "a", f"run_root={tmp_path}/r", **shell, LC_ALL="C")
+    assert shown.returncode == 0, shown.stderr
+    assert "note: of this shell, PYTHONHOME, PYTHONINSPECT, PYTHONOPTIMIZE, PYTHONPATH will not reach" in shown.stdout
 
 
 def test_a_python_without_the_packages_says_how_to_get_them(tmp_path: Path) -> None:

@@ -184,9 +184,17 @@ def test_array_tasks_are_independent_parts(tmp_path: Path) -> None:
     assert {w.environ["WORLD_SIZE"] for w in group} == {"1"}
 
 
-def test_a_thread_setting_of_the_user_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+def test_workers_get_listed_variables_and_the_profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": "1", "HOME": "/home/me"}
+    foreign = {"PYTHONPATH": "/foreign", "MASTER_ADDR": "x", "NCCL_DEBUG": "INFO", "TORCH_LOGS": "all", "RANK": "7"}
+    for name, value in (listed | foreign).items():
+        monkeypatch.setenv(name, value)
+    profile = {"NCCL_P2P_DISABLE": "1", "GLOO_SOCKET_IFNAME": "ib0"}
     group = job_workers(
-        key="swa", stage="swa", fold=0, kind="ranks", count=2, run=RunFolder(tmp_path), code=ROOT, store=tmp_path / "s"
-    )
-    assert group[0].environ["OMP_NUM_THREADS"] == "3"
+        key="swa", stage="swa", fold=0, kind="ranks", count=2, run=RunFolder(tmp_path), code=ROOT, store=tmp_path / "s",
+        profile_env=profile,
+    )  # fmt: skip
+    expected = listed | {"PYTHONPATH": str(ROOT), "NCCL_P2P_DISABLE": "1", "GLOO_SOCKET_IFNAME": "lo", "RANK": "1"}
+    environ = group[1].environ
+    assert {name: environ.get(name) for name in expected} == expected
+    assert not environ.keys() & (foreign.keys() - expected.keys())
