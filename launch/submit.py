@@ -19,7 +19,7 @@ from launch import bootstrap
 def main(arguments: list[str] | None = None) -> int:
     """Carry out the command line and return the exit status.
 
-    0 done or submitted, 1 a job failed, 2 a mistake to correct, 130 or 143 stopped by a signal.
+    0 done or submitted, 1 a job failed or could not be submitted, 2 a mistake to correct, 130 or 143 a signal.
     """
     if sys.version_info < bootstrap.OLDEST:  # older Pythons cannot import the modules below
         bootstrap.ensure()

@@ -26,7 +26,8 @@ examples:
   python launch/submit.py --stage 1 --nodes 4 --gpus-per-node 4 --run chest --dry-run
       print the sbatch scripts, write nothing
 
-exit status: 0 done or submitted, 1 a job failed, 2 the request must be corrected, 130 Ctrl-C (state is saved)
+exit status: 0 done or submitted, 1 a job failed or could not be submitted, 2 the request must be corrected,
+130 Ctrl-C (state is saved)
 All configuration keys with default and meaning: python -m pneumo_dist.config; recipes: configs/*.yaml
 """
 

@@ -95,7 +95,8 @@ class Daemons:
 
     def environment(self) -> dict[str, str]:
         """Return the daemons' environment: the caller's, without the variables of another cluster."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "MYSQL_"))}
+        foreign = ("SLURM_", "SBATCH_", "SINFO_", "MYSQL_")
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         return kept | {"SLURM_CONF": str(self.folder / "slurm.conf"), MARK: str(self.folder)}
 
     def spawn(self, name: str, *command: str | Path, **extra: str) -> Process:

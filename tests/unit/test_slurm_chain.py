@@ -14,7 +14,7 @@ from launch.backends.slurm_job import Job
 from launch.monitor.display import Display
 from launch.planning.plan import Plan
 from launch.planning.recipe import ROOT
-from launch.state import codecopy
+from launch.state import codecopy, environment
 from launch.state import slurm_client as slurm
 from launch.state.ledger import Entry, Ledger
 from launch.submit import main
@@ -141,6 +141,9 @@ def test_only_listed_variables_reach_slurms_commands_and_the_jobs(
     foreign = FILTERS | LEFT_BEHIND | MEANT | {"SCRATCH": "/s", "TOKEN": "secret", "LD_LIBRARY_PATH": "/foreign"}
     for name, value in (foreign | {"SLURM_CONF": "/etc/ours.conf"}).items():
         monkeypatch.setenv(name, value)
+    listed = {name.lower() if "PROXY" in name else name for name in environment.PASSED + environment.LOCAL}
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{name}`" in readme for name in listed if not name.startswith("BASH_FUNC"))
     before = dict(os.environ)
     words = ("--stage", "preprocess", "--nodes", "2", "--profile", str(tmp_path / "p.yaml"))
     assert submit(tmp_path, *words) == 0
