@@ -29,8 +29,8 @@ def run_local_chain(plan: Plan, site: Site) -> int:
         ConfigError: another process already runs one of the jobs.
     """
     run = plan.run
-    if site.environment_note:
-        print(site.environment_note, flush=True)
+    if note := site.environment_note:
+        print(note, flush=True)
     if "LD_LIBRARY_PATH" in os.environ:
         print("note: the libraries in LD_LIBRARY_PATH of this shell come before those of PyTorch", flush=True)
     locks: list[Lock] = []

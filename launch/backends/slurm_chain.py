@@ -67,8 +67,8 @@ def render(plan: Plan, site: Site) -> Iterator[str]:
         title = plan.title(node.stage, node.fold)
         state = "" if node.key in todo else "; already done, not submitted"
         yield f"# ---- {title} ({spec.shape}{state})\n{script(spec)}"
-    if site.environment_note:
-        yield f"# {site.environment_note}"
+    if note := site.environment_note:
+        yield f"# {note}"
     if not blocks_signals():
         yield (
             "# note: `env` on this machine cannot block signals (it needs coreutils 8.31): "
@@ -89,8 +89,8 @@ def submit_chain(plan: Plan, site: Site) -> int:
     whole = plan
     plan, job_ids = _live_jobs(plan, ledger)
     checks.refuse(plan, site)
-    if site.environment_note:
-        print(site.environment_note, flush=True)
+    if note := site.environment_note:
+        print(note, flush=True)
     for line in estimates(plan, site):
         print(f"note: {line}", flush=True)
     try:
@@ -158,7 +158,7 @@ def _live_jobs(plan: Plan, ledger: Ledger) -> tuple[Plan, JobIds]:
         elif not plan.request.after:
             raise ConfigError(missing_line(plan, node, job))
     queued = [node for node in plan.todo if node.key in live and _continues(plan, node)]
-    if len(queued) < len(plan.todo):  # else there is nothing to submit: one writer
+    if len(queued) < len(plan.todo):  # else there is nothing to submit, and refuse_live says so
         job_ids |= {(node.stage, node.fold): live[node.key] for node in queued}
         plan = dataclasses.replace(plan, todo=tuple(node for node in plan.todo if node not in queued))
     for job, job_id in job_ids.items():

@@ -37,6 +37,7 @@ def passed(local: bool = False) -> dict[str, str]:
 
 def left_out(local: bool = False) -> set[str]:
     """Return the names of variables that do not reach the jobs although a user may have set them for these."""
-    of_a_job = ("SLURM_", "SRUN_") if "SLURM_JOB_ID" in os.environ else ()  # submit.py itself runs in a job
-    names = {name for name in os.environ if _MEANT.match(name) and not name.startswith(of_a_job)}
+    # Inside a job, SLURM_* are that job's own; no job of this machine reads any of them.
+    other = ("SLURM_", "SRUN_", "SBATCH_") if local else ("SLURM_", "SRUN_") if "SLURM_JOB_ID" in os.environ else ()
+    names = {name for name in os.environ if _MEANT.match(name) and not name.startswith(other)}
     return (names | set(bootstrap.taken_out)) - passed(local).keys()
