@@ -1,15 +1,32 @@
 #!/bin/bash
-# Make the virtual environment .venv and install requirements.txt in it, unless that is done. Installs nowhere else.
-# Run it (`bash launch/setup_env.sh`), or source it and call ensure_venv. PYTHON=... selects the interpreter.
+# Make the virtual environment .venv and install the locked packages in it, unless that is done. Installs nowhere else.
+# Run it (`bash launch/setup_env.sh`), or source it and call ensure_venv (with `tests`: the packages of the tests too).
+# PYTHON=... selects the interpreter, PNEUMO_TORCH=cpu or cuda the build of torch.
+# Without PNEUMO_TORCH: the build that .venv has, else cuda where this machine or its SLURM cluster has GPUs, else cpu.
+
+_has_gpus() {
+    [ "$(uname)" != Linux ] && return 0  # PyPI has one build for other systems
+    [ -e /proc/driver/nvidia/version ] && return 0
+    command -v sinfo >/dev/null && timeout 10 sinfo --noheader --format=%G 2>/dev/null | grep -q gpu
+}
+
+_installed_torch() {
+    case $("$1" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null) in
+        *+cpu) echo cpu ;;
+        ?*) echo cuda ;;
+    esac
+}
+
+# Install the packages of lock file $1: each with its hash, from a wheel (a source archive fetches build tools without).
+_install() {
+    "$python" -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes -r "$@"
+}
 
 ensure_venv() {
-    local root python candidate wanted stamp
+    local root python candidate locks installed build name done options
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-    wanted=$(sha256sum "$root/requirements.txt" | cut -d' ' -f1)
-    stamp=$root/.venv/requirements.sha256
-    if [ -x "$root/.venv/bin/python" ] && "$root/.venv/bin/python" -c '' 2>/dev/null; then
-        [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return 0
-    else
+    locks=$root/launch/locks
+    if ! "$root/.venv/bin/python" -c '' 2>/dev/null; then
         python=
         for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
             if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$candidate; break; fi
@@ -25,14 +42,32 @@ ensure_venv() {
             return 2
         fi
     fi
-    echo "installing requirements.txt into .venv (once; takes minutes)"
-    if ! "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt"; then
-        echo "error: pip could not install requirements.txt (see above): correct the cause and run this again" >&2
+    python=$root/.venv/bin/python
+    installed=$(_installed_torch "$python")
+    build=${PNEUMO_TORCH:-${installed:-$(_has_gpus && echo cuda || echo cpu)}}
+    if [ ! -f "$locks/torch-$build.txt" ]; then
+        echo "error: PNEUMO_TORCH=$build is not a build of torch: use cpu or cuda" >&2
         return 2
     fi
-    echo "$wanted" >"$stamp"
+    mkdir -p "$root/.venv/locks"
+    for name in "torch-$build" common "$@"; do
+        done=$root/.venv/locks/${name%%-*}.txt
+        cmp -s "$locks/$name.txt" "$done" && continue
+        echo "installing launch/locks/$name.txt into .venv (once; may take minutes)"
+        options=
+        case $name in
+            torch-cpu) options="--extra-index-url https://download.pytorch.org/whl/cpu" ;;
+            # pip takes an installed CPU build for it: they have the same version.
+            torch-cuda) [ "$installed" = cpu ] && options=--force-reinstall ;;
+        esac
+        if ! _install "$locks/$name.txt" $options; then
+            echo "error: pip could not install launch/locks/$name.txt (see above): correct the cause and run this again" >&2
+            return 2
+        fi
+        cp "$locks/$name.txt" "$done"
+    done
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
-    ensure_venv
+    ensure_venv "$@"
 fi

@@ -17,12 +17,7 @@ if [ "${1-}" = --quick ]; then
 fi
 
 . launch/setup_env.sh
-ensure_venv
-marker=.venv/tests-installed
-if ! cmp -s tests/requirements.txt "$marker"; then
-    .venv/bin/python -m pip install --quiet -r tests/requirements.txt
-    cp tests/requirements.txt "$marker"
-fi
+ensure_venv tests
 
 if [ -z "$quick" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     log=$(mktemp)

@@ -26,12 +26,11 @@ def checkout(tmp_path):
     """Return a checkout with tests/run.sh, whose programs in .venv only note how they are called."""
     for name in (
         "tests/run.sh",
-        "tests/requirements.txt",
-        "requirements.txt",
+        *(f"launch/locks/{lock}.txt" for lock in ("common", "tests", "torch-cpu", "torch-cuda")),
         "launch/setup_env.sh",
         ".pre-commit-config.yaml",
     ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     for name in ("python", "ruff", "mypy"):
         _program(
