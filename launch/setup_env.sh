@@ -1,7 +1,7 @@
 #!/bin/bash
 # Make the virtual environment .venv and install the locked packages in it, unless that is done. Installs nowhere else.
 # Run it (`bash launch/setup_env.sh`), or source it and call ensure_venv (with `tests`: the packages of the tests too).
-# PYTHON=... selects the interpreter, PNEUMO_TORCH=cpu or cuda the build of torch.
+# PYTHON=... selects the interpreter (the locks have wheels for 3.11 to 3.13), PNEUMO_TORCH=cpu or cuda the build of torch.
 # Without PNEUMO_TORCH: the build that .venv has, else cuda where this machine or its SLURM cluster has GPUs, else cpu.
 
 _has_gpus() {
@@ -29,10 +29,10 @@ ensure_venv() {
     if ! "$root/.venv/bin/python" -c '' 2>/dev/null; then
         python=
         for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
-            if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$candidate; break; fi
+            if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then python=$candidate; break; fi
         done
         if [ -z "$python" ]; then
-            echo "error: Python 3.11 or newer is required (python3 is $(python3 --version 2>&1)): install it, or name one with PYTHON=..." >&2
+            echo "error: Python 3.11, 3.12 or 3.13 is required (python3 is $(python3 --version 2>&1)): install it, or name one with PYTHON=..." >&2
             return 2
         fi
         echo "making .venv with $("$python" --version)"

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Write the lock files anew from requirements.txt and tests/requirements.txt: every package that they bring, with the
-# hashes of its files, for Python 3.11 and later. Arguments go to uv: --upgrade, or --upgrade-package NAME; without any,
-# only what the two files ask for changes. Needs what tests/run.sh installs, PyPI, and PyTorch's index of CPU builds.
+# hashes of its files. Arguments go to uv: --upgrade, or --upgrade-package NAME; without any, only what the two files
+# ask for changes. Needs what tests/run.sh installs, PyPI, and PyTorch's index of CPU builds.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 locks=launch/locks

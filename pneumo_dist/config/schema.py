@@ -8,21 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, get_type_hints
 
+from pneumo_dist.config import sections
 from pneumo_dist.config.rules import ConfigError, one_of, require
-from pneumo_dist.config.sections import (
-    TRAIN_STAGES,
-    Augment,
-    Data,
-    Evaluate,
-    Infer,
-    Loss,
-    Model,
-    Phantom,
-    Swa,
-    Train,
-    TrainStage,
-    key,
-)
+from pneumo_dist.config.sections import TRAIN_STAGES, TrainStage, key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +21,17 @@ class Config:
         ["1", "2", "swa"], "training stages in order, of 1, 2 and swa; all other stages always exist"
     )
     run_root: str = key("runs", "directory of the run directories")
-    phantom: Phantom = field(default_factory=Phantom)
-    data: Data = field(default_factory=Data)
-    augment: Augment = field(default_factory=Augment)
-    model: Model = field(default_factory=Model)
-    loss: Loss = field(default_factory=Loss)
+    phantom: sections.Phantom = field(default_factory=sections.Phantom)
+    data: sections.Data = field(default_factory=sections.Data)
+    augment: sections.Augment = field(default_factory=sections.Augment)
+    model: sections.Model = field(default_factory=sections.Model)
+    loss: sections.Loss = field(default_factory=sections.Loss)
     stage1: TrainStage = field(default_factory=TrainStage)
     stage2: TrainStage = field(default_factory=lambda: TrainStage(size=512, epochs=70, batch_size=16))
-    swa: Swa = field(default_factory=Swa)
-    train: Train = field(default_factory=Train)
-    evaluate: Evaluate = field(default_factory=Evaluate)
-    infer: Infer = field(default_factory=Infer)
+    swa: sections.Swa = field(default_factory=sections.Swa)
+    train: sections.Train = field(default_factory=sections.Train)
+    evaluate: sections.Evaluate = field(default_factory=sections.Evaluate)
+    infer: sections.Infer = field(default_factory=sections.Infer)
 
     def __post_init__(self) -> None:
         known = (*TRAIN_STAGES, "swa")

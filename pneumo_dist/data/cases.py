@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from pneumo_dist.config import ConfigError
 from pneumo_dist.data.lists import FIELD_BYTES
-from pneumo_dist.runtime.files import write_text
+from pneumo_dist.runtime.files import write_csv
 
 HOLDOUT = -1  # the fold of films kept for a final evaluation
 
@@ -35,14 +34,8 @@ class Case:
 
 def write_cases(shard_dir: Path, cases: Iterable[Case]) -> Path:
     """Write cases.csv, sorted by id, atomically; return its path."""
-    text = io.StringIO()
-    names = [item.name for item in fields(Case)]
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(names)
-    for case in sorted(cases, key=lambda case: case.id):
-        table.writerow([getattr(case, name) for name in names])
-    path = Path(shard_dir) / "cases.csv"
-    write_text(path, text.getvalue())
+    path, names = Path(shard_dir) / "cases.csv", [item.name for item in fields(Case)]
+    write_csv(path, [names, *(astuple(case) for case in sorted(cases, key=lambda case: case.id))])
     return path
 
 

@@ -5,7 +5,6 @@ Every file states that it is synthetic. The same (films, size, seed) gives the s
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 
 from pneumo_dist.config import ConfigError
 from pneumo_dist.data.films.rle import encode_rle
-from pneumo_dist.runtime.files import write_bytes, write_text
+from pneumo_dist.runtime.files import write_bytes, write_csv
 from pneumo_dist.runtime.task import Task
 
 NOTICE = "SYNTHETIC PHANTOM FILM - NOT A PATIENT - FOR SOFTWARE TESTS ONLY"
@@ -227,10 +226,8 @@ def make_phantom(folder: Path, films: int, size: int, seed: int = 0) -> dict[str
         ("train-rle.csv", ("ImageId", " EncodedPixels"), table),
         ("patients.csv", ("ImageId", "PatientKey"), patients),
     ):
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([header, *sorted(rows)])
         lists[name] = folder / name
-        write_text(folder / name, text.getvalue())
+        write_csv(folder / name, [header, *sorted(rows)])
     return lists
 
 

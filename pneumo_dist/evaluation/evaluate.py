@@ -6,8 +6,6 @@ Scores with thresholds tuned on the scored films are labelled optimistic.
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -27,13 +25,14 @@ from pneumo_dist.evaluation.report import Evaluation, write_report
 from pneumo_dist.model.modelfile import load_model, portable, save_model
 from pneumo_dist.prediction.forward import Predictor, predict_records
 from pneumo_dist.runtime import history
-from pneumo_dist.runtime.files import sha256_file, write_json, write_text
+from pneumo_dist.runtime.files import sha256_file, write_csv, write_json, write_text
 from pneumo_dist.runtime.processes import cores
 from pneumo_dist.runtime.runlog import RunLog
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.runtime.task import Task
 from pneumo_dist.scoring import scorecard
-from pneumo_dist.scoring.metrics import Records, record_thresholds, summary
+from pneumo_dist.scoring.metrics import summary
+from pneumo_dist.scoring.records import Records, record_thresholds
 
 log = logging.getLogger(__name__)
 
@@ -217,11 +216,8 @@ def _write(task: Task, evaluation: Evaluation) -> dict[str, Path]:
     records.save(files["records"])
     write_json(files["scores"], evaluation.result)
     write_json(files["thresholds"], scorecard.threshold_table(tuned, settings))
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(scorecard.FILM_COLUMNS)
-    table.writerows(scorecard.film_rows(records, tuned, settings.threshold))
-    write_text(files["films"], text.getvalue())
+    films = scorecard.film_table(records, tuned, settings.threshold)
+    write_csv(files["films"], [films, *zip(*films.values(), strict=True)])
     summary_text = scorecard.summary_text(evaluation.result, evaluation.title)
     write_text(files["summary"], summary_text)
     worst = write_report(task.out, evaluation, task.config)

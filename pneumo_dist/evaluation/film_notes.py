@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pneumo_dist.data.cases import Case
 from pneumo_dist.data.films.rle import encode_rle
 from pneumo_dist.runtime.files import read_json, write_json
-from pneumo_dist.scoring.metrics import apply_triplet
+from pneumo_dist.scoring.records import apply_triplet
 from pneumo_dist.scoring.scorecard import fixed
 from pneumo_dist.scoring.submission_csv import read_rows, write_submission
 

@@ -21,10 +21,10 @@ from pneumo_dist.data.shards import ShardReader
 from pneumo_dist.reports import page, pictures, plots
 from pneumo_dist.runtime.files import write_bytes, write_text
 from pneumo_dist.scoring import scorecard
-from pneumo_dist.scoring.metrics import Records, decide, dice
+from pneumo_dist.scoring.metrics import decide, dice
+from pneumo_dist.scoring.records import Records
 
 GALLERY_FILMS = 12
-SCORES = ("dice", "dice_positive", "iou_positive", "sensitivity", "specificity", "auc")
 SUBGROUP_HEADS = ("", "films", "positive", "Dice", "Dice on positives", "sensitivity", "specificity")
 SCORE_HEADS = ("", "Dice", "Dice on positives", "IoU on positives", "sensitivity", "specificity", "AUC")
 
@@ -127,7 +127,10 @@ def _heading(title: str, result: Mapping[str, Any], threshold: float) -> str:
 def _tables(result: Mapping[str, Any], threshold: float) -> str:
     html = "<h2>Scores</h2>" + page.table(SCORE_HEADS, _score_rows(result))
     if result.get("weights_side_by_side"):
-        rows = [("", [name, *(entry[key] for key in SCORES)]) for name, entry in result["weights_side_by_side"].items()]
+        rows = [
+            ("", [name, *(entry[key] for key in scorecard.SIDE_BY_SIDE)])
+            for name, entry in result["weights_side_by_side"].items()
+        ]
         html += f"<h2>Comparison of weights at {threshold:g}</h2>" + page.table(SCORE_HEADS, rows)
     if result.get("holdout"):
         holdout = result["holdout"]
@@ -175,9 +178,9 @@ def _gallery(
 
 
 def _with_interval(label: str, entry: Mapping[str, Any], style: str = "") -> list[tuple[str, list[Any]]]:
-    rows: list[tuple[str, list[Any]]] = [(style, [label, *(entry[key] for key in SCORES)])]
+    rows: list[tuple[str, list[Any]]] = [(style, [label, *(entry[key] for key in scorecard.SIDE_BY_SIDE)])]
     if entry["intervals"]:
-        spans = (entry["intervals"].get(key) for key in SCORES)
+        spans = (entry["intervals"].get(key) for key in scorecard.SIDE_BY_SIDE)
         cells = ["-" if span is None else f"{span[0]:.3f}-{span[1]:.3f}" for span in spans]
         rows.append(("interval", ["95 % by patient", *cells]))
     return rows

@@ -60,30 +60,19 @@ class SegJob:
     created: int  # epoch seconds: the content date
 
 
-def write_seg(job: SegJob) -> tuple[int, str]:
-    """Write one Segmentation and return (bytes, sha256) of the file.
-
-    Raises:
-        SegError: the film is not a DICOM file, or its header lacks an attribute that a reference needs.
-    """
-    mask = np.unpackbits(np.frombuffer(job.packed, np.uint8), count=job.rows * job.columns).reshape(
-        job.rows, job.columns
-    )
-    data = seg_bytes(Path(job.source), mask.astype(bool), job)
-    Path(job.target).write_bytes(data)
-    return len(data), hashlib.sha256(data).hexdigest()
-
-
 def try_write_seg(job: SegJob) -> tuple[int, str] | str:
-    """Write one Segmentation; return the reason, without header text, if it is not possible."""
+    """Write one Segmentation and return (bytes, sha256) of the file, or the reason, without header text, for none."""
+    mask = np.unpackbits(np.frombuffer(job.packed, np.uint8), count=job.rows * job.columns)
     try:
-        return write_seg(job)
+        data = seg_bytes(Path(job.source), mask.reshape(job.rows, job.columns).astype(bool), job)
     except SegError as error:
         return str(error)
     except OSError:
         raise  # a full disk concerns all films, not this one
     except Exception as error:  # the type only: highdicom quotes header values in its messages
         return f"not possible ({type(error).__name__})"
+    Path(job.target).write_bytes(data)
+    return len(data), hashlib.sha256(data).hexdigest()
 
 
 def seg_bytes(source: Path, mask: NDArray[np.bool_], job: SegJob) -> bytes:
@@ -95,7 +84,7 @@ def seg_bytes(source: Path, mask: NDArray[np.bool_], job: SegJob) -> bytes:
     either, since resampled films may carry the spacing of the original matrix.
 
     Raises:
-        SegError: as `write_seg`.
+        SegError: the film is not a DICOM file, or its header lacks an attribute that a reference needs.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they quote patient names

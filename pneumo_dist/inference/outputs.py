@@ -22,20 +22,7 @@ from pneumo_dist.inference.reading import THUMB_PX, ReadFilm, fit
 from pneumo_dist.reports import pictures
 from pneumo_dist.runtime.files import write_text
 from pneumo_dist.scoring.records import Triplet, apply_triplet, film_score
-from pneumo_dist.scoring.submission_csv import (
-    IGNORED,
-    OK,
-    UNREADABLE,
-    problems_of,
-    score_submission,
-    validate_submission,
-    write_submission,
-)
-
-__all__ = [
-    "FOLDERS", "IGNORED", "OK", "UNREADABLE", "FilmWriter", "csv_text", "problems_of", "score_submission",
-    "unreadable_row", "validate_submission", "write_predictions", "write_submission",
-]  # fmt: skip
+from pneumo_dist.scoring.submission_csv import OK, UNREADABLE
 
 # Output -> its folder. Thumbnails belong to the worklist and are always written.
 FOLDERS = {"masks": "masks", "overlays": "overlays", "dicomseg": "seg", "probs": "probs"}

@@ -21,7 +21,7 @@ from torch import Tensor
 from pneumo_dist.data.films import codecs, grey
 from pneumo_dist.inference.dicomseg import SegJob, try_write_seg
 from pneumo_dist.inference.film_plan import FilmPlan, PlannedFilm, signature
-from pneumo_dist.inference.outputs import IGNORED, UNREADABLE, FilmWriter, Row, Segment, unreadable_row
+from pneumo_dist.inference.outputs import FilmWriter, Row, Segment, unreadable_row
 from pneumo_dist.inference.parts import begin_part, finish_part, part_folder, read_part
 from pneumo_dist.inference.reading import PICTURE_PX, THUMB_PX, ReadFilm, ReadJob, read_ahead, start_readers
 from pneumo_dist.prediction.ensemble import Ensemble, load_ensemble
@@ -35,6 +35,7 @@ from pneumo_dist.runtime.processes import Answer, Pool, cores
 from pneumo_dist.runtime.runlog import progress_bar
 from pneumo_dist.runtime.task import Task
 from pneumo_dist.scoring.records import Triplet
+from pneumo_dist.scoring.submission_csv import IGNORED, UNREADABLE
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,7 @@ from pneumo_dist.model.unet import ResNet34UNet
 from pneumo_dist.runtime.files import atomic_path
 
 FORMAT = "pneumo_dist.model/1"
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel and AveragedModel; torch.compile
-
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")  # DDP and AveragedModel, torch.compile, Lightning modules
 
 # Paths and process counts belong to a machine, not to the model.
 _OF_THE_MACHINE = (
@@ -37,6 +36,13 @@ def portable(config: Config) -> dict[str, Any]:
     return {key: value for key, value in flatten(config).items() if not key.startswith(_OF_THE_MACHINE)}
 
 
+def unwrapped(key: str) -> str:
+    """Return the key of a weight without the prefixes that modules around the network add."""
+    while key.startswith(_WRAPPERS):
+        key = key.partition(".")[2]
+    return key
+
+
 def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state of the network as float32 copies on the CPU, without wrapper prefixes and averaging count.
 
@@ -47,10 +53,8 @@ def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     plain: dict[str, Tensor] = {}
     for key, value in state.items():
-        while key.startswith(_WRAPPERS):
-            key = key.partition(".")[2]
-        if key != "n_averaged":
-            plain[key] = value
+        if (name := unwrapped(key)) != "n_averaged":
+            plain[name] = value
     wanted = _empty_network(plain).state_dict()
     if plain.keys() != wanted.keys():
         missing, extra = sorted(wanted.keys() - plain.keys()), sorted(plain.keys() - wanted.keys())

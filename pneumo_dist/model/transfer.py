@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pneumo_dist.config import ConfigError
+from pneumo_dist.model.modelfile import unwrapped
 from pneumo_dist.model.unet import ResNet34UNet
 
-_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")  # DDP and AveragedModel, torch.compile, Lightning modules
 # segmentation_models_pytorch names the same layers of its Unet("resnet34") differently.
 _OTHER_NAMES = (
     (re.compile(r"^decoder\.blocks\.(\d+)\.conv([12])\.0\."), r"decoder.\1.conv\2."),
@@ -33,8 +33,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         stored = stored.get(key, stored)
     state: dict[str, Tensor] = {}
     for name, value in stored.items():
-        while name.startswith(_WRAPPERS):
-            name = name.partition(".")[2]
+        name = unwrapped(name)
         for pattern, replacement in _OTHER_NAMES:
             name = pattern.sub(replacement, name)
         state[name] = value

@@ -19,7 +19,8 @@ from pneumo_dist.data.shards import ShardReader
 from pneumo_dist.reports import pictures
 from pneumo_dist.runtime.runlog import RunLog
 from pneumo_dist.scoring import scorecard
-from pneumo_dist.scoring.metrics import Records, dice
+from pneumo_dist.scoring.metrics import dice
+from pneumo_dist.scoring.records import Records
 
 PANEL_PX = 192  # longer side of each of a film's three pictures; small, because an event file holds many
 SCORES = ("dice", "dice_positive", "iou", "iou_positive", "sensitivity", "specificity", "auc", "dice_all_empty")

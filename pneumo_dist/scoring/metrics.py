@@ -12,30 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo_dist.scoring.records import (
-    REFERENCE_PX,
-    FilmRecord,
-    Records,
-    Triplet,
-    apply_triplet,
-    film_record,
-    record_thresholds,
-)
-
-__all__ = [
-    "Decisions",
-    "FilmRecord",
-    "Records",
-    "Triplet",
-    "apply_triplet",
-    "auc",
-    "decide",
-    "dice",
-    "film_record",
-    "iou",
-    "record_thresholds",
-    "summary",
-]
+from pneumo_dist.scoring.records import REFERENCE_PX, Records, Triplet
 
 Floats = NDArray[np.float64]
 

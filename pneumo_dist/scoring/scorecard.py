@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from pneumo_dist.config import Evaluate
 from pneumo_dist.scoring.alarm import collapse, no_rule
-from pneumo_dist.scoring.metrics import Decisions, Records, Triplet, decide, dice, summary
-from pneumo_dist.scoring.records import HEAD_SCORE, MASK_SCORE, PAPER_THRESHOLDS
+from pneumo_dist.scoring.metrics import Decisions, decide, dice, summary
+from pneumo_dist.scoring.records import HEAD_SCORE, MASK_SCORE, PAPER_THRESHOLDS, Records, Triplet
 from pneumo_dist.scoring.thresholds import CrossFit, candidates, cross_fit, search
 
 OPTIMISTIC = "tuned and scored on the same films: optimistic, not a result"
@@ -121,43 +121,26 @@ def side_by_side(records_by_weights: Mapping[str, Records], threshold: float) ->
     return comparison
 
 
-FILM_COLUMNS = (
-    "id",
-    "fold",
-    "group",
-    "truth_px",
-    "film_px",
-    "top_score",
-    "area_fixed_px",
-    "dice_fixed",
-    "area_cross_fitted_px",
-    "dice_cross_fitted",
-    "view",
-    "sex",
-)
-
-
-def film_rows(records: Records, tuned: Tuned, threshold: float) -> list[list[Any]]:
-    """Return one row per film in the order of FILM_COLUMNS; cross-fitted cells are empty where there is no fit."""
+def film_table(records: Records, tuned: Tuned, threshold: float) -> dict[str, list[Any]]:
+    """Return the columns of films.csv, a row per film; cross-fitted cells are empty where there is no fit."""
     area, film_dice = decide(records, fixed(threshold)).area, dice(records, fixed(threshold))
     fitted_area = fitted_dice = [""] * len(records)
     if tuned.fit is not None:
         fitted_area, fitted_dice = tuned.fit.decisions.area.tolist(), dice(records, tuned.fit.decisions).tolist()
-    columns = (
-        records.ids.tolist(),
-        records.folds.tolist(),
-        records.groups.tolist(),
-        records.truth_px.tolist(),
-        records.film_px.tolist(),
-        [float(f"{top:.8g}") for top in records.top],
-        area.tolist(),
-        film_dice.tolist(),
-        fitted_area,
-        fitted_dice,
-        records.views.tolist(),
-        records.sexes.tolist(),
-    )
-    return [list(row) for row in zip(*columns, strict=True)]
+    return {
+        "id": records.ids.tolist(),
+        "fold": records.folds.tolist(),
+        "group": records.groups.tolist(),
+        "truth_px": records.truth_px.tolist(),
+        "film_px": records.film_px.tolist(),
+        "top_score": [float(f"{top:.8g}") for top in records.top],
+        "area_fixed_px": area.tolist(),
+        "dice_fixed": film_dice.tolist(),
+        "area_cross_fitted_px": fitted_area,
+        "dice_cross_fitted": fitted_dice,
+        "view": records.views.tolist(),
+        "sex": records.sexes.tolist(),
+    }
 
 
 def headline_lines(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -6,7 +6,6 @@ NumPy and pydicom only; no file is repaired.
 from __future__ import annotations
 
 import csv
-import io
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -31,9 +30,10 @@ from pneumo_dist.data.lists import (
     read_patient_map,
     read_table,
 )
-from pneumo_dist.runtime.files import read_json, write_text
+from pneumo_dist.runtime.files import read_json, write_csv
 from pneumo_dist.runtime.processes import Pool
-from pneumo_dist.scoring.metrics import FilmRecord, Records, Triplet, summary
+from pneumo_dist.scoring.metrics import summary
+from pneumo_dist.scoring.records import FilmRecord, Records, Triplet
 
 HEADER = ["ImageId", "EncodedPixels"]
 COMPETITION_SIZE = (1024, 1024)
@@ -62,11 +62,7 @@ class Prediction:
 
 def write_submission(path: Path, rows: Iterable[tuple[str, str]]) -> None:
     """Write rows of (id, RLE) in the order given, atomically."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(HEADER)
-    table.writerows(rows)
-    write_text(path, text.getvalue())
+    write_csv(path, [HEADER, *rows])
 
 
 def read_rows(path: Path, kind: str = "submission") -> list[list[str]]:
@@ -123,11 +119,6 @@ def _rle_problem(text: str, size: tuple[int, int] | None) -> str:
     except RleError as error:
         return f": {error}"
     return "" if canonical == text else ": the runs are not in the shortest form (touching runs, or other spacing)"
-
-
-def validate_submission(path: Path, against: Path) -> list[str]:
-    """Return every problem of a submission; an empty list: it is valid. See `validation_of`."""
-    return validation_of(path, against).problems
 
 
 def validation_of(path: Path, against: Path) -> Validation:

@@ -26,7 +26,8 @@ from pneumo_dist.reports.tensorboard import SCORES, panel_shape
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.runtime.stopping import StopSignal
 from pneumo_dist.runtime.task import Task
-from pneumo_dist.scoring.metrics import Records, Triplet, apply_triplet, summary
+from pneumo_dist.scoring.metrics import summary
+from pneumo_dist.scoring.records import Records, Triplet, apply_triplet
 from pneumo_dist.training.step import Stepper
 
 

@@ -21,7 +21,7 @@ from pneumo_dist.data.shards import to_size
 from pneumo_dist.inference import infer
 from pneumo_dist.inference.film_plan import write_film_plan
 from pneumo_dist.prediction.forward import predict
-from pneumo_dist.scoring.submission_csv import read_rows, validate_submission
+from pneumo_dist.scoring.submission_csv import read_rows, validation_of
 from tests.films import task, write_model
 from tests.slurm.private import TINY, PrivateCluster, until
 
@@ -111,7 +111,7 @@ def test_killed_task_and_dead_node_leave_the_same_bytes(films, free_cluster: Pri
     assert [name for name in wanted if written[name] != wanted[name]] == []
 
     submission = run / "infer" / "it" / "submission.csv"
-    assert validate_submission(submission, films) == []
+    assert validation_of(submission, films).problems == []
     head, *rows = read_rows(run / "infer" / "it" / "predictions.csv")
     table = [dict(zip(head, row, strict=True)) for row in rows]
     bad = [row for row in table if row["status"] == "unreadable"]

@@ -8,7 +8,8 @@ import pytest
 from pneumo_dist.config import load
 from pneumo_dist.scoring import scorecard
 from pneumo_dist.scoring.alarm import collapse, no_rule
-from pneumo_dist.scoring.metrics import Records, Triplet, summary
+from pneumo_dist.scoring.metrics import summary
+from pneumo_dist.scoring.records import Records, Triplet
 from pneumo_dist.scoring.thresholds import NO_FILM
 
 N, THRESHOLDS = 40, (0.3, 0.5, 0.55)

@@ -22,7 +22,8 @@ from pneumo_dist.model.modelfile import load_model
 from pneumo_dist.runtime.files import sha256_file
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.scoring import scorecard
-from pneumo_dist.scoring.metrics import Records, Triplet, dice, summary
+from pneumo_dist.scoring.metrics import dice, summary
+from pneumo_dist.scoring.records import Records, Triplet
 from pneumo_dist.scoring.submission_csv import score_submission
 from tests.films import make_shards, task, write_model
 
@@ -229,7 +230,7 @@ def test_few_films_still_get_scores(positives):
     assert "cross_fitted" not in result["headline"]
     assert "optimistic" in scorecard.summary_text({**result, "weights_side_by_side": {}}, "few")
     json.dumps(result, allow_nan=False)
-    assert len(scorecard.film_rows(records, tuned, 0.55)) == 3
+    assert {len(column) for column in scorecard.film_table(records, tuned, 0.55).values()} == {3}
 
 
 def test_a_stop_writes_nothing(run_dir, tmp_path):

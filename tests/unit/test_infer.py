@@ -26,7 +26,7 @@ from pneumo_dist.runtime.failure import Failure
 from pneumo_dist.runtime.files import sha256_file
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.scoring.records import Triplet, apply_triplet
-from pneumo_dist.scoring.submission_csv import read_rows, score_submission, validate_submission, validation_of
+from pneumo_dist.scoring.submission_csv import read_rows, score_submission, validation_of
 from tests.film_files import streamed_bytes
 from tests.films import PATIENT, SECRET, picture, task, write_dicom, write_model
 from tests.streams import lossless_jpeg
@@ -121,7 +121,7 @@ def test_every_readable_film_is_answered_and_every_damaged_one_has_a_reason(refe
     assert damaged.keys() == DAMAGED and all(row["reason"] and not row["top_score"] for row in damaged.values())
     submission = dict(read_rows(reference / "submission.csv")[1:])
     assert submission.keys() == READABLE
-    assert validate_submission(reference / "submission.csv", films) == []
+    assert validation_of(reference / "submission.csv", films).problems == []
     assert {row["decision"] for row in rows.values()} == {"positive", "negative", ""}  # the test sees both
     assert json.loads((reference / "inference.json").read_text())["ignored_files"] == 1
 
@@ -182,10 +182,10 @@ def test_validate_accepts_a_film_without_a_row_only_if_it_is_unreadable(eight, a
     assert (result.problems, result.films, result.without_row) == ([], 8, UNREADABLE)
     rows = Path(submission).read_text().splitlines()
     Path(submission).write_text("\n".join(rows[:-1]) + "\n")
-    assert any("films have no row" in problem for problem in validate_submission(submission, eight))
+    assert any("films have no row" in problem for problem in validation_of(submission, eight).problems)
     ids = tmp_path / "sample_submission.csv"
     ids.write_text("ImageId,EncodedPixels\na,-1\nb,-1\ncut,-1\n")
-    problems = validate_submission(submission, ids)  # the competition wants a row for each
+    problems = validation_of(submission, ids).problems  # the competition wants a row for each
     assert problems[0] == "1 films have no row (first: cut)"
     assert any("infer.unreadable=negative" in problem for problem in problems) == beside
 
@@ -216,7 +216,7 @@ def test_links_out_of_the_folder_are_followed_on_request(eight, films, model, tm
     out = run(tmp_path, folder, model)
     assert "infer.follow_links=true" in dict(read_rows(out / "ignored.csv"))["linked"]
     run(tmp_path, folder, model, "infer.follow_links=true")
-    assert "twin" in rows_of(out) and validate_submission(out / "submission.csv", folder) == []
+    assert "twin" in rows_of(out) and validation_of(out / "submission.csv", folder).problems == []
 
 
 def test_every_file_is_listed_with_its_hash(reference):

@@ -14,19 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pneumo_dist.config import Evaluate
-from pneumo_dist.scoring.metrics import (
-    Decisions,
-    Records,
-    Triplet,
-    apply_triplet,
-    auc,
-    decide,
-    dice,
-    film_record,
-    iou,
-    record_thresholds,
-    summary,
-)
+from pneumo_dist.scoring.metrics import Decisions, auc, decide, dice, iou, summary
+from pneumo_dist.scoring.records import Records, Triplet, apply_triplet, film_record, record_thresholds
 
 GRID = (0.3, 0.5, 0.55, 0.8)
 TRIPLETS = [

@@ -15,8 +15,8 @@ from pneumo_dist.inference.film_plan import PlannedFilm
 from pneumo_dist.inference.outputs import FilmWriter, caption, csv_text, unreadable_row
 from pneumo_dist.inference.reading import ReadFilm, fit
 from pneumo_dist.reports import pictures
-from pneumo_dist.scoring.metrics import Triplet
-from pneumo_dist.scoring.submission_csv import score_submission, validate_submission, validation_of, write_submission
+from pneumo_dist.scoring.records import Triplet
+from pneumo_dist.scoring.submission_csv import score_submission, validation_of, write_submission
 from tests.films import picture, write_dicom
 
 GOOD = "3 2 5 1"
@@ -38,7 +38,7 @@ def folder(tmp_path):
 
 def test_a_valid_submission_has_no_problems(folder, tmp_path):
     rows = [("a", encode_rle(picture(1, 40, 30) > 128)), ("b", "-1"), ("broken", "-1")]
-    assert validate_submission(submission(tmp_path / "s.csv", rows), folder) == []
+    assert validation_of(submission(tmp_path / "s.csv", rows), folder).problems == []
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_valid_submission_has_no_problems(folder, tmp_path):
     ],
 )
 def test_what_is_wrong_with_a_submission_is_named(folder, tmp_path, rows, wanted):
-    problems = validate_submission(submission(tmp_path / "s.csv", rows), folder)
+    problems = validation_of(submission(tmp_path / "s.csv", rows), folder).problems
     assert (problems == []) if wanted is None else any(wanted in problem for problem in problems), problems
 
 
@@ -75,7 +75,7 @@ def test_the_content_of_a_film_decides_not_its_name(folder, tmp_path):
     data.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
     data.save_as(folder / "c.dcm")
     rows = [("a", "1199 1"), ("b", "999 1"), ("c", "1199 1")]
-    assert validate_submission(submission(tmp_path / "s.csv", rows), folder) == []
+    assert validation_of(submission(tmp_path / "s.csv", rows), folder).problems == []
 
 
 def test_an_object_without_an_image_is_no_film_without_a_row(folder, tmp_path):
@@ -90,23 +90,23 @@ def test_an_object_without_an_image_is_no_film_without_a_row(folder, tmp_path):
 
 def test_the_header_is_checked_and_a_missing_file_is_one_line(folder, tmp_path):
     path = submission(tmp_path / "s.csv", [], head="ImageId, EncodedPixels")
-    assert "the header is" in validate_submission(path, folder)[0]
+    assert "the header is" in validation_of(path, folder).problems[0]
     (tmp_path / "empty.csv").write_text("")
-    assert validate_submission(tmp_path / "empty.csv", folder) == ["the file is empty"]
+    assert validation_of(tmp_path / "empty.csv", folder).problems == ["the file is empty"]
     with pytest.raises(ConfigError, match="cannot read the submission"):
-        validate_submission(tmp_path / "gone.csv", folder)
+        validation_of(tmp_path / "gone.csv", folder)
 
 
 def test_against_a_sample_submission_films_are_1024(tmp_path):
     sample = submission(tmp_path / "sample.csv", [("x", " 1 2"), ("y", "-1")], head="ImageId, EncodedPixels")
     good = submission(tmp_path / "good.csv", [("x", f"{1024 * 1024 - 1} 1"), ("y", "-1")])
-    assert validate_submission(good, sample) == []
+    assert validation_of(good, sample).problems == []
     bad = submission(tmp_path / "bad.csv", [("x", f"{1024 * 1024} 1"), ("y", "-1")])
-    assert "1024 x 1024" in validate_submission(bad, sample)[0]
+    assert "1024 x 1024" in validation_of(bad, sample).problems[0]
     with pytest.raises(ConfigError, match="ImageId"):
-        validate_submission(good, submission(tmp_path / "other.csv", [], head="a,b"))
+        validation_of(good, submission(tmp_path / "other.csv", [], head="a,b"))
     with pytest.raises(ConfigError, match="gone: cannot read the folder of films or list of ids"):
-        validate_submission(good, tmp_path / "gone")
+        validation_of(good, tmp_path / "gone")
 
 
 def test_scores_of_a_submission_are_those_of_its_masks(tmp_path):
@@ -259,7 +259,3 @@ def test_small_findings_stay_visible_and_pictures_keep_their_shape():
     assert fit(picture(1, 96, 80), 256).shape == (96, 80)
     assert pictures.restore(np.zeros((512, 512), np.uint8), 1000, 500).shape == (512, 256)
     assert pictures.restore(np.zeros((64, 64), np.uint8), 500, 1000).shape == (192, 384)
-
-
-def test_the_agreed_functions_are_here():
-    assert outputs.validate_submission is validate_submission and outputs.score_submission is score_submission

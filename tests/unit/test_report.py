@@ -11,7 +11,7 @@ from pneumo_dist.evaluation import evaluate
 from pneumo_dist.evaluation.report import pick
 from pneumo_dist.inference.worklist import decision_rule, write_worklist
 from pneumo_dist.reports import page, plots
-from pneumo_dist.scoring.metrics import Records
+from pneumo_dist.scoring.records import Records
 from pneumo_dist.scoring.thresholds import NO_FILM
 from tests.films import make_shards, task, write_model
 

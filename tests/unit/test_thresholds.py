@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from pneumo_dist.config import load
 from pneumo_dist.scoring import scorecard
-from pneumo_dist.scoring.metrics import Records, Triplet, decide, dice, summary
+from pneumo_dist.scoring.metrics import decide, dice, summary
+from pneumo_dist.scoring.records import Records, Triplet
 from pneumo_dist.scoring.thresholds import NO_FILM, candidates, cross_fit, search
 
 GRID = (0.3, 0.5, 0.7)

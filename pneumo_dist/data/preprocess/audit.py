@@ -14,6 +14,7 @@ from pneumo_dist.config import Config
 from pneumo_dist.data.cases import HOLDOUT, Case
 from pneumo_dist.data.films.rle import area_px, runs
 from pneumo_dist.data.lists import Annotations
+from pneumo_dist.data.preprocess.decoding import is_film
 from pneumo_dist.data.preprocess.source import Source
 from pneumo_dist.data.preprocess.truth import Truth, notes
 
@@ -55,13 +56,13 @@ def audit_of(
     config: Config,
 ) -> dict[str, Any]:
     """Return the audit; `films` are the readable ones, `bad` the quarantined and the objects without an image."""
-    objects = {film["id"]: (film["path"], film["reason"]) for film in bad if not film.get("image", True)}
+    objects = {film["id"]: (film["path"], film["reason"]) for film in bad if not is_film(film)}
     source = replace(
         source,
         ignored=sorted([*source.ignored, *objects.values()]),
         unannotated=[name for name in source.unannotated if name not in objects],
     )
-    bad = [film for film in bad if film.get("image", True)]
+    bad = [film for film in bad if is_film(film)]
     films_of: Counter[int] = Counter(Counter(case.group for case in cases).values())
     folds = [*range(config.data.folds), *([HOLDOUT] if holdout["films"] else [])]
     return {

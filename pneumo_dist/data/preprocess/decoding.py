@@ -196,6 +196,11 @@ def _prepare() -> None:
     cv2.setNumThreads(0)  # one worker per core already
 
 
+def is_film(facts: dict[str, Any]) -> bool:
+    """Return whether a quarantined file is a film, not a DICOM object without an image."""
+    return bool(facts.get("image", True))
+
+
 def _quarantined(job: FilmJob, folder: Path, image: bool = True) -> dict[str, Any]:
     """Return the identity of an unusable film, or of an object without an image: finalize detects a changed source."""
     try:

@@ -21,6 +21,7 @@ from pneumo_dist.data.films.dicom import read_film
 from pneumo_dist.data.films.masks import sop_uid
 from pneumo_dist.data.folds import assign_folds, check_folds, group_films
 from pneumo_dist.data.lists import FilmNames, by_film, read_ids, read_patient_map
+from pneumo_dist.data.preprocess.decoding import is_film
 from pneumo_dist.data.preprocess.manifest import changed, remove_leftovers, write_manifests, writing
 from pneumo_dist.data.preprocess.source import Source, read_source
 from pneumo_dist.runtime.files import read_json, sha256_file, write_json, write_text
@@ -32,9 +33,9 @@ log = logging.getLogger(__name__)
 
 def check_bad(bad: list[dict[str, Any]], films: int, config: Config) -> None:
     """Raise ConfigError if more of the films are unusable than `data.max_bad` allows; an object is no film."""
-    others = len(bad)
-    bad = [film for film in bad if film.get("image", True)]
-    films -= others - len(bad)
+    films -= len(bad)
+    bad = [film for film in bad if is_film(film)]
+    films += len(bad)
     allowed = int(config.data.max_bad * films)
     if len(bad) > allowed:
         first = "; ".join(f"{film['path']}: {film['reason']}" for film in bad[:3])
