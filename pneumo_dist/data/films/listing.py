@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pneumo_dist.data.films.header import ELEMENT, LONG_VRS, SHORT_VRS
+from pneumo_dist.data.films.header import VRS, walk
 
 EXTENSIONS = (".dcm", ".dicom", ".png", ".jpg", ".jpeg")
 HEAD_BYTES = 512  # holds the SOP class of a file with preamble, and mostly of one without
 SOP_CLASSES = (0x00020002, 0x00080016)
-VRS = LONG_VRS | SHORT_VRS
 
 # What the first bytes of other files say about them.
 OTHER_KINDS = {
@@ -152,24 +150,14 @@ def dicom_head(data: bytes) -> dict[int, bytes] | None:
     explicit = data[at + 4 : at + 6] in VRS
     elements: dict[int, bytes] = {}
     last, first_group = -1, 0
-    while at + 12 <= len(data):
-        group, element, vr, length = struct.unpack_from(f"{order}{ELEMENT.format[1:]}", data, at)
-        tag = group << 16 | element
-        first_group = first_group or group
+    for tag, _, start, length in walk(data, at, order, explicit):
+        first_group = first_group or tag >> 16
         if tag <= last or first_group not in (2, 8):
             return elements if preamble else None
-        if group != first_group:
+        if tag >> 16 != first_group or start + length > len(data):
             break
-        at, last = at + 8, tag
-        if not explicit:
-            (length,) = struct.unpack_from(f"{order}I", data, at - 4)
-        elif vr in LONG_VRS:
-            (length,) = struct.unpack_from(f"{order}I", data, at)
-            at += 4
-        if at + length > len(data):
-            break
-        elements[tag] = data[at : at + length]
-        at += length
+        last = tag
+        elements[tag] = data[start : start + length]
     return elements if elements or preamble else None
 
 
