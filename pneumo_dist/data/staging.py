@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 COMPLETE = "COMPLETE"  # marks a finished copy; written last
 
 
-def stage_shards(shard_dir: Path, stage_dir: Path, size: int | None = None) -> Path:
-    """Copy the shards of one size (default: all) below `stage_dir` and return the directory of the copy.
+def stage_shards(shard_dir: Path, stage_dir: Path, size: int) -> Path:
+    """Copy the shards of one size below `stage_dir` and return the directory of the copy.
 
     Environment variables in `stage_dir` are expanded ($SLURM_TMPDIR). An existing copy of the same shards is reused;
     an incomplete one of a killed job is completed.
@@ -34,9 +34,7 @@ def stage_shards(shard_dir: Path, stage_dir: Path, size: int | None = None) -> P
     target = os.path.expandvars(os.path.expanduser(stage_dir))  # noqa: PTH111 - ~user without a home stays as typed
     if "$" in target:
         raise ConfigError(f"data.stage_dir={stage_dir}: the variable is not set on this node: set another directory")
-    manifest = read_json(shard_dir / "manifest.json")
-    sizes = [size] if size else list(manifest["sizes"])
-    hashes = _hashes(shard_dir, sizes, manifest["shards"])
+    hashes = _hashes(shard_dir, size, read_json(shard_dir / "manifest.json")["shards"])
     key = hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()[:16]
     copy = Path(target).absolute() / f"pneumo_dist-shards-{key}"
     try:
@@ -50,17 +48,16 @@ def stage_shards(shard_dir: Path, stage_dir: Path, size: int | None = None) -> P
     return copy
 
 
-def _hashes(shard_dir: Path, sizes: list[int], count: int) -> dict[str, str]:
-    """Return {name: sha256} of all files that a reader of these sizes opens."""
+def _hashes(shard_dir: Path, size: int, count: int) -> dict[str, str]:
+    """Return {name: sha256} of all files that a reader of this size opens."""
     hashes: dict[str, str] = {}
-    for size in sizes:
-        for shard in range(count):
-            part = size_name(size, shard, count)
-            listed = read_json(shard_dir / part)["files"]
-            hashes |= {name(size, shard, count): listed[name(size, shard, count)] for name in (image_name, mask_name)}
-            hashes[part] = sha256_file(shard_dir / part)
-        hashes[f"manifest-{size}.json"] = sha256_file(shard_dir / f"manifest-{size}.json")
-    return hashes | {name: sha256_file(shard_dir / name) for name in ("cases.csv", "manifest.json")}
+    for shard in range(count):
+        part = size_name(size, shard, count)
+        listed = read_json(shard_dir / part)["files"]
+        hashes |= {name(size, shard, count): listed[name(size, shard, count)] for name in (image_name, mask_name)}
+        hashes[part] = sha256_file(shard_dir / part)
+    lists = (f"manifest-{size}.json", "cases.csv", "manifest.json")
+    return hashes | {name: sha256_file(shard_dir / name) for name in lists}
 
 
 def _copy(shard_dir: Path, copy: Path, hashes: dict[str, str]) -> None:

@@ -54,38 +54,29 @@ class FilmWriter:
         """
         mask = apply_triplet(prob, self.triplet, score)
         area = int(np.count_nonzero(mask))
-        row: Row = {
-            "film": film.id,
-            "status": OK,
+        row = unreadable_row(film, "", OK) | {
             "decision": "positive" if area else "negative",
             "top_score": film_score(prob, score),
             "area_px": area,
             "share": area / mask.size,
-            "reason": "",
             "rows": read.rows,
             "columns": read.columns,
             "sha256": read.sha256,
             "sop_uid": read.sop_uid,
             "warnings": "; ".join(read.warnings),
             "rle": encode_rle(mask),
-            "name": film.name,
         }
         files: dict[str, list[Any]] = {}
         assert read.picture is not None
-        self._put(
-            files, "thumbs", f"{film.name}.jpg", pictures.jpeg(pictures.thumbnail(fit(read.picture, THUMB_PX), mask))
-        )
+        thumbnail = pictures.thumbnail(fit(read.picture, THUMB_PX), mask)
+        self._put(files, "thumbs", f"{film.name}.jpg", pictures.jpeg(thumbnail))
         if "masks" in self.outputs:
             self._put(files, "masks", f"{film.name}.png", pictures.png(mask.astype(np.uint8) * np.uint8(255)))
         if "probs" in self.outputs:
             self._put(files, "probs", f"{film.name}.png", pictures.png(np.rint(prob * 255).astype(np.uint8)))
         if "overlays" in self.outputs:
-            self._put(
-                files,
-                "overlays",
-                f"{film.name}.png",
-                pictures.png(pictures.overlay(read.picture, mask, caption(row)), 1),
-            )
+            drawn = pictures.overlay(read.picture, mask, caption(row))
+            self._put(files, "overlays", f"{film.name}.png", pictures.png(drawn, 1))
         if self.segment is not None and area:  # a PACS has no use for an empty segmentation
             self._put_segmentation(files, row, film, mask)
         row["files"] = files

@@ -133,16 +133,9 @@ def decision_rule(triplet: Mapping[str, Any]) -> str:
 
 
 def _tiles(inference: Mapping[str, Any]) -> str:
-    bad = "bad" if inference["unreadable"] else ""
-    return page.tiles(
-        [
-            ("films", inference["films"], ""),
-            ("positive", inference["positive"], "found"),
-            ("negative", inference["negative"], ""),
-            ("unreadable", inference["unreadable"], bad),
-            ("other files ignored", inference["ignored_files"], ""),
-        ]
-    )
+    styles = {"films": "", "positive": "found", "negative": "", "unreadable": "bad" if inference["unreadable"] else ""}
+    tiles = [(name, inference[name], style) for name, style in styles.items()]
+    return page.tiles([*tiles, ("other files ignored", inference["ignored_files"], "")])
 
 
 def _histogram(readable: Sequence[Mapping[str, Any]], threshold: float) -> str:

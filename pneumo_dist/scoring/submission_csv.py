@@ -65,8 +65,8 @@ def write_submission(path: Path, rows: Iterable[tuple[str, str]]) -> None:
     write_csv(path, [HEADER, *rows])
 
 
-def read_rows(path: Path, kind: str = "submission") -> list[list[str]]:
-    """Read a csv file's rows, header included, without stripping anything; an error calls the file a `kind`.
+def read_rows(path: Path) -> list[list[str]]:
+    """Read a csv file's rows, header included, without stripping anything.
 
     Raises:
         ConfigError: the file does not exist, or is not UTF-8 or not csv.
@@ -76,7 +76,7 @@ def read_rows(path: Path, kind: str = "submission") -> list[list[str]]:
         with path.open(newline="", encoding="utf-8") as file:
             return list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path}: cannot read the {kind} ({getattr(error, 'strerror', None) or error})") from None
+        raise ConfigError(f"{path}: cannot read the submission ({getattr(error, 'strerror', None) or error})") from None
 
 
 def problems_of(
