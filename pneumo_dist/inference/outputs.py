@@ -54,7 +54,7 @@ class FilmWriter:
         """
         mask = apply_triplet(prob, self.triplet, score)
         area = int(np.count_nonzero(mask))
-        row = unreadable_row(film, "", OK) | {
+        row = empty_row(film, "", OK) | {
             "decision": "positive" if area else "negative",
             "top_score": film_score(prob, score),
             "area_px": area,
@@ -111,7 +111,7 @@ def caption(row: Mapping[str, Any]) -> list[str]:
     return [verdict, str(row["film"]).encode("ascii", "replace").decode()[-72:]]
 
 
-def unreadable_row(film: PlannedFilm, reason: str, status: str = UNREADABLE) -> Row:
+def empty_row(film: PlannedFilm, reason: str, status: str = UNREADABLE) -> Row:
     """Return the row of a film without an answer: an empty mask and the reason."""
     return {
         "film": film.id,

@@ -21,7 +21,7 @@ from torch import Tensor
 from pneumo_dist.data.films import codecs, grey
 from pneumo_dist.inference.dicomseg import SegJob, try_write_seg
 from pneumo_dist.inference.film_plan import FilmPlan, PlannedFilm, signature
-from pneumo_dist.inference.outputs import FilmWriter, Row, Segment, unreadable_row
+from pneumo_dist.inference.outputs import FilmWriter, Row, Segment, empty_row
 from pneumo_dist.inference.parts import begin_part, finish_part, part_folder, read_part
 from pneumo_dist.inference.reading import PICTURE_PX, THUMB_PX, ReadFilm, ReadJob, read_ahead, start_readers
 from pneumo_dist.prediction.ensemble import Ensemble, load_ensemble
@@ -213,5 +213,5 @@ def _of(predictor: Predictor, forward: dict[int, Forward], slot: int | None) -> 
 
 def _write_film(writer: FilmWriter, film: PlannedFilm, read: ReadFilm, maps: Maps, score: float | None) -> Row:
     if read.reason:
-        return unreadable_row(film, read.reason, UNREADABLE if read.image else IGNORED)
+        return empty_row(film, read.reason, UNREADABLE if read.image else IGNORED)
     return writer.write(film, read, mean_film_probability(maps, read.rows, read.columns), score)

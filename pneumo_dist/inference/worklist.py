@@ -95,7 +95,7 @@ def write_worklist(path: Path, rows: Sequence[Mapping[str, Any]], inference: Map
     """Write the page for the merged rows.
 
     Args:
-        rows: the results of `FilmWriter.write` and `unreadable_row`.
+        rows: the results of `FilmWriter.write` and `empty_row`.
         inference: counts and settings, as in inference.json.
     """
     readable = [row for row in rows if row["status"] == OK]

@@ -45,10 +45,16 @@ class Ranks:
 
     @property
     def device(self) -> torch.device:
-        """The rank's GPU where there are any, else the CPU."""
+        """The rank's GPU where there are any, else the CPU. Raises Failure if torch cannot use the GPUs of the job."""
         import torch
 
         if not torch.cuda.is_available():
+            if int(os.environ.get("SLURM_GPUS_ON_NODE") or 0):
+                raise Failure(
+                    f"{host()} has GPUs for this job, but torch {torch.__version__} cannot use them: install its CUDA "
+                    "build (PNEUMO_TORCH=cuda bash launch/setup_env.sh), check nvidia-smi there, or submit with "
+                    "--gpus-per-node 0"
+                )
             return torch.device("cpu")
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 

@@ -12,7 +12,7 @@ from pneumo_dist.config import ConfigError
 from pneumo_dist.data.films.rle import encode_rle
 from pneumo_dist.inference import outputs
 from pneumo_dist.inference.film_plan import PlannedFilm
-from pneumo_dist.inference.outputs import FilmWriter, caption, csv_text, unreadable_row
+from pneumo_dist.inference.outputs import FilmWriter, caption, csv_text, empty_row
 from pneumo_dist.inference.reading import ReadFilm, fit
 from pneumo_dist.reports import pictures
 from pneumo_dist.scoring.records import Triplet
@@ -218,7 +218,7 @@ def test_a_film_writer_hashes_what_it_wrote(tmp_path):
     assert empty["decision"] == "negative" and empty["rle"] == "-1" and empty["top_score"] == pytest.approx(0.9)
     scored = writer.write(film, read, prob, 0.97)  # of an image-level head
     assert scored["decision"] == "positive" and scored["top_score"] == 0.97
-    assert unreadable_row(film, "because")["reason"] == "because"
+    assert empty_row(film, "because")["reason"] == "because"
 
 
 @pytest.mark.parametrize("shape", [(96, 80), (1024, 1024), (60, 900), (1400, 700)])

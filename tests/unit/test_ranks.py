@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from pneumo_dist.runtime.ranks import is_local_worker, rendezvous
+from pneumo_dist.runtime.failure import Failure
+from pneumo_dist.runtime.ranks import Ranks, is_local_worker, rendezvous
 from pneumo_dist.runtime.stopping import under_slurm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,3 +42,11 @@ def test_a_worker_of_the_local_executor_inside_a_slurm_job_is_no_slurm_task() ->
     assert under_slurm(job) and not is_local_worker(job)
     worker = job | {"PNEUMO_STORE": "/tmp/store"}
     assert is_local_worker(worker) and not under_slurm(worker)
+
+
+def test_a_job_with_gpus_does_not_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Ranks().device.type == "cpu"
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    with pytest.raises(Failure, match="PNEUMO_TORCH=cuda bash launch/setup_env.sh"):
+        _ = Ranks().device
