@@ -95,7 +95,8 @@ def make_shards(run_dir: Path, overrides: list[str]) -> None:
     """Make phantom films and their shards in a run."""
     from pneumo_dist.data import phantom
     from pneumo_dist.data.preprocess import preprocess
+    from pneumo_dist.data.preprocess.finalize import finalize
 
     phantom.run(task(run_dir, "phantom", overrides))
     preprocess.write_shards(task(run_dir, "preprocess", overrides))
-    preprocess.finalize(task(run_dir, "finalize", overrides))
+    finalize(task(run_dir, "finalize", overrides))

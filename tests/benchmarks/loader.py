@@ -34,6 +34,7 @@ from pneumo_dist.data.films.rle import decode_rle
 from pneumo_dist.data.loaders import FilmDataset, TrainBatches, make_loader
 from pneumo_dist.data.phantom import make_phantom
 from pneumo_dist.data.preprocess import preprocess
+from pneumo_dist.data.preprocess.finalize import finalize
 from pneumo_dist.data.shards import ShardReader, masks_to_sizes, to_size
 from pneumo_dist.run import Run
 from pneumo_dist.runtime.task import Task
@@ -255,7 +256,7 @@ def main() -> int:
         config = configuration.load(None, [f"data.dicom_dir={films}", f"data.rle_csv={csv}", "data.shards=4"])
         task = Task(run=Run(work, config), stage="preprocess")
         preprocess.write_shards(task)
-        preprocess.finalize(task)
+        finalize(task)
         augmenter = None if asked.plain else Augmenter(config.augment, 0)
         tables = [
             beside_others(work, task, films, size, asked.rounds, augmenter) for size in map(int, asked.sizes.split(","))

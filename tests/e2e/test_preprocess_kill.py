@@ -15,6 +15,7 @@ from pneumo_dist import config as configuration
 from pneumo_dist.data import augment
 from pneumo_dist.data.preprocess import contact_sheet as picture
 from pneumo_dist.data.preprocess import preprocess
+from pneumo_dist.data.preprocess.finalize import finalize
 from pneumo_dist.run import Run
 from pneumo_dist.runtime.task import Task
 from tests.film_files import overrides, small_set
@@ -31,7 +32,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def run(run_dir: Path, settings: dict[str, str]) -> None:
     task = Task(run=Run(run_dir, configuration.load(None, [*overrides(settings), *SETTINGS])), stage="preprocess")
     preprocess.write_shards(task)
-    preprocess.finalize(task)
+    finalize(task)
 
 
 def started(run_dir: Path, settings: dict[str, str]) -> multiprocessing.process.BaseProcess:

@@ -34,6 +34,8 @@ from pneumo_dist.data.films.masks import MaskFile, read_mask
 from pneumo_dist.data.films.rle import RleError, decode_union
 from pneumo_dist.data.lists import read_annotations
 from pneumo_dist.data.preprocess import decoding, preprocess
+from pneumo_dist.data.preprocess.finalize import finalize
+from pneumo_dist.data.preprocess.manifest import verify
 from pneumo_dist.data.shards import ShardReader, to_size
 from pneumo_dist.inference.dicomseg import SegJob, seg_bytes
 from pneumo_dist.run import Run
@@ -182,7 +184,7 @@ def fuzzed(tmp_path_factory):
         patch.setattr(decoding, "_prepare", confined)
         patch.setattr(processes, "TIMEOUT_S", 60.0)
         preprocess.write_shards(task)
-        preprocess.finalize(task)
+        finalize(task)
     audit = json.loads((folder / "shards" / "audit.json").read_text())
     return folder, audit, len(whole)
 
@@ -226,7 +228,7 @@ def test_what_was_read_is_what_the_file_says(fuzzed):
 
 def test_shards_hold_what_was_read(fuzzed):
     folder, _, _ = fuzzed
-    assert not preprocess.verify(folder / "shards")
+    assert not verify(folder / "shards")
     readers = {size: ShardReader(folder / "shards", size) for size in (32, 64)}
     for case in read_cases(folder / "shards"):
         pixels = read_film(folder / "films" / f"{case.id}.dcm", MAX_PIXELS).pixels

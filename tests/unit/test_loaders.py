@@ -35,6 +35,7 @@ from pneumo_dist.data.loaders import (
     stage_shards,
 )
 from pneumo_dist.data.preprocess import preprocess
+from pneumo_dist.data.preprocess.finalize import finalize
 from pneumo_dist.data.shards import ShardReader
 from pneumo_dist.run import Run
 from pneumo_dist.runtime.task import Task
@@ -48,7 +49,7 @@ def shards(tmp_path_factory) -> Path:
     small = ["data.shards=3", "data.folds=2", "data.workers=2", "stage1.size=32", "stage2.size=64"]
     task = Task(run=Run(folder, configuration.load(None, [*overrides(settings), *small])), stage="preprocess")
     preprocess.write_shards(task)
-    preprocess.finalize(task)
+    finalize(task)
     return folder / "shards"
 
 

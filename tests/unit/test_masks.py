@@ -25,7 +25,9 @@ from pneumo_dist.data.films.rle import decode_union
 from pneumo_dist.data.lists import read_annotations
 from pneumo_dist.data.preprocess import preprocess
 from pneumo_dist.data.preprocess.decoding import decode_film
-from pneumo_dist.data.preprocess.source import read_source
+from pneumo_dist.data.preprocess.finalize import finalize
+from pneumo_dist.data.preprocess.manifest import verify
+from pneumo_dist.data.preprocess.source import check_source, read_source
 from pneumo_dist.data.preprocess.truth import notes
 from pneumo_dist.done import inputs_of
 from pneumo_dist.inference.dicomseg import SegJob, seg_bytes
@@ -190,14 +192,14 @@ def test_patient_maps_and_holdouts_may_use_either_name_of_a_film(original, tmp_p
     more = [f"data.patient_map={write_list(tmp_path / 'patients.csv', rows, 'ImageId,PatientKey')}"]
     run = run_of(renamed, *more, f"data.holdout_ids={tmp_path / 'holdout.txt'}", folder=tmp_path / "run")
     preprocess.write_shards(Task(run=run, stage="preprocess"))
-    preprocess.finalize(Task(run=run, stage="finalize"))
+    finalize(Task(run=run, stage="finalize"))
     cases = {case.id: case for case in read_cases(run.shard_dir)}
     assert cases.keys() == masks.keys()
     groups = [cases[name].group for name in names]
     assert groups[0] == groups[1] != groups[2] == groups[3]
     held = {name for name in names if cases[name].fold == -1}
     assert set(names[:2]) <= held
-    assert not preprocess.verify(run.shard_dir)
+    assert not verify(run.shard_dir)
 
 
 def test_the_hash_of_the_masks_is_recorded_and_a_changed_mask_is_noticed(original, tmp_path):
@@ -205,7 +207,7 @@ def test_the_hash_of_the_masks_is_recorded_and_a_changed_mask_is_noticed(origina
     files = spread_over_mask_files(settings, masks, tmp_path) | {"data.dicom_dir": settings["data.dicom_dir"]}
     run = run_of(files, folder=tmp_path / "run")
     before = inputs_of(run, "preprocess", None)["masks"]
-    for function in (preprocess.write_shards, preprocess.finalize):
+    for function in (preprocess.write_shards, finalize):
         function(Task(run=run, stage="preprocess"))
     audit, manifest = (json.loads((run.shard_dir / name).read_text()) for name in ("audit.json", "manifest.json"))
     assert audit["masks"] | {"unused": []} == {
@@ -218,7 +220,7 @@ def test_the_hash_of_the_masks_is_recorded_and_a_changed_mask_is_noticed(origina
     pixels[3, 3] ^= 1
     write_png(path, pixels)
     assert inputs_of(run, "preprocess", None)["masks"] != before
-    for function in (preprocess.write_shards, preprocess.finalize):
+    for function in (preprocess.write_shards, finalize):
         with pytest.raises(ConfigError, match="annotation.* changed since its shards were written"):
             function(Task(run=run, stage="preprocess"))
 
@@ -395,7 +397,7 @@ def test_submit_learns_beforehand_which_masks_cannot_work(original, tmp_path):
     for change, reason in cases:
         changed = {key: str(tmp_path / value) if key == "data.masks" else value for key, value in change.items()}
         with pytest.raises(ConfigError, match=reason) as caught:
-            preprocess.check_source(run_of(films | changed))
+            check_source(run_of(films | changed))
         assert "\n" not in str(caught.value)
 
 
@@ -442,7 +444,7 @@ def test_a_film_listed_without_mask_and_label_is_not_annotated(original, tmp_pat
     (tmp_path / "png_images" / "other.png").write_bytes((tmp_path / "png_images" / first[0]).read_bytes())
     path.write_text(f"new_filename,ImageId\n{first[0]},{first[2]}\n")
     with pytest.raises(ConfigError, match=r"no row belongs to any of the .* films .*a listed film has no mask"):
-        preprocess.check_source(run_of(release))
+        check_source(run_of(release))
 
 
 def two_labels(first: int, second: int) -> Callable[[np.ndarray], Image.Image]:

@@ -20,6 +20,8 @@ from pneumo_dist.data.films import grey as mapping
 from pneumo_dist.data.films.dicom import read_film
 from pneumo_dist.data.films.rle import decode_rle
 from pneumo_dist.data.preprocess import decoding, preprocess
+from pneumo_dist.data.preprocess.finalize import finalize
+from pneumo_dist.data.preprocess.manifest import clear, verify
 from pneumo_dist.data.preprocess.source import check_source, read_source
 from pneumo_dist.data.shards import ShardReader, masks_to_sizes, to_size
 from pneumo_dist.done import inputs_of
@@ -42,7 +44,7 @@ def task(run_dir: Path, settings: dict[str, str], *more: str, part: tuple[int, i
 def preprocessed(run_dir: Path, settings: dict[str, str], *more: str, parts: int = 1) -> dict[str, Path]:
     for i in range(parts):
         preprocess.write_shards(task(run_dir, settings, *more, part=(i, parts)))
-    return preprocess.finalize(task(run_dir, settings, *more))
+    return finalize(task(run_dir, settings, *more))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -146,7 +148,7 @@ def test_a_new_size_adds_files_and_a_manifest_and_rewrites_none(films, tmp_path)
     new = content(tmp_path / "shards")
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
     assert {name for name in old if new[name] != old[name]} == {"manifest.json"}
-    assert "manifest-64.json" in new and not preprocess.verify(tmp_path / "shards")
+    assert "manifest-64.json" in new and not verify(tmp_path / "shards")
 
 
 def test_a_new_size_may_come_from_a_version_with_other_wordings(films, tmp_path):
@@ -159,7 +161,7 @@ def test_a_new_size_may_come_from_a_version_with_other_wordings(films, tmp_path)
     listing["films"][0]["warnings"] = ["odd"]
     path.write_text(json.dumps(listing))
     preprocessed(tmp_path, settings, "data.max_bad=0.5")
-    assert not preprocess.verify(tmp_path / "shards")
+    assert not verify(tmp_path / "shards")
     listing["films"][0]["sha256"] = "another file"
     path.write_text(json.dumps(listing))
     for size in (tmp_path / "shards").glob("size-64-*"):
@@ -171,7 +173,7 @@ def test_a_new_size_may_come_from_a_version_with_other_wordings(films, tmp_path)
 def test_another_number_of_folds_needs_the_closing_job_only(films, tmp_path):
     preprocessed(tmp_path, films[1])
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "shards").glob("*-of-*")}
-    preprocess.finalize(task(tmp_path, films[1], "data.folds=4"))
+    finalize(task(tmp_path, films[1], "data.folds=4"))
     assert {case.fold for case in read_cases(tmp_path / "shards")} == {0, 1, 2, 3}
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "shards").glob("*-of-*")}
 
@@ -245,7 +247,7 @@ def test_every_defect_is_in_the_audit_and_stops_nothing_within_max_bad(dirty, tm
         "patient-level",
     ):
         assert part in text
-    assert not preprocess.verify(tmp_path / "shards")
+    assert not verify(tmp_path / "shards")
 
 
 def test_more_bad_films_than_max_bad_fail_and_name_the_first(dirty, tmp_path):
@@ -317,7 +319,7 @@ def test_a_changed_source_is_noticed(films, tmp_path, change, reason):
         rle.write_text(rle.read_text() + "0, -1\n")
     else:
         first.unlink()
-    for again in (preprocess.write_shards, preprocess.finalize):
+    for again in (preprocess.write_shards, finalize):
         if change == "film" and again is preprocess.write_shards:
             continue  # finished shards are not read again; the closing job hashes every source
         with pytest.raises(ConfigError, match=reason):
@@ -327,7 +329,7 @@ def test_a_changed_source_is_noticed(films, tmp_path, change, reason):
 def test_finalize_names_the_missing_shards(films, tmp_path):
     preprocess.write_shards(task(tmp_path, films[1], part=(1, 3)))
     with pytest.raises(ConfigError, match=r"2 of 3 shards are missing \(0, 2\): repeat --stage preprocess"):
-        preprocess.finalize(task(tmp_path, films[1]))
+        finalize(task(tmp_path, films[1]))
 
 
 @pytest.mark.parametrize("problem", ["twice", "foreign", "missing"])
@@ -343,7 +345,7 @@ def test_finalize_refuses_shards_with_other_films_than_the_source(films, done, t
         del listing["films"][0]
     path.write_text(json.dumps(listing))
     with pytest.raises(ConfigError, match=rf"films are {problem} in the shards"):
-        preprocess.finalize(task(tmp_path, films[1]))
+        finalize(task(tmp_path, films[1]))
 
 
 def test_finalize_refuses_a_cut_shard_and_shards_of_another_division(films, done, tmp_path):
@@ -351,28 +353,28 @@ def test_finalize_refuses_a_cut_shard_and_shards_of_another_division(films, done
     stray = out / "images-64-00000-of-00007.npy"
     stray.write_bytes(b"")
     with pytest.raises(ConfigError, match="belongs to another division into shards"):
-        preprocess.finalize(task(tmp_path, films[1]))
+        finalize(task(tmp_path, films[1]))
     stray.unlink()
     os.truncate(out / "images-64-00002-of-00003.npy", 1000)
     with pytest.raises(ConfigError, match="missing or truncated"):
-        preprocess.finalize(task(tmp_path, films[1]))
+        finalize(task(tmp_path, films[1]))
 
 
 def test_verify_finds_a_flipped_bit_a_missing_and_a_foreign_file(done, tmp_path):
     out = Path(shutil.copytree(done[0], tmp_path / "shards"))
-    assert preprocess.verify(out) == []
+    assert verify(out) == []
     target = out / "images-64-00002-of-00003.npy"
     data = bytearray(target.read_bytes())
     data[-1] ^= 1
     target.write_bytes(data)
     (out / "masks-32-00000-of-00003.npy").unlink()
     (out / "images-32-00000-of-00007.npy").write_bytes(b"")
-    problems = preprocess.verify(out)
+    problems = verify(out)
     assert len(problems) == 3
     for name, problem in zip(("masks-32", "images-64", "00007"), problems, strict=False):
         assert any(name in line for line in problems), problem
     with pytest.raises(ConfigError, match="no finished shards"):
-        preprocess.verify(tmp_path)
+        verify(tmp_path)
 
 
 def test_a_crashing_and_a_hanging_decoder_cost_one_film_each(films, tmp_path, monkeypatch):
@@ -458,7 +460,7 @@ def test_too_little_space_is_known_beforehand(films, tmp_path, monkeypatch):
 def test_clear_removes_our_files_and_no_others(done, tmp_path):
     out = Path(shutil.copytree(done[0], tmp_path / "shards"))
     (out / "mine.npy").write_bytes(b"")
-    preprocess.clear(out)
+    clear(out)
     assert set(content(out)) == {"mine.npy"}
 
 
@@ -497,7 +499,7 @@ def test_an_object_without_an_image_is_ignored_and_no_unusable_film(films, tmp_p
     counts = {"found": 12, "other_files": 1, "in_shards": 11 + (policy == "negative"), "unreadable": 0}
     assert {name: audit["films"][name] for name in counts} == counts
     assert len(audit["unannotated"]["ids"]) == 1 and audit["unreadable"] == []
-    assert not preprocess.verify(tmp_path / "shards")
+    assert not verify(tmp_path / "shards")
 
 
 def test_an_object_without_an_image_needs_no_annotation(films, tmp_path):

@@ -15,24 +15,14 @@ from pneumo_dist.config import Config
 from pneumo_dist.data import shards as files
 from pneumo_dist.data.films import grey
 from pneumo_dist.data.preprocess.decoding import Decoded, Decoder
-from pneumo_dist.data.preprocess.finalize import check_bad, finalize
-from pneumo_dist.data.preprocess.manifest import (
-    FORMAT,
-    changed,
-    clear,
-    remove_leftovers,
-    verify,
-    write_listing,
-    writing,
-)
-from pneumo_dist.data.preprocess.source import FilmJob, Source, check_source, read_source
+from pneumo_dist.data.preprocess.finalize import check_bad
+from pneumo_dist.data.preprocess.manifest import FORMAT, changed, remove_leftovers, write_listing, writing
+from pneumo_dist.data.preprocess.source import FilmJob, Source, read_source
 from pneumo_dist.data.shards import ShardWriter
 from pneumo_dist.runtime.files import read_json
 from pneumo_dist.runtime.processes import cores
 from pneumo_dist.runtime.runlog import progress_bar
 from pneumo_dist.runtime.task import Task
-
-__all__ = ["check_source", "clear", "finalize", "verify", "write_shards"]
 
 log = logging.getLogger(__name__)
 
