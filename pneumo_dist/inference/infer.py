@@ -19,6 +19,7 @@ from pneumo_dist.inference.parts import part_folder, read_part
 from pneumo_dist.runtime.failure import Failure
 from pneumo_dist.runtime.files import sha256_file, write_json, write_text
 from pneumo_dist.runtime.task import Task
+from pneumo_dist.scoring.submission_csv import IGNORED, OK, problems_of, read_rows, write_submission
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +95,6 @@ def _current_plan(task: Task) -> FilmPlan:
 
 def _films_and_others(plan: FilmPlan, read: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Return the rows of the films, and {path, reason} of every ignored file, objects without an image included."""
-    from pneumo_dist.scoring.submission_csv import IGNORED
-
     others = [
         (film.path, row["reason"]) for film, row in zip(plan.films, read, strict=True) if row["status"] == IGNORED
     ]
@@ -120,8 +119,6 @@ def _notes(counts: dict[str, int], policy: str) -> list[str]:
 
 def _write_submission(path: Path, rows: list[dict[str, Any]], policy: str) -> None:
     """Write submission.csv, with unreadable films if the policy is "negative"; validate it against the films' sizes."""
-    from pneumo_dist.scoring.submission_csv import OK, problems_of, read_rows, write_submission
-
     rows = [row for row in rows if row["status"] == OK or policy == "negative"]
     write_submission(path, ((row["film"], row["rle"]) for row in rows))
     sizes = {row["film"]: (row["rows"], row["columns"]) if row["status"] == OK else None for row in rows}
@@ -132,8 +129,6 @@ def _write_submission(path: Path, rows: list[dict[str, Any]], policy: str) -> No
 
 
 def _counts(rows: list[dict[str, Any]]) -> dict[str, int]:
-    from pneumo_dist.scoring.submission_csv import OK
-
     return {
         "films": len(rows),
         "positive": sum(row["decision"] == "positive" for row in rows),
