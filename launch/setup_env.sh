@@ -23,7 +23,7 @@ _install() {
 }
 
 ensure_venv() {
-    local root python candidate locks installed build name done options
+    local root python candidate locks installed build name done options hint
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     locks=$root/launch/locks
     if ! "$root/.venv/bin/python" -c '' 2>/dev/null; then
@@ -61,7 +61,8 @@ ensure_venv() {
             torch-cuda) [ "$installed" = cpu ] && options=--force-reinstall ;;
         esac
         if ! _install "$locks/$name.txt" $options; then
-            echo "error: pip could not install launch/locks/$name.txt (see above): correct the cause and run this again" >&2
+            hint=; [ "$name" = torch-cpu ] && hint=" (where only PyPI can be reached: PNEUMO_TORCH=cuda)"
+            echo "error: pip could not install launch/locks/$name.txt (see above): correct the cause and run this again$hint" >&2
             return 2
         fi
         cp "$locks/$name.txt" "$done"
