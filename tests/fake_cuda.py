@@ -77,8 +77,8 @@ class Record(TorchDispatchMode):
         kwargs = kwargs or {}
         read = _on_device((args, kwargs))
         name = str(func).rsplit(".", 1)[0]
-        if name == "aten._local_scalar_dense" and read:
-            self.waits.append(name)
+        if name == "aten._local_scalar_dense" and args[0].constant is None:
+            self.waits += [name] if read else []
             return _one(args[0].dtype)
         out = _run(name, func, args, kwargs)
         written = _on_device(out)
@@ -182,7 +182,7 @@ def _device_guard() -> Iterator[None]:
 
 @contextmanager
 def fake_cuda() -> Iterator[Record]:
-    """Run the block with a cuda:0 whose tensors have no numbers; what the host reads from it is 1.
+    """Run the block with a cuda:0 whose tensors have no numbers; what the host reads from them is 1.
 
     Build networks before: they become fakes when they are moved to the device. Autograd runs in this thread, because
     the process may have started its threads without a device.

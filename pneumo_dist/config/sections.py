@@ -207,7 +207,7 @@ class Train:
     """Settings of all training stages."""
 
     seed: int = key(0, "seed of initial weights, order of the films and augmentation")
-    amp: str = key("auto", "mixed precision: auto, fp16, bf16 or off")
+    amp: str = key("auto", "mixed precision: auto, fp16, bf16, or off (float32, on GPUs without TF32)")
     clip_norm: float = key(0.0, "largest norm of the gradient; 0: no clipping")
     workers: int = key(2, "loader processes per rank; no effect on the result")
     # Floating-point sums depend on the number of threads: bit-identical repetition needs the same number.

@@ -7,8 +7,22 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 
 from pneumo_dist.model.layout import follow
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm that leaves `num_batches_tracked` to the training step, which counts for all layers in one launch.
+
+    Only an average without momentum reads the count while training.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.momentum is None:
+            return super().forward(x)
+        statistics = (self.running_mean, self.running_var)
+        return batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
 
 
 class BasicBlock(nn.Module):
@@ -17,14 +31,14 @@ class BasicBlock(nn.Module):
     def __init__(self, channels_in: int, channels: int, stride: int = 1) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm(channels)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm(channels)
         self.downsample = None
         if stride != 1 or channels_in != channels:
             shortcut = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(channels))
+            self.downsample = nn.Sequential(shortcut, BatchNorm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         x = follow(x, self.conv1.weight)
@@ -52,7 +66,7 @@ class ResNet34Encoder(nn.Module):
         super().__init__()
         stem, *widths = self.channels
         self.conv1 = nn.Conv2d(3, stem, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(stem)
+        self.bn1 = BatchNorm(stem)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         self.layer1 = _layer(stem, widths[0], 3, 1)

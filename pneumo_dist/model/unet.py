@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate
 
 from pneumo_dist.model.layout import follow, layout_at
-from pneumo_dist.model.resnet import ResNet34Encoder
+from pneumo_dist.model.resnet import BatchNorm, ResNet34Encoder
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -24,14 +24,15 @@ class DecoderBlock(nn.Module):
     def __init__(self, channels_in: int, channels_skip: int, channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in + channels_skip, channels, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm(channels)
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor, skip: Tensor | None) -> Tensor:
         weight = self.conv1.weight
-        x = interpolate(follow(x, weight), scale_factor=2.0, mode="nearest")
+        with torch.autocast(x.device.type, enabled=False):  # it copies values: autocast's float32 changes no bit
+            x = interpolate(follow(x, weight), scale_factor=2.0, mode="nearest")
         if skip is None:
             x = self.conv1(x)
         else:

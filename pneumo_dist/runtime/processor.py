@@ -45,7 +45,7 @@ def set_threads(train: Train) -> dict[str, str | int]:
     torch.set_num_threads(share or len(os.sched_getaffinity(0)))
     if not torch.cuda.is_available():
         keep_memory(512 << 20)  # every step allocates feature maps of tens of MB: page faults took 3 to 5 % of its time
-    # warn_only: the backward of nearest-neighbour up-sampling has no deterministic form on CUDA.
+    # warn_only: no operation of a step is on PyTorch's list of those without a deterministic form; lists change.
     torch.use_deterministic_algorithms(train.deterministic, warn_only=True)
     if train.deterministic:  # cuBLAS computes the image-level head; it reads this at its first call
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

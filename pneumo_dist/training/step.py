@@ -23,6 +23,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from pneumo_dist.config import Config, ConfigError, TrainStage
 from pneumo_dist.data.loaders import split_batch
 from pneumo_dist.model.precision import amp_dtype, autocast
+from pneumo_dist.model.resnet import BatchNorm
 from pneumo_dist.model.unet import ResNet34UNet, normalise
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.training.losses import BatchLoss
@@ -86,7 +87,8 @@ class Stepper:
         # Before DDP, whose buckets keep this layout. A compiled network works in channels_last in any case.
         self.model.lay_out(stage.size if self.device.type == "cpu" and not config.train.compile else None)
         if config.train.compile:
-            self.model.compile()  # in place: torch.compile(model) would change the state-dict keys
+            # In place: torch.compile(model) would change the state-dict keys. Batches of a stage have one size.
+            self.model.compile(dynamic=False)
         self.ddp: nn.Module = self.model
         if ranks.world_size > 1:
             self.ddp = DistributedDataParallel(
@@ -100,9 +102,13 @@ class Stepper:
         # An overflow of float16 in the forward pass would leave infinities in the running statistics for ever.
         guarded = self.model.buffers() if self.scaler.is_enabled() else ()
         self._statistics = [buffer for buffer in guarded if buffer.is_floating_point()]
+        layers = [layer for layer in self.model.modules() if isinstance(layer, BatchNorm) and layer.training]
+        self._counts = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
         self._done = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.set_rates([stage.lr])
-        self._warm_up()
+        share = len(split_batch(range(stage.batch_size), ranks.rank, ranks.world_size))
+        # A GPU and a compiled network prepare themselves for the size of the batches; a CPU would only take longer.
+        self._warm_up(share if self.device.type == "cuda" or config.train.compile else 2)
 
     @property
     def steps(self) -> int:
@@ -118,16 +124,15 @@ class Stepper:
         """Set the rate of each step by the number of steps that changed the weights before it; the last one stays."""
         self._rates = torch.tensor(rates, dtype=torch.float32, device=self.device)
 
-    def _warm_up(self) -> None:
-        """Run one backward on blank films, then restore the state.
+    def _warm_up(self, films: int) -> None:
+        """Run one backward on blank films, `films` on each rank, then restore the state.
 
         DDP rebuilds its gradient buckets after its first backward, and with three or more ranks the buckets decide the
         order of sums. After a warm-up at every start and resume, all training steps use the same buckets.
         """
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
-        blank = torch.zeros((2, 1, self.stage.size, self.stage.size), dtype=torch.uint8)
-        films = TrainBatch(blank, blank, torch.zeros(2), 2 * self.ranks.world_size, 0)
-        self._backward(films)
+        blank = torch.zeros((films, 1, self.stage.size, self.stage.size), dtype=torch.uint8)
+        self._backward(TrainBatch(blank, blank, torch.zeros(films), films * self.ranks.world_size, 0))
         self.optimizer.zero_grad()
         self.model.load_state_dict(before)
 
@@ -156,6 +161,8 @@ class Stepper:
                 share = self.loss.share(logits, film_logits, masks, labels, batch.films, batch.positives)
                 self.scaler.scale(share[0] * self.ranks.world_size).backward()
             total += share.detach()
+            if self._counts:
+                torch._foreach_add_(self._counts, 1)
         return total
 
     def _no_sync(self) -> AbstractContextManager[Any]:
@@ -171,7 +178,7 @@ class Stepper:
         rate = self.rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        statistics = [buffer.clone() for buffer in self._statistics]
+        statistics = torch.cat(self._statistics) if self._statistics else None
         loss, bce, dice, image = self._backward(batch)
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -185,8 +192,9 @@ class Stepper:
         self.scaler.update()
         self.optimizer.zero_grad()
         self._done += finite
-        for buffer, before in zip(self._statistics, statistics, strict=True):
-            buffer.copy_(torch.where(finite, buffer, before))
+        if statistics is not None:
+            kept = torch.where(finite, torch.cat(self._statistics), statistics)
+            torch._foreach_copy_(self._statistics, kept.split([len(buffer) for buffer in self._statistics]))
         return StepResult(loss, bce, dice, image, norm, finite, rate)
 
     def state_dict(self) -> dict[str, Any]:
