@@ -139,7 +139,7 @@ def _cuda_module() -> Iterator[None]:
         "get_device_properties": lambda device=None: SimpleNamespace(name="fake", total_memory=MEMORY, uuid="fake-0"),
         "mem_get_info": lambda device=None: (MEMORY, MEMORY),
     }
-    silent = ("set_device", "synchronize", "current_stream", "stream", "Stream", "Event")
+    silent = ("set_device", "synchronize", "current_stream", "stream", "Stream", "Event", "graph", "CUDAGraph")
     unet._scale_and_shift.cache_clear()  # it keeps tensors of a device
     with ExitStack() as stack:
         for name, answer in (answers | {name: mock.MagicMock() for name in silent}).items():
@@ -224,8 +224,43 @@ class _Autocast(torch.autocast):
         super().__init__("cpu", *args, **kwargs)
 
 
+class _Graph(TorchDispatchMode):
+    """A CUDA graph of operators on the CPU: a replay runs them again with the same numbers, tensors and addresses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Any, Any, Any, Any]] = []
+        self._computed = False  # unlike CUDA's, this capture computes: its results are those of the first replay
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        out = func(*args, **(kwargs or {}))
+        self._calls.append((func, args, kwargs or {}, out))
+        return out
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        with self:
+            yield
+        self._computed = True
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        calls, self._computed = [] if self._computed else self._calls, False
+        for func, args, kwargs, out in calls:
+            for kept, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(kept, Tensor) and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+
+
 @contextmanager
 def cuda_on_cpu() -> Iterator[None]:
     """Run the block with "cuda" meaning the CPU: a tensor's own device is the CPU, that of `Ranks` is cuda:0."""
-    with _cuda_module(), mock.patch.object(torch, "autocast", _Autocast), _OnCpu():
+    with ExitStack() as stack:
+        stack.enter_context(_cuda_module())
+        stack.enter_context(mock.patch.object(torch, "autocast", _Autocast))
+        stack.enter_context(mock.patch.object(torch.cuda, "CUDAGraph", _Graph))
+        stack.enter_context(mock.patch.object(torch.cuda, "graph", _Graph.capture))
+        stack.enter_context(_OnCpu())
         yield

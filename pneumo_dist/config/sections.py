@@ -225,6 +225,7 @@ class Train:
     first_timeout_s: float = key(1800.0, "seconds that a rank waits for the others until the first step is done")
     timeout_s: float = key(300.0, "seconds that a rank waits for the others afterwards")
     compile: bool = key(False, "compile the network with torch.compile")
+    cuda_graph: bool = key(False, "run a training step as one CUDA graph; one GPU, not yet tried on one")
     deterministic: bool = key(True, "use deterministic kernels where PyTorch has them")
 
     def __post_init__(self) -> None:

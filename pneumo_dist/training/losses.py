@@ -41,19 +41,30 @@ class BatchLoss:
 
     config: Loss
 
-    def dice_weights(self, masks: Tensor, labels: Tensor, films: int, positives: int) -> Tensor:
+    def dice_weights(self, masks: Tensor, labels: Tensor, films: int, positives: int | Tensor) -> Tensor:
         """Return the weight of each film's Dice term, float32 (N,).
 
-        films, positives: of the global batch. With "positives" the weights of a batch sum to 1, with "batch" to its
-        share of positive films. A positive film whose mask is empty at this size, or after the augmentation, has none.
+        films, positives: of the global batch; `positives` as a number or a scalar tensor. With "positives" the weights
+        of a batch sum to 1, with "batch" to its share of positive films. A positive film whose mask is empty at this
+        size, or after the augmentation, has none.
         """
         if self.config.dice_over == "all":
             return torch.full_like(labels, 1 / films)
         masked = masks.flatten(1).any(1)
-        return labels * masked / (max(positives, 1) if self.config.dice_over == "positives" else films)
+        return (
+            labels
+            * masked
+            / (torch.as_tensor(positives).clamp(min=1) if self.config.dice_over == "positives" else films)
+        )
 
     def share(
-        self, logits: Tensor, film_logits: Tensor | None, masks: Tensor, labels: Tensor, films: int, positives: int
+        self,
+        logits: Tensor,
+        film_logits: Tensor | None,
+        masks: Tensor,
+        labels: Tensor,
+        films: int,
+        positives: int | Tensor,
     ) -> Tensor:
         """Return what these images add to the batch's loss, mask cross-entropy, Dice term and film cross-entropy.
 
@@ -61,7 +72,7 @@ class BatchLoss:
             logits, masks: (N, 1, S, S), as for `bce_and_dice`.
             film_logits: (N,), or None for a network without an image-level head.
             labels: float32 (N,), 1 for a film with a pneumothorax.
-            films, positives: of the global batch.
+            films, positives: of the global batch, as for `dice_weights`.
 
         Returns:
             float32 (4,); the sum over all images of a batch gives its loss and its terms before weighting.

@@ -41,7 +41,7 @@ class TrainBatch(NamedTuple):
     masks: Tensor  # uint8 (n, 1, S, S), 0 and 1
     labels: Tensor  # float32 (n,), 1 for a film with a pneumothorax
     films: int  # of the global batch
-    positives: int  # its films with a pneumothorax
+    positives: int | Tensor  # its films with a pneumothorax; int64 scalar on the device in a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ class Stepper:
                 gradient_as_bucket_view=True,
                 **_LEAVE_BUFFERS,
             )
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=stage.lr, fused=True)
+        self._capturable = config.train.cuda_graph
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=stage.lr, fused=True, capturable=self._capturable)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         # An overflow of float16 in the forward pass would leave infinities in the running statistics for ever.
         guarded = self.model.buffers() if self.scaler.is_enabled() else ()
@@ -105,7 +106,7 @@ class Stepper:
         layers = [layer for layer in self.model.modules() if isinstance(layer, BatchNorm) and layer.training]
         self._counts = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
         self._done = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.set_rates([stage.lr])
+        self._rates = torch.full((1,), stage.lr, device=self.device)
         share = len(split_batch(range(stage.batch_size), ranks.rank, ranks.world_size))
         # A GPU and a compiled network prepare themselves for the size of the batches; a CPU would only take longer.
         self._warm_up(share if self.device.type == "cuda" or config.train.compile else 2)
@@ -122,7 +123,11 @@ class Stepper:
 
     def set_rates(self, rates: Sequence[float]) -> None:
         """Set the rate of each step by the number of steps that changed the weights before it; the last one stays."""
-        self._rates = torch.tensor(rates, dtype=torch.float32, device=self.device)
+        new = torch.tensor(rates, dtype=torch.float32, device=self.device)
+        if len(rates) == len(self._rates):
+            self._rates.copy_(new)  # a CUDA graph reads this address
+        else:
+            self._rates = new
 
     def _warm_up(self, films: int) -> None:
         """Run one backward on blank films, `films` on each rank, then restore the state.
@@ -210,6 +215,8 @@ class Stepper:
         """Continue from `state_dict`; a scaler state is used only if both runs have one (train.amp may change)."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["capturable"] = self._capturable
         # Fused Adam ignores strides: moments that another device saved must get the memory layout of the weights here.
         for weight, moments in self.optimizer.state.items():
             for name, value in moments.items():

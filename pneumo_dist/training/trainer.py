@@ -32,6 +32,7 @@ from pneumo_dist.training.agreement import Agreement, NonFiniteLosses, Requests
 from pneumo_dist.training.batches import StageFilms, check_batch
 from pneumo_dist.training.checkpoint import CheckpointStore
 from pneumo_dist.training.events import TrainingEvents, log_throughput
+from pneumo_dist.training.graph import StepGraph
 from pneumo_dist.training.schedule import Plateau, learning_rate, swa_due
 from pneumo_dist.training.step import Stepper, StepResult
 from pneumo_dist.training.validation import Validation, validate
@@ -76,6 +77,7 @@ class Trainer:
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.stepper.device)
         self._resume()
         self._set_rates()
+        self._step = StepGraph(self.stepper.step, ranks) if config.train.cuda_graph else self.stepper.step
         self.log = RunLog(task.out / "tensorboard", ranks.first, purge_step=self._batches_done + 1)
         self.live = history.Live(task.out, ranks.first)
         self.events = TrainingEvents(self.log, task, self.stepper, self.films.validation, self._batches_done)
@@ -190,7 +192,7 @@ class Trainer:
             throughput = history.Throughput()
             while self.state.batch < self.steps_per_epoch:
                 batch, indices = throughput.next(batches)
-                result = self.stepper.step(batch)
+                result = self._step(batch)
                 throughput.add(self.stage.batch_size)
                 self._after_step(result, indices)
                 self._report_step(result, throughput)

@@ -1,9 +1,11 @@
 """Interrupted equals uninterrupted: the same bits for any number of stops at any step."""
 
+import functools
 import signal
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from pneumo_dist import config as configuration
 from pneumo_dist import stages
@@ -14,7 +16,9 @@ from pneumo_dist.runtime.stopping import Stopped, StopSignal
 from pneumo_dist.training import trainer
 from pneumo_dist.training.checkpoint import CheckpointStore
 from pneumo_dist.training.step import Stepper
+from pneumo_dist.training.trainer import Trainer
 from tests.dist import small_run
+from tests.fake_cuda import cuda_on_cpu
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -181,3 +185,36 @@ def test_stage_2_starts_from_the_best_weights_of_stage_1(undisturbed, monkeypatc
         stages.run_stage("2", undisturbed, fold=0)
     best = torch.load(undisturbed / "fold0" / "stage1" / "best.pt", weights_only=True)["model"]
     assert all(torch.equal(seen[0][key], best[key]) for key in best)
+
+
+def test_float16_on_a_device_counts_no_skipped_step_and_neither_stops_nor_a_graph_change_a_bit(prepared, tmp_path, monkeypatch):
+    """In real numbers: the scale overflows in steps 2 and 6, so both are skipped; the average begins with step 4."""
+    after, average, finite, averaged, stops = Trainer._after_step, AveragedModel.update_parameters, [], [], []
+
+    def watched(training, result, indices):
+        finite.append(bool(result.finite))
+        after(training, result, indices)
+        training.stepper.scaler._scale.fill_(2.0**60 if len(finite) in (1, 5) else 16.0)  # of the next step
+        if len(finite) in stops:
+            training.task.stop.leave = signal.SIGUSR2
+
+    monkeypatch.setattr(Trainer, "_after_step", watched)
+    monkeypatch.setattr(AveragedModel, "update_parameters", lambda *args: (averaged.append(len(finite)), average(*args)))
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=16.0))
+    found = []
+    for graph, points in ((False, []), (False, [2, 5]), (True, [])):
+        stops[:] = points
+        finite.clear()
+        averaged.clear()
+        run_dir = small_run.copy_of(prepared, tmp_path / f"{len(found)}")
+        config = configuration.load(run_dir / "config.yaml", ["train.amp=fp16", f"train.cuda_graph={graph}"])
+        (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
+        with cuda_on_cpu():
+            for _ in points:
+                with pytest.raises(Stopped):
+                    stages.run_stage("1", run_dir, fold=0, stop=StopSignal())
+            stages.run_stage("1", run_dir, fold=0)
+        assert finite == [True, False, True, True, True, False, True, True]
+        assert averaged == [4, 5, 7, 8]
+        found.append(small_run.fingerprint(run_dir))
+    assert found[0] == found[1] == found[2] and found[0]["epochs"][-1]["step"] == 6

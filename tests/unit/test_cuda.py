@@ -5,17 +5,21 @@ import copy
 import pytest
 import torch
 from torch.nn.functional import interpolate
+from torch.optim.swa_utils import AveragedModel
 
 from pneumo_dist import config as configuration
+from pneumo_dist.config import ConfigError
 from pneumo_dist.model.precision import amp_dtype
+from pneumo_dist.model.resnet import ResNet34Encoder
 from pneumo_dist.model.unet import DecoderBlock, ResNet34UNet
 from pneumo_dist.prediction.predictor import Predictor
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.runtime.stopping import StopSignal
 from pneumo_dist.training.agreement import DelayedRead
+from pneumo_dist.training.graph import StepGraph
 from pneumo_dist.training.step import Stepper, TrainBatch
 from pneumo_dist.training.swa import update_batch_norm
-from tests.fake_cuda import fake_cuda
+from tests.fake_cuda import cuda_on_cpu, fake_cuda
 
 FILMS, SIZE = 6, 64
 CUDA = torch.device("cuda", 0)
@@ -111,9 +115,13 @@ def test_a_network_is_compiled_for_one_size_and_rehearses_with_it(network, cuda,
     assert asked == [{"dynamic": False}] and sizes == {FILMS // 2}
 
 
-def test_batch_norm_update_and_inference_wait_for_no_batch(network, cuda):
+def test_averaging_takes_one_operator_and_batch_norm_update_and_inference_wait_for_no_batch(network, cuda):
     model, batch = network.to(CUDA), torch.zeros((FILMS, 1, SIZE, SIZE), dtype=torch.uint8)
     model.lay_out()
+    average = AveragedModel(model)
+    for _ in range(2):  # the first time copies
+        average.update_parameters(model)
+    assert cuda.names()["aten._foreach_lerp_"] == 1
     waits = []
     for batches in (1, 2, 4):
         cuda.clear()
@@ -124,6 +132,62 @@ def test_batch_norm_update_and_inference_wait_for_no_batch(network, cuda):
     Predictor([model.eval()], SIZE, CUDA, "none", "bf16").launch(batch)
     assert cuda.waits == []
     assert {shape.dtype for shape in _maps(cuda)} == {torch.bfloat16}
+
+
+def test_a_graph_of_a_step_has_the_bits_of_the_steps(monkeypatch):
+    """In real numbers: numbers of positives, learning rates and a skipped step are no part of the graph."""
+    monkeypatch.setattr(ResNet34Encoder, "channels", (8, 8, 8, 16, 16))
+    monkeypatch.setattr(ResNet34UNet, "widths", (16, 8, 8, 8, 8))
+    torch.set_num_threads(1)
+
+    def train(graph):
+        stepper = _stepper(
+            ResNet34UNet(1, film_head=True), "train.amp=fp16", "stage1.size=32", f"train.cuda_graph={graph}",
+            "train.clip_norm=1",
+        )  # fmt: skip
+        step, generator, results = stepper.step, torch.Generator().manual_seed(0), []
+        stepper.set_rates([0.01 * rate for rate in range(1, 9)])
+        if graph:
+            step = StepGraph(stepper.step, Ranks())
+        for number in range(8):
+            images = torch.randint(0, 256, (FILMS, 1, 32, 32), dtype=torch.uint8, generator=generator)
+            labels = (torch.arange(FILMS) <= number % 4).float()
+            masks = (images > 200).to(torch.uint8) * labels.to(torch.uint8)[:, None, None, None]
+            if number == 6:
+                stepper.set_rates([0.001 * rate for rate in range(1, 9)])
+            stepper.scaler._scale.fill_(2.0**60 if number == 5 else 2.0**4)
+            result = step(TrainBatch(images, masks, labels, FILMS, int(labels.sum())))
+            results.append(torch.cat([torch.as_tensor(value).flatten().float() for value in vars(result).values()]))
+        assert [bool(one[5]) for one in results] == [True] * 5 + [False] + [True] * 2
+        return torch.stack(results), torch.cat(
+            [value.flatten().float() for value in stepper.model.state_dict().values()]
+        )
+
+    with cuda_on_cpu():
+        (eager, weights), (graphed, same) = train(False), train(True)
+    assert torch.equal(eager.nan_to_num(), graphed.nan_to_num()) and torch.equal(weights, same)
+
+
+def test_a_graphed_step_starts_four_copies_and_the_graph(network, cuda):
+    step = StepGraph(_stepper(network, "train.cuda_graph=true").step, Ranks())
+    for _ in range(4):
+        step(_films())
+    cuda.clear()
+    step(_films())
+    assert cuda.waits == [] and len(cuda.calls) == 4
+
+
+def test_a_graph_refuses_several_ranks_and_a_step_that_waits():
+    with pytest.raises(ConfigError, match="needs one rank with a GPU: set train.cuda_graph=false"):
+        StepGraph(lambda batch: None, Ranks())
+    with cuda_on_cpu():
+        with pytest.raises(ConfigError, match="needs one rank"):
+            StepGraph(lambda batch: None, Ranks(world_size=2))
+        step = StepGraph(lambda batch: float(batch.labels.sum()), Ranks())
+        for _ in range(3):
+            step(_films())
+        with pytest.raises(ConfigError, match="not permitted when stream is capturing: set train.cuda_graph=false"):
+            step(_films())
 
 
 def test_off_is_float32_without_tf32(monkeypatch):
