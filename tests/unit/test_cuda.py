@@ -1,6 +1,7 @@
 """What a GPU is asked to do, on a fake one: devices that match, no wait of the host, few operators, small types."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tests.fake_cuda import cuda_on_cpu, fake_cuda
 
 FILMS, SIZE = 6, 64
 CUDA = torch.device("cuda", 0)
+REAL = torch.cuda.is_available()
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +136,16 @@ def test_averaging_takes_one_operator_and_batch_norm_update_and_inference_wait_f
     assert {shape.dtype for shape in _maps(cuda)} == {torch.bfloat16}
 
 
-def test_a_graph_of_a_step_has_the_bits_of_the_steps(monkeypatch):
-    """In real numbers: numbers of positives, learning rates and a skipped step are no part of the graph."""
+@pytest.mark.parametrize(
+    "device", [cuda_on_cpu, pytest.param(nullcontext, marks=pytest.mark.skipif(not REAL, reason="needs a GPU"))]
+)
+def test_a_graph_of_a_step_has_the_bits_of_the_steps(monkeypatch, device):
+    """In real numbers: numbers of positives, learning rates and a skipped step are no part of the graph.
+
+    Every operation of a step has a deterministic form.
+    """
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    deterministic = torch.are_deterministic_algorithms_enabled()
     monkeypatch.setattr(ResNet34Encoder, "channels", (8, 8, 8, 16, 16))
     monkeypatch.setattr(ResNet34UNet, "widths", (16, 8, 8, 8, 8))
     torch.set_num_threads(1)
@@ -163,8 +173,12 @@ def test_a_graph_of_a_step_has_the_bits_of_the_steps(monkeypatch):
             [value.flatten().float() for value in stepper.model.state_dict().values()]
         )
 
-    with cuda_on_cpu():
-        (eager, weights), (graphed, same) = train(False), train(True)
+    torch.use_deterministic_algorithms(True)  # raises where there is none
+    try:
+        with device():
+            (eager, weights), (graphed, same) = train(False), train(True)
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
     assert torch.equal(eager.nan_to_num(), graphed.nan_to_num()) and torch.equal(weights, same)
 
 
