@@ -128,6 +128,7 @@ def _tensorboard(options: argparse.Namespace) -> int:
     from launch.monitor.tensorboard import start_tensorboard
 
     start_tensorboard(_folder(options), options.port)
+    return 0
 
 
 def _validate(options: argparse.Namespace) -> int:
@@ -164,15 +165,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if arguments is None:  # typed by a person, under whatever Python it was
         bootstrap.ensure()
+    from launch.monitor.display import plain_output
     from pneumo_dist.config import ConfigError
 
-    try:
-        return COMMANDS[options.command](options)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or the reader has gone, for example `| head`
-        return 130
+    with plain_output():
+        try:
+            return COMMANDS[options.command](options)
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or the reader has gone, for example `| head`
+            return 130
 
 
 if __name__ == "__main__":

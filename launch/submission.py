@@ -13,6 +13,7 @@ from launch.planning.plan import Plan, check_recipe, make_plan, missing_line, ti
 from launch.planning.recipe import resolve
 from launch.planning.site import choose_site
 from pneumo_dist.config import ConfigError
+from pneumo_dist.runtime.files import restrict
 
 
 def run(request: Request) -> int:
@@ -38,6 +39,11 @@ def run(request: Request) -> int:
         print("no infer.dir: inferring on the training films; scores on them are inflated", flush=True)
     site = choose_site(request)
     print(site.line, flush=True)
+    run = plan.run
+    try:
+        restrict((run.folder, run.jobs_dir, run.code_dir), site.profile.file_mask)
+    except OSError:
+        print(f"note: {run.folder} belongs to another account: its permissions stay as they are", flush=True)
     if site.slurm:
         bootstrap.ensure(slurm=True)
         # Imported late: it needs submitit, which a machine without SLURM may lack.

@@ -8,12 +8,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
     # `launch` is a package of the repository, so the import path needs the folder above in place of this one.
     sys.path[0] = str(Path(os.path.abspath(__file__)).parents[1])
 
 from launch import bootstrap
+
+if TYPE_CHECKING:
+    from launch.planning.arguments import Request
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,6 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if arguments is None:  # typed by a person, under whatever Python it was
         bootstrap.ensure(slurm=request.cluster == "slurm" or request.dry_run)
+    from launch.monitor.display import plain_output
+
+    with plain_output():
+        return _carry_out(request)
+
+
+def _carry_out(request: Request) -> int:
     from launch.submission import run
     from pneumo_dist.config import ConfigError
 

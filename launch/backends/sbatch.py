@@ -126,6 +126,7 @@ def _default_cpus(spec: JobSpec) -> int:
 
 def _setup_lines(spec: JobSpec) -> list[str]:
     return [
+        f"umask {spec.profile.file_mask:04o}",
         *spec.profile.setup,
         *(f"export {key}={shlex.quote(value)}" for key, value in sorted(spec.profile.env.items())),
         f"export PYTHONPATH={shlex.quote(str(spec.code))}${{PYTHONPATH:+:$PYTHONPATH}}",

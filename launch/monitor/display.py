@@ -1,18 +1,44 @@
-"""The output of a command that waits for jobs: messages, and below them a progress line for each running job.
+"""The output of a command: without control characters; of one that waits for jobs, progress lines below the messages.
 
-A terminal shows progress bars that are redrawn in place; other outputs get a plain line once a minute. Standard
-library only.
+A terminal shows progress bars that are redrawn in place; other outputs get a plain line once a minute.
 """
 
 from __future__ import annotations
 
+import codecs
 import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, TextIO
+
+from pneumo_dist.runtime.runlog import plain_text
 
 PLAIN_INTERVAL_S = 60.0
 BAR_WIDTH = 20
+
+
+class _PlainText:
+    """A text stream to which control characters are written as escapes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(plain_text(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def plain_output() -> Iterator[None]:
+    """Write no control character of a file name, a configuration or a log to the terminal."""
+    out, error = _PlainText(sys.stdout), _PlainText(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(error):  # type: ignore[type-var]
+        yield
 
 
 def bar(share: float) -> str:
@@ -32,6 +58,7 @@ class Display:
         self.terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self._drawn: list[str] = []  # the progress lines on the screen
         self._partial = b""  # the start of a line whose end has not been written yet
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # output may end within a character
         self._last: dict[str, tuple[float, str]] = {}  # time and text of each job's last plain line
 
     def say(self, text: str) -> None:
@@ -40,6 +67,7 @@ class Display:
 
     def pass_on(self, output: bytes) -> None:
         """Print the output of another process above the progress."""
+        output = plain_text(self._decoder.decode(output)).encode()
         if not self.terminal:
             _write(output)
             return

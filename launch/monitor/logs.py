@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -61,12 +62,12 @@ def print_log(run: RunFolder, stage: str | None, fold: int | None, rank: int, *,
     if not 0 <= rank < len(logs):
         raise ConfigError(f"--rank {rank}: {entry.key} has logs 0 to {len(logs) - 1}")
     print(f"==> {logs[rank]} <==", file=sys.stderr)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a chunk may end within a character
     with logs[rank].open("rb") as log:
         while True:
             data = log.read(CHUNK_BYTES)
             if data:
-                sys.stdout.buffer.write(data)
-                sys.stdout.flush()
+                print(decoder.decode(data), end="", flush=True)
             elif not follow:
                 return
             else:

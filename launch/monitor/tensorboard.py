@@ -1,31 +1,46 @@
-"""Start TensorBoard for a run. It listens on localhost only: whoever reaches the port can read the run's events."""
+"""Start TensorBoard for a run. It answers only requests with a secret in their path, and listens on localhost only.
+
+TensorBoard has no login, and every account of this host can reach its port.
+"""
 
 from __future__ import annotations
 
 import getpass
 import os
+import secrets
 import socket
-import sys
-from typing import NoReturn
+import threading
 
 from pneumo_dist.config import ConfigError
 from pneumo_dist.run import RunFolder
 
 
-def start_tensorboard(run: RunFolder, port: int) -> NoReturn:
-    """Print the address and the ssh command for remote access, then replace this process with TensorBoard.
+def start_tensorboard(run: RunFolder, port: int) -> None:
+    """Print the address and the ssh command for remote access, and serve until Ctrl-C.
+
+    The secret is on no command line, which other accounts could list. For the same reason TensorBoard reads the events
+    itself: its faster data server would listen on a second port, without the secret.
 
     Raises:
         ConfigError: there is no such run, or the port is in use.
     """
+    from tensorboard import default, program
+    from tensorboard.program import TensorBoardServerException
+
     if not run.folder.is_dir():
         raise ConfigError(f"{run.folder}: no such run: python launch/runs.py list shows all runs")
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise ConfigError(f"port {port} is in use: choose another one with --port")
+    secret = secrets.token_urlsafe(16)
+    server = program.TensorBoard(plugins=default.get_plugins())
+    options = ["--logdir", str(run.folder), "--host", "localhost", "--port", str(port), "--load_fast", "false"]
+    server.configure(argv=["tensorboard", *options, "--path_prefix", f"/{secret}"])
+    try:
+        server.launch()
+    except TensorBoardServerException as error:
+        raise ConfigError(f"{error.msg}: choose another port with --port") from None
     names = (socket.getfqdn(), socket.gethostname())  # the full name, unless /etc/hosts makes it localhost
     host = next((name for name in names if not name.startswith("localhost")), names[1])
-    print(f"http://localhost:{port}/")
-    print(f"from another machine: ssh -L {port}:localhost:{port} {getpass.getuser()}@{host}", flush=True)
-    options = ["--logdir", str(run.folder), "--host", "localhost", "--port", str(port)]
-    os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", *options])
+    jump = f"-J {getpass.getuser()}@{os.environ['SLURM_SUBMIT_HOST']} " if "SLURM_SUBMIT_HOST" in os.environ else ""
+    print(f"http://localhost:{port}/{secret}/   (curves on one page: add #custom_scalars)")
+    print(f"from another machine, first: ssh -N -L {port}:localhost:{port} {jump}{getpass.getuser()}@{host}")
+    print("only this address answers: other accounts of this host cannot read the films without it", flush=True)
+    threading.Event().wait()

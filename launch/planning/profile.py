@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +74,7 @@ class Profile(Resources):
     env: dict[str, str] = field(default_factory=dict)  # NCCL_SOCKET_IFNAME and the like
     srun: list[str] = field(default_factory=list)  # further arguments of srun, such as --container-image=...
     python: str | None = None  # command that starts Python on a node; default: the Python that submits
+    umask: str | None = None  # permissions that the run's files lack; default: the shell's, and none for others (027)
     mail_user: str | None = None
     mail_type: str | None = None
     requeue: bool = True
@@ -93,9 +95,23 @@ class Profile(Resources):
             raise ConfigError(f"gpus_per_node={self.gpus_per_node} must not be negative")
         if self.max_timeouts < 0 or self.signal_delay_s < 1:
             raise ConfigError("max_timeouts must not be negative, and signal_delay_s must be at least 1")
+        if self.umask is not None and not re.fullmatch(r"0?0[2367][2367]", self.umask):
+            raise ConfigError(
+                f"umask={self.umask!r} must be octal and let nobody else write (jobs run code of the run): "
+                "027, 077, or 022 where every account may read the films"
+            )
         for name in self.env:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ConfigError(f"env.{name} is not the name of an environment variable")
+
+    @property
+    def file_mask(self) -> int:
+        """The permissions that files of a run lack."""
+        if self.umask is not None:
+            return int(self.umask, 8)
+        current = os.umask(0o027)
+        os.umask(current)
+        return current | 0o027
 
     def resources(self, stage: str) -> Resources:
         """Return what a job of `stage` requests: the stage's own values over `cpu`'s over the profile's."""
@@ -190,6 +206,8 @@ def load_profile(path: Path | None) -> Profile:
         _check_texts(tree)
         if isinstance(tree.get("time_min"), int):
             tree["time_min"] = {"default": tree["time_min"]}
+        if isinstance(tree.get("umask"), int):  # YAML reads 027 as an octal number
+            tree["umask"] = f"{tree['umask']:03o}"
         for key in ("time_min", "stages"):  # YAML reads the stage names 1 and 2 as numbers
             if isinstance(tree.get(key), dict):
                 tree[key] = {str(name): value for name, value in tree[key].items()}

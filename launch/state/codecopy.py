@@ -1,6 +1,6 @@
 """The copy of the code that the jobs of a run use, so that edits of the checkout do not change submitted jobs.
 
-Never changes an existing copy: its name is the hash of its files.
+An existing copy is compared with the checkout before it is used again: its name is the hash of its files.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import shutil
 import subprocess
-import tempfile
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
+from pneumo_dist.config import ConfigError
 from pneumo_dist.run import RunFolder
 
 FOLDERS = ("launch", "pneumo_dist", "configs")
@@ -35,17 +37,28 @@ def code_hash(root: Path) -> str:
 
 
 def copy(root: Path, run: RunFolder) -> Path:
-    """Copy the code to `code/<hash>` of the run unless that folder exists, and return the folder."""
+    """Copy the code to `code/<hash>` of the run unless that folder exists, and return the folder.
+
+    Raises:
+        ConfigError: an existing copy has a changed, additional or linked file, which the jobs would run.
+    """
     target = run.code_dir / code_hash(root)
-    if target.is_dir():
+    if target.is_symlink() or target.exists():
+        for path in _differences(root, target):
+            raise ConfigError(
+                f"{target / path} is not as it was copied from {root}: find out who changed it, cancel the jobs of "
+                "this run, remove that folder, and repeat the command"
+            )
+        for cache in list(target.rglob("__pycache__")):  # Python would run what it holds in place of the sources
+            shutil.rmtree(cache)
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".copying-", dir=target.parent))
+    temporary = target.with_name(f".copying-{uuid.uuid4().hex[:8]}")
     try:
         for path in _files(root):
             (temporary / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / path, temporary / path)
-        temporary.chmod(0o755)  # mkdtemp allows only the owner
+        for path in (target.parent, temporary, *temporary.rglob("*")):
+            path.chmod(path.stat().st_mode & ~0o022)  # jobs run it: only its owner may write, under any umask
         try:
             temporary.rename(target)
         except OSError:
@@ -54,6 +67,20 @@ def copy(root: Path, run: RunFolder) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _differences(root: Path, copied: Path) -> Iterator[Path]:
+    """Yield what differs in a copy. Links are not followed: none is made by a copy."""
+    if copied.is_symlink():
+        yield Path()
+        return
+    entries = [path for path in copied.rglob("*") if "__pycache__" not in path.parts or path.is_symlink()]
+    expected = set(_files(root))
+    found = {path.relative_to(copied) for path in entries if path.is_symlink() or not path.is_dir()}
+    yield from sorted(expected ^ found)
+    for path in sorted(expected & found):
+        if (copied / path).is_symlink() or (copied / path).read_bytes() != (root / path).read_bytes():
+            yield path
 
 
 def git_state(root: Path) -> dict[str, object] | None:

@@ -33,6 +33,7 @@ from pneumo_dist.runtime.task import Task
 from pneumo_dist.scoring import scorecard
 from pneumo_dist.scoring.metrics import summary
 from pneumo_dist.scoring.records import Records, record_thresholds
+from pneumo_dist.scoring.submission_csv import as_cell
 
 log = logging.getLogger(__name__)
 
@@ -217,6 +218,7 @@ def _write(task: Task, evaluation: Evaluation) -> dict[str, Path]:
     write_json(files["scores"], evaluation.result)
     write_json(files["thresholds"], scorecard.threshold_table(tuned, settings))
     films = scorecard.film_table(records, tuned, settings.threshold)
+    films["id"] = [as_cell(film) for film in films["id"]]
     write_csv(files["films"], [films, *zip(*films.values(), strict=True)])
     summary_text = scorecard.summary_text(evaluation.result, evaluation.title)
     write_text(files["summary"], summary_text)

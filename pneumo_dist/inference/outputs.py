@@ -22,7 +22,7 @@ from pneumo_dist.inference.reading import THUMB_PX, ReadFilm, fit
 from pneumo_dist.reports import pictures
 from pneumo_dist.runtime.files import write_text
 from pneumo_dist.scoring.records import Triplet, apply_triplet, film_score
-from pneumo_dist.scoring.submission_csv import OK, UNREADABLE
+from pneumo_dist.scoring.submission_csv import OK, UNREADABLE, as_cell
 
 # Output -> its folder. Thumbnails belong to the worklist and are always written.
 FOLDERS = {"masks": "masks", "overlays": "overlays", "dicomseg": "seg", "probs": "probs"}
@@ -133,12 +133,12 @@ def empty_row(film: PlannedFilm, reason: str, status: str = UNREADABLE) -> Row:
 
 
 def csv_text(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return rows as csv text: None is an empty cell, a float has all digits of a float32."""
+    """Return rows as csv text: None is an empty cell, a float has all digits of a float32, no text is a formula."""
 
     def cell(value: Any) -> Any:
         if isinstance(value, float):
             return np.format_float_positional(np.float32(value), trim="0")
-        return "" if value is None else value
+        return as_cell(value) if isinstance(value, str) else "" if value is None else value
 
     names = list(columns)
     text = io.StringIO()

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pneumo_dist.config import ConfigError
 from pneumo_dist.runtime.failure import error_line
 from pneumo_dist.runtime.ranks import discover
+from pneumo_dist.runtime.runlog import plain_text
 from pneumo_dist.runtime.stopping import Stopped
 
 
@@ -65,4 +66,4 @@ def _requeued(requeue: Callable[[], object]) -> int:
 
 
 def _print(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(plain_text(line), file=sys.stderr, flush=True)

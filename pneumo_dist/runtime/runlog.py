@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import sys
 import threading
 import time
@@ -22,18 +23,30 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+# All but tab and line feed, the marks that reverse the direction of text, and bytes of a file name that are no text.
+CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def plain_text(text: str) -> str:
+    r"""Return a text with its control characters as escapes: a file name or a log must not control a terminal.
+
+    >>> plain_text("\x1b[2Jfilm")
+    '\\x1b[2Jfilm'
+    """
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return plain_text(super().format(record))
 
 
 def setup(rank: int = 0) -> None:
     """Send this process's log records to standard output, marked with the rank."""
     mark = f" [rank {rank}]" if rank else ""
-    logging.basicConfig(
-        stream=sys.stdout,
-        level=logging.WARNING if rank else logging.INFO,
-        format=f"%(asctime)s{mark} %(levelname).1s %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_Lines(f"%(asctime)s{mark} %(levelname).1s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING if rank else logging.INFO, force=True)
     for name in ("pydicom", "highdicom", "matplotlib", "PIL"):
         logging.getLogger(name).setLevel(logging.ERROR)
     threading.excepthook = _thread_failed

@@ -6,6 +6,7 @@ NumPy and pydicom only; no file is repaired.
 from __future__ import annotations
 
 import csv
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ HEADER = ["ImageId", "EncodedPixels"]
 COMPETITION_SIZE = (1024, 1024)
 # Status of a row of predictions.csv. Only "ok" is an answer; an ignored file is no film.
 OK, UNREADABLE, IGNORED = "ok", "unreadable", "ignored"
+# A spreadsheet computes a cell that begins so (also with the full-width signs), whatever its quotes.
+FORMULA = "[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]"
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,16 @@ class Prediction:
     top_score: float | None
     size: tuple[int, int]
     sop_uid: str = ""
+
+
+def as_cell(text: str) -> str:
+    """Return a text that spreadsheets show and do not compute: with an apostrophe before a formula. See `from_cell`."""
+    return f"'{text}" if re.match(f"'*{FORMULA}", text) else text
+
+
+def from_cell(cell: str) -> str:
+    """Return the text of a cell that `as_cell` wrote."""
+    return cell[1:] if re.match(f"'+{FORMULA}", cell) else cell
 
 
 def write_submission(path: Path, rows: Iterable[tuple[str, str]]) -> None:
@@ -302,5 +315,5 @@ def _read_predictions(path: Path) -> dict[str, Prediction]:
         row = dict(zip(header, cells, strict=False))
         size = (int(row["rows"]), int(row["columns"])) if row.get("rows") else COMPETITION_SIZE
         top = float(row["top_score"]) if row.get("top_score") else None
-        predictions[row.get("film", "")] = Prediction(top, size, row.get("sop_uid", ""))
+        predictions[from_cell(row.get("film", ""))] = Prediction(top, size, row.get("sop_uid", ""))
     return predictions

@@ -321,11 +321,10 @@ def plain(error: BaseException) -> str:
 
 
 def name_of(uid: str) -> str:
-    """Return a transfer syntax as text for people."""
-    import pydicom
+    """Return a known transfer syntax as text for people; of another one, the header may hold anything."""
+    from pydicom.uid import UID_dictionary
 
-    name = pydicom.uid.UID(uid).name if re.fullmatch(r"[0-9.]{1,64}", uid) else "of the header"
-    return f"{name} ({uid})" if name not in (uid, "of the header") else name
+    return f"{UID_dictionary[uid][0]} ({uid})" if uid in UID_dictionary else "unknown"
 
 
 @functools.cache

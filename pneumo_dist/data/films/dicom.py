@@ -41,6 +41,7 @@ TAGS: list[str | int] = [
 MAPPING = ("RescaleIntercept", "RescaleSlope", "ModalityLUTSequence", "WindowCenter", "WindowWidth", "VOILUTSequence")
 GREY, PALETTE = ("MONOCHROME1", "MONOCHROME2"), "PALETTE COLOR"
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")  # read if the channels are equal
+NOT_GREY = (*COLOUR, PALETTE, "YBR_PARTIAL_422", "YBR_PARTIAL_420", "HSV", "ARGB", "CMYK")  # may be named in a message
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ def _photometric(dataset: Any, samples: int, warnings: list[str]) -> str:
         warnings.append("no photometric interpretation in the header: read as MONOCHROME2")
         photometric = "MONOCHROME2"
     if photometric not in (COLOUR if samples == 3 else (*GREY, PALETTE) if samples == 1 else ()):
-        known = photometric if re.fullmatch(r"[A-Z0-9_ ]{1,16}", photometric) else "none"
+        known = photometric if photometric in (*GREY, *NOT_GREY) else "unknown"
         raise FilmError(
             f"colour image (photometric interpretation {known}, {samples} samples per pixel): films are grey"
         )
