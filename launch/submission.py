@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 from launch import bootstrap
@@ -45,6 +46,8 @@ def run(request: Request) -> int:
     except OSError:
         print(f"note: {run.folder} belongs to another account: its permissions stay as they are", flush=True)
     if site.slurm:
+        if re.search(r"[%\\\x00-\x1f]", str(run.folder)):  # SLURM would replace %j in the names of logs
+            raise ConfigError(f"{run.folder}: SLURM cannot write logs below a path with % or \\: {checks.OTHER_FOLDER}")
         bootstrap.ensure(slurm=True)
         # Imported late: it needs submitit, which a machine without SLURM may lack.
         from launch.backends.slurm_chain import submit_chain

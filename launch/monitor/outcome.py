@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from launch import bootstrap
+from launch.monitor.causes import is_root_cause
 from launch.monitor.scores import score_table
 from launch.planning.plan import Plan
 from pneumo_dist.config import ConfigError
@@ -18,9 +19,9 @@ from pneumo_dist.runtime.files import read_json
 TAIL_BYTES = 64 * 1024
 # The last line of a traceback, this project's one-line errors, and messages of SLURM and the kernel on a killed job.
 _ERROR = re.compile(
-    r"^error: |^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Timeout|Stale)\b|^slurmstepd: error|^srun: error|oom.kill|"
-    r"Out Of Memory|No space left|CUDA out of memory|: No such file or directory$|: Permission denied$|"
-    r"command not found$",
+    r"^error: |^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Timeout|Stale)\b|^slurmstepd(-\S+)?: error|^srun: error|"
+    r"^srun: fatal|^sbatch: (error|fatal)|oom.kill|Out Of Memory|No space left|CUDA out of memory|"
+    r": No such file or directory$|: Permission denied$|command not found$|collective operation timeout",
     re.IGNORECASE,
 )
 # Attempts append to the same file; each starts with such a line.
@@ -29,14 +30,11 @@ _OWN_PREFIX = re.compile(r"^(error: |pneumo_dist\.\S*ConfigError: )")  # the mes
 # Consequences of the end of another rank: they explain a failure only when there is no other line.
 _CONSEQUENCE = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|remote process exited|\bDist(Backend|Network|Store)Error\b|"
-    r"^srun: error: .*: task|Terminating StepId|CANCELLED AT"
+    r"Terminating StepId|CANCELLED AT|waiting for job step|Job step aborted"
 )
-# Among them, the task that was killed from outside; srun also lists the tasks that ended because of it.
-_KILLED = re.compile(r"^srun: error: .*: tasks? .*: (?!Exited|Terminated)")
-# Root causes, wherever they are in a chain of exceptions: the later exceptions explain less.
-_ROOT_CAUSE = re.compile(
-    r"No space left|Disk quota exceeded|Read-only file system|out of memory|oom.kill", re.IGNORECASE
-)
+# The end of a task. After the first one, --kill-on-bad-exit ends the others: their lines say nothing of the cause.
+_TASK_END = re.compile(r"^srun: error: .*: tasks? [^:]*: ")
+_KILLED = re.compile(_TASK_END.pattern + "(?!Exited|Terminated)")  # from outside the program
 # The last message of slurmstepd in a log, and SLURM's state for it.
 _REQUEUED = {"PREEMPTION": "PREEMPTED", "JOB REQUEUE": "REQUEUED", "NODE FAILURE": "NODE_FAIL", "TIME LIMIT": "TIMEOUT"}
 
@@ -51,9 +49,11 @@ def failure_line(logs: Iterable[Path]) -> tuple[str, Path] | None:
 
 
 def _relevance(line: str) -> int:
-    if _CONSEQUENCE.search(line):
-        return 1 if _KILLED.search(line) else 0
-    return 3 if _ROOT_CAUSE.search(line) else 2
+    if is_root_cause(line):
+        return 4
+    if _TASK_END.search(line):
+        return 2 if _KILLED.search(line) else 0
+    return 1 if _CONSEQUENCE.search(line) else 3
 
 
 def _error_lines(path: Path) -> list[str]:
@@ -67,7 +67,12 @@ def _error_lines(path: Path) -> list[str]:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     starts = [i for i, line in enumerate(lines) if _ATTEMPT.match(line)]
     attempt = lines[starts[-1] :] if starts else lines
-    errors = [_OWN_PREFIX.sub("", line)[:300] for line in attempt if _ERROR.search(line)]
+    ends = [line for line in attempt if _TASK_END.search(line)]
+    errors = [
+        _OWN_PREFIX.sub("", line)[:300]
+        for line in attempt
+        if _ERROR.search(line) and line not in ends[1:]
+    ]
     return sorted(errors, key=_relevance)  # stable: of equal lines the newest stays last
 
 

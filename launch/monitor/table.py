@@ -6,27 +6,13 @@ import shlex
 from collections.abc import Sequence
 from itertools import pairwise
 
+from launch.monitor.causes import advice
 from launch.monitor.outcome import short_path
 from launch.monitor.status import Row
 from launch.state.ledger import Entry
 from pneumo_dist.run import RunFolder
 
 COLUMNS = ("stage", "job", "state", "nodes", "try", "progress", "score")
-# What to do, by state, or by the reason for which a job would wait forever.
-ADVICE = {
-    "TIMEOUT": "the job reached its time limit before it could be requeued: raise time_min in the profile",
-    "OUT_OF_MEMORY": "raise mem_gb in the profile, or lower train.workers or the batch size",
-    "NODE_FAIL": "a node failed: list it under exclude in the profile to avoid it",
-    "DependencyNeverSatisfied": "a job that this one depends on failed: remove this one with runs.py cancel",
-    "JobHeldUser": "the job is held: release it with scontrol release",
-    "JobHeldAdmin": (
-        "the job is held by an administrator or after a failed start: "
-        "release it with scontrol release, or ask the administrator"
-    ),
-    "launch failed requeued held": "a node could not start the job: try again with scontrol release",
-    "BadConstraints": "no node satisfies the request: check constraint, gres and mem_gb in the profile",
-    "PartitionTimeLimit": "the job asks for more time than the partition allows: lower time_min in the profile",
-}
 # States that do not come from the job's own program, so that there is no cause to correct.
 EXTERNAL_ENDS = ("CANCELLED", "PREEMPTED", "NODE_FAIL", "KILLED", "INTERRUPTED", "TIMEOUT", "REVOKED", "DEADLINE")
 
@@ -69,13 +55,13 @@ def trouble(rows: Sequence[Row]) -> str:
     lines: list[str] = []
     failed: list[Row] = []
     for row in rows:
-        advice = _advice(row)
-        if row.cancelled_with_parent or not (row.failed or row.error or advice):
+        help_line = _advice(row)
+        if row.cancelled_with_parent or not (row.failed or row.error or help_line):
             continue
         job = "" if row.job_id in ("", "local") else f" (job {row.job_id})"
         lines += ["", f"{row.node.key}{job}: {_state(row)}" + (f": {row.error}" if row.error else "")]
         lines += [f"  log:  {short_path(row.log)}"] if row.log else []
-        lines += [f"  help: {advice}"] if advice else []
+        lines += [f"  help: {help_line}"] if help_line else []
         failed += [row] if row.failed else []
     with_parent = [row.node.key for row in rows if row.cancelled_with_parent]
     if with_parent:
@@ -90,7 +76,7 @@ def trouble(rows: Sequence[Row]) -> str:
 def _advice(row: Row) -> str:
     # The end of an earlier attempt ("after NODE_FAIL") needs no advice: the job has recovered from it.
     reason = "" if row.active else row.reason.partition("after ")[0]
-    return ADVICE.get(row.state) or next((text for word, text in ADVICE.items() if word in reason), "")
+    return advice(row.error, row.state, reason)
 
 
 def _command_to_repeat(command: Sequence[str]) -> str:

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from launch.monitor import status
+from launch.monitor.causes import STATES
 from launch.monitor.outcome import failure_line
 from launch.monitor.scores import score_table
-from launch.monitor.table import ADVICE, trouble
+from launch.monitor.table import trouble
 from launch.runs import main
 from launch.state import progress
 from launch.state.ledger import Entry, Ledger
@@ -238,7 +239,7 @@ def test_a_failure_that_the_job_recovered_from_gets_no_advice(
     rows = all_rows(run_dir)
     assert any("after NODE_FAIL" in r.reason for r in rows)
     text = trouble(rows)
-    assert ADVICE["NODE_FAIL"] not in text and ("scontrol release" in text) == helped
+    assert STATES["NODE_FAIL"] not in text and ("scontrol release" in text) == helped
 
 
 @pytest.mark.parametrize(
