@@ -26,6 +26,7 @@ EXAMPLES = """\
 examples:
   python launch/runs.py list
   python launch/runs.py status chest              the state of every job, and the error of each failed one
+  python launch/runs.py wait chest                follow its SLURM jobs again, as submit.py --wait does
   python launch/runs.py logs chest 2 -f           follow the log of stage 2's first rank
   python launch/runs.py logs chest 1 --fold 3 --rank 5
   python launch/runs.py cancel chest              all waiting and running SLURM jobs of the run
@@ -35,7 +36,7 @@ examples:
 
 RUN is the name of a run in the run root (--run-root, default runs/ beside launch/), or the path of a run directory.
 
-exit status: 0 success, 1 the submission is not valid, 2 a mistake to correct, 130 Ctrl-C
+exit status: 0 success, 1 a job failed or the submission is not valid, 2 a mistake to correct, 130 Ctrl-C
 """
 
 
@@ -53,6 +54,8 @@ def _parser() -> Parser:
     commands.add_parser("list", parents=[shared], help="list all runs")
     status = commands.add_parser("status", parents=[shared], help="show the jobs of a run as a table")
     status.add_argument("run")
+    waits = commands.add_parser("wait", parents=[shared], help="follow the SLURM jobs of a run until they have ended")
+    waits.add_argument("run")
     logs = commands.add_parser("logs", parents=[shared], help="print the log of a job")
     logs.add_argument("run")
     logs.add_argument("stage", nargs="?", help="preprocess, 1, 2, swa, evaluate, infer (default: the newest job)")
@@ -110,6 +113,12 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
+def _wait(options: argparse.Namespace) -> int:
+    from launch.backends.follow import wait
+
+    return wait(_run(options))
+
+
 def _logs(options: argparse.Namespace) -> int:
     from launch.monitor.logs import print_log
 
@@ -148,6 +157,7 @@ def _score(options: argparse.Namespace) -> int:
 COMMANDS = {
     "list": _list,
     "status": _status,
+    "wait": _wait,
     "logs": _logs,
     "cancel": _cancel,
     "tensorboard": _tensorboard,

@@ -33,7 +33,7 @@ def run(request: Request) -> int:
     if not plan.todo and not plan.conflicts:
         name = "the whole chain" if request.stage == "all" else title(request.stage, None)
         print(f"{name} is done already (--redo runs it again)")
-        print_result(plan)
+        print_result(plan.run, plan.targets, plan.folds)
         return 0
     check_recipe(plan)
     if not plan.run.config.infer.dir and any(node.stage == "infer" for node in plan.todo):

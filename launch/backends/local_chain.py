@@ -53,7 +53,7 @@ def run_local_chain(plan: Plan, site: Site) -> int:
         finally:
             for held in locks:
                 held.release()
-    print_result(plan)
+    print_result(run, plan.targets, plan.folds)
     return 0
 
 

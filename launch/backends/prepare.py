@@ -48,8 +48,8 @@ def refuse_live(plan: Plan, ledger: Ledger, slurm_answers: bool) -> None:
         name = plan.title(node.stage, node.fold)
         if node.key in live:
             raise ConfigError(
-                f"{name} of this run is already queued or running as SLURM job {live[node.key]}: wait for it, "
-                f"or cancel it with launch/runs.py cancel {plan.runs_argument}"
+                f"{name} of this run is already queued or running as SLURM job {live[node.key]}: wait for it "
+                f"(launch/runs.py wait {plan.runs_argument}), or cancel it (launch/runs.py cancel ...)"
             )
         process = holder(plan.run.lock(node.key))
         if process:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from launch.backends.follow import follow, under_way
 from launch.backends.prepare import ledger_entry, prepare, refuse_live
 from launch.backends.sbatch import JobSpec, blocks_signals, script, submit
 from launch.jobs import Job
@@ -86,6 +87,9 @@ def submit_chain(plan: Plan, site: Site) -> int:
         ConfigError: something must be corrected, or SLURM refused a job; then no job stays submitted.
     """
     ledger = Ledger(plan.run)
+    if plan.request.wait and not plan.request.redo and (jobs := under_way(plan.run, plan.todo)):
+        print("queued or running already: following these jobs", flush=True)
+        return follow(plan.run, jobs, plan.targets, plan.folds)
     whole = plan
     plan, job_ids = _live_jobs(plan, ledger)
     checks.refuse(plan, site)
@@ -125,13 +129,11 @@ def _after_submission(whole: Plan, plan: Plan, site: Site, submitted: dict[str, 
                 f"submitted. Repeat the command when some have ended, {again}or with --wait: it submits the rest"
             )
         return 1 if limit else 0
-    from launch.backends.follow import follow
-
-    now = tuple(node for node in plan.todo if node.key in submitted)
-    status = follow(dataclasses.replace(plan, todo=now, targets=now), submitted)
+    jobs = {node: submitted[node.key] for node in plan.todo if node.key in submitted}
+    status = follow(plan.run, jobs, list(jobs) if limit else plan.targets, plan.folds)
     if status or not limit:
         return status
-    rest = tuple(node for node in whole.todo if node not in now)
+    rest = tuple(node for node in whole.todo if node not in jobs)
     print(f"submitting more jobs, which the limit ({limit}) left out", flush=True)
     request = dataclasses.replace(plan.request, redo=False)  # the old results are renamed already
     return submit_chain(dataclasses.replace(whole, todo=rest, request=request), site)

@@ -37,7 +37,7 @@ class _PlainText:
 def plain_output() -> Iterator[None]:
     """Write no control character of a file name, a configuration or a log to the terminal."""
     out, error = _PlainText(sys.stdout), _PlainText(sys.stderr)
-    with redirect_stdout(out), redirect_stderr(error):  # type: ignore[type-var]
+    with redirect_stdout(out), redirect_stderr(error):
         yield
 
 

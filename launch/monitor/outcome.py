@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from launch import bootstrap
 from launch.monitor.causes import is_root_cause
 from launch.monitor.scores import score_table
-from launch.planning.plan import Plan
+from pneumo_dist.chain import Node
 from pneumo_dist.config import ConfigError
 from pneumo_dist.run import Run
 from pneumo_dist.runtime import history
@@ -68,11 +68,7 @@ def _error_lines(path: Path) -> list[str]:
     starts = [i for i, line in enumerate(lines) if _ATTEMPT.match(line)]
     attempt = lines[starts[-1] :] if starts else lines
     ends = [line for line in attempt if _TASK_END.search(line)]
-    errors = [
-        _OWN_PREFIX.sub("", line)[:300]
-        for line in attempt
-        if _ERROR.search(line) and line not in ends[1:]
-    ]
+    errors = [_OWN_PREFIX.sub("", line)[:300] for line in attempt if _ERROR.search(line) and line not in ends[1:]]
     return sorted(errors, key=_relevance)  # stable: of equal lines the newest stays last
 
 
@@ -97,17 +93,16 @@ def short_path(path: Path) -> str:
     return relative if not relative.startswith("..") else str(path)
 
 
-def print_result(plan: Plan) -> None:
+def print_result(run: Run, targets: Sequence[Node], folds: Sequence[int]) -> None:
     """Print the folder of a finished stage, and the scores after an evaluation, an inference or the whole chain."""
-    last = plan.targets[-1]
-    print(f"done: {short_path(plan.run.dir_of(last.stage, last.fold))}", flush=True)
-    for stage in dict.fromkeys(node.stage for node in plan.targets if node.stage in plan.run.config.train_stages):
-        for fold in plan.folds:
-            rows = history.read(plan.run.metrics(stage, fold))
-            if rows and rows[-1].get("alarm"):
-                print(f"WARNING: fold {fold}, stage {stage}: {rows[-1]['alarm']}", flush=True)
-    if plan.request.stage in ("evaluate", "infer", "all"):
-        print(outcome_text(plan.run, plan.folds), flush=True)
+    last = targets[-1]
+    print(f"done: {short_path(run.dir_of(last.stage, last.fold))}", flush=True)
+    for node in targets:
+        rows = history.read(run.metrics(node.stage, node.fold)) if node.stage in run.config.train_stages else []
+        if rows and rows[-1].get("alarm"):
+            print(f"WARNING: fold {node.fold}, stage {node.stage}: {rows[-1]['alarm']}", flush=True)
+    if last.stage in ("evaluate", "pool", "merge"):
+        print(outcome_text(run, folds), flush=True)
 
 
 def inference_notes(folder: Path) -> list[str]:
@@ -118,7 +113,7 @@ def inference_notes(folder: Path) -> list[str]:
         return []
 
 
-def outcome_text(run: Run, folds: tuple[int, ...]) -> str:
+def outcome_text(run: Run, folds: Sequence[int]) -> str:
     """Return the scores of a run (pooled, where there are several folds) and the paths of its results."""
     evaluations = [run.dir_of("pool")] if len(folds) > 1 else [run.dir_of("evaluate", k) for k in folds]
     scores = [line for folder in evaluations if (folder / "DONE.json").is_file() for line in score_table(folder)]

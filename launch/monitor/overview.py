@@ -44,6 +44,6 @@ def print_status(run: Run) -> None:
     answer = query_slurm([run])
     rows = job_rows(run, answer)
     inferred = Run.of_job(run.folder, "merge")  # its configuration names the folder of the last inference
-    outcome = outcome_text(inferred, tuple(folds_of(run, entries)))
+    outcome = outcome_text(inferred, folds_of(run, entries))
     parts = [heading(run, entries), table(rows), answer.note, trouble(rows), outcome.strip("\n")]
     print("\n\n".join(filter(None, parts)))

@@ -3,7 +3,6 @@
 import csv
 import json
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -178,7 +177,7 @@ def test_the_last_lines_of_a_command_repeat_the_alarms(run_dir, capsys):
     for fold, shown in ((0, rows), (1, rows[:1])):
         run.metrics("1", fold).write_text("".join(json.dumps(row) + "\n" for row in shown))
     targets = tuple(Node("1", fold, ()) for fold in (0, 1))
-    print_result(SimpleNamespace(run=run, folds=(0, 1), targets=targets, request=SimpleNamespace(stage="1")))
+    print_result(run, targets, (0, 1))
     for fold in (0, 1):
         run.metrics("1", fold).unlink()
     assert capsys.readouterr().out.splitlines()[1:] == ["WARNING: fold 1, stage 1: the network has collapsed"]
