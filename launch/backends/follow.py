@@ -1,4 +1,4 @@
-"""`--wait` and `runs.py wait`: follow submitted jobs until they have ended, and return their result. Never cancels one."""
+"""`--wait` and `runs.py wait`: follow submitted jobs until they have ended, and return their result. Cancels nothing."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ SUSPENDED = (
     "the job was suspended (gang scheduling), or a node or the file system hung, for longer than train.timeout_s: "
     "raise it; training continues from its last checkpoint"
 )
-# Causes, wherever they are in a chain of exceptions and among the messages of other ranks; later lines explain less.
+# Causes, wherever they are in a chain of exceptions and in the logs of the ranks: later lines explain less.
 ROOT_CAUSES = {
     r"No space left|Disk quota exceeded": "free space in the folder of the run, or choose another one with run_root=DIR",
     r"Read-only file system": "the file system is read-only: ask the administrator, or choose another run_root=DIR",

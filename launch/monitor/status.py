@@ -80,8 +80,8 @@ def folds_of(run: RunFolder, entries: Sequence[Entry]) -> list[int]:
 
 
 def query_slurm(runs: Sequence[RunFolder]) -> SlurmAnswer:
-    """Return what SLURM reports of all jobs of these runs."""
-    entries = [entry for run in runs for entry in Ledger(run).entries()]
+    """Return what SLURM reports of the newest job of every key of these runs, in one question."""
+    entries = [entry for run in runs for entry in Ledger(run).latest().values()]
     try:
         return SlurmAnswer(states=slurm.states([e.job_id for e in entries if e.cluster == "slurm"]))
     except slurm.SlurmError as error:
