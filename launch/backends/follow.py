@@ -1,4 +1,4 @@
-"""`--wait` and `runs.py wait`: follow submitted jobs until they have ended, and return their result. Cancels nothing."""
+"""`--wait` and `runs.py wait`: follow submitted jobs until they end, and return their result. Never cancels one."""
 
 from __future__ import annotations
 

@@ -18,12 +18,12 @@ NO_PROGRAM = (
 )
 REFUSED = "SLURM refused to start the processes: check `sbatch`, `srun` and `env` in the profile"
 SUSPENDED = (
-    "the job was suspended (gang scheduling), or a node or the file system hung, for longer than train.timeout_s: "
-    "raise it; training continues from its last checkpoint"
+    "a node or the file system hung, or the job was suspended (gang scheduling), for longer than train.timeout_s: "
+    "raise it in the recipe; training continues from its last checkpoint"
 )
 # Causes, wherever they are in a chain of exceptions and in the logs of the ranks: later lines explain less.
 ROOT_CAUSES = {
-    r"No space left|Disk quota exceeded": "free space in the folder of the run, or choose another one with run_root=DIR",
+    r"No space left|Disk quota exceeded": "free space in the run's folder, or choose another one with run_root=DIR",
     r"Read-only file system": "the file system is read-only: ask the administrator, or choose another run_root=DIR",
     r"CUDA out of memory|CUDA error: out of memory": "lower the batch size, or use more GPUs",
     r"oom.kill|out.of.memory|\bOOM Killed\b|Cannot allocate memory|can't allocate memory": MEMORY,
@@ -40,14 +40,16 @@ ROOT_CAUSES = {
 # Causes that are no more than another rank's own error, where there is one.
 CAUSES = {
     r"Application timeout caused pair closure|Timed out waiting \d+ *ms|collective operation timeout": SUSPENDED,
+    r"^srun: error: .*: tasks? .*: Killed": f"something killed the process, mostly the kernel for its memory: {MEMORY}",
+    r"^srun: error: .*: tasks? .*: Bus error": "the node's shared memory (/dev/shm) is full: lower train.workers",
 }
 # What to do, by state, or by the reason for which a job would wait forever.
 STATES = {
     "TIMEOUT": "the job reached its time limit before it could be requeued: raise time_min in the profile",
     "OUT_OF_MEMORY": MEMORY,
     "NODE_FAIL": "a node failed: list it under exclude in the profile to avoid it",
-    "SUSPENDED": "the job is suspended and continues by itself; if that takes longer than train.timeout_s, it fails: "
-    "repeat the same command then",
+    "SUSPENDED": "the scheduler has suspended the job: it continues by itself, after more than train.timeout_s from "
+    "its last checkpoint",
     "DependencyNeverSatisfied": "a job that this one depends on failed: remove this one with runs.py cancel",
     "JobHeldUser": "the job is held: release it with scontrol release",
     "JobHeldAdmin": (
