@@ -67,7 +67,7 @@ def _parser() -> Parser:
     cancel.add_argument("stage", nargs="?", help="preprocess, 1, 2, swa, evaluate, infer (default: all)")
     tensorboard = commands.add_parser("tensorboard", parents=[shared], help="start TensorBoard for a run on localhost")
     tensorboard.add_argument("run")
-    tensorboard.add_argument("--port", type=int, default=6006, help="port to listen on (default 6006)")
+    tensorboard.add_argument("--port", type=int, default=6006, help="port to listen on (default 6006; 0: any)")
     validate = commands.add_parser("validate", help="check the format of a submission")
     validate.add_argument("submission")
     validate.add_argument(

@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import threading
+from urllib.parse import urlsplit
 
 from pneumo_dist.config import ConfigError
 from pneumo_dist.run import RunFolder
@@ -34,7 +35,7 @@ def start_tensorboard(run: RunFolder, port: int) -> None:
     options = ["--logdir", str(run.folder), "--host", "localhost", "--port", str(port), "--load_fast", "false"]
     server.configure(argv=["tensorboard", *options, "--path_prefix", f"/{secret}"])
     try:
-        server.launch()
+        port = urlsplit(server.launch()).port or port  # --port 0: any free one
     except TensorBoardServerException as error:
         raise ConfigError(f"{error.msg}: choose another port with --port") from None
     names = (socket.getfqdn(), socket.gethostname())  # the full name, unless /etc/hosts makes it localhost

@@ -95,10 +95,9 @@ class Profile(Resources):
             raise ConfigError(f"gpus_per_node={self.gpus_per_node} must not be negative")
         if self.max_timeouts < 0 or self.signal_delay_s < 1:
             raise ConfigError("max_timeouts must not be negative, and signal_delay_s must be at least 1")
-        if self.umask is not None and not re.fullmatch(r"0?0[2367][2367]", self.umask):
+        if self.umask not in (None, "022", "027", "077"):  # jobs run code of the run: nobody else may write it
             raise ConfigError(
-                f"umask={self.umask!r} must be octal and let nobody else write (jobs run code of the run): "
-                "027, 077, or 022 where every account may read the films"
+                f"umask={self.umask!r} must be 027 (the group reads), 077 (nobody else), or 022 (every account reads)"
             )
         for name in self.env:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
