@@ -36,27 +36,24 @@ def _state(rows: list[slurm.JobState]) -> str:
 
 
 def wait(run: Run) -> int:
-    """Follow the newest SLURM jobs of all stages that are not done; return their result as `follow` does.
+    """Follow the newest SLURM jobs of the stages that are not done; return their result as `follow` does.
 
     Raises:
-        ConfigError: SLURM does not answer, or no job of this run is to wait for.
+        ConfigError: SLURM does not answer, nothing has been submitted, or what is not done runs without SLURM.
     """
     answer = query_slurm([run])
     if answer.note:
         raise ConfigError(answer.note)
-    rows = job_rows(run, answer)
-    jobs = {row.node: row.job_id for row in rows if row.state != "done" and row.job_id not in ("", "local")}
-    if not jobs:
-        here = next((row.reason for row in rows if row.state in ("RUNNING", "PENDING")), "")
-        undone = [row.node.key for row in rows if row.state != "done"]
-        if here or undone:
-            reason = (
-                f"{here}: that command waits for its jobs" if here else f"{undone[0]} has not been submitted to SLURM"
-            )
-            raise ConfigError(f"{run.name}: no SLURM job to wait for ({reason})")
-        print_result(run, [row.node for row in rows], folds_of(run, []))
-        return 0
-    return follow(run, jobs, list(jobs), folds_of(run, []))
+    submitted = [row for row in job_rows(run, answer) if row.job_id]
+    jobs = {row.node: row.job_id for row in submitted if row.state != "done" and row.job_id != "local"}
+    if jobs:
+        return follow(run, jobs, list(jobs), folds_of(run, []))
+    undone = next((row for row in submitted if row.state != "done"), None)
+    if undone or not submitted:
+        reason = f"{undone.node.key} was started without SLURM" if undone else "nothing has been submitted"
+        raise ConfigError(f"{run.name}: no SLURM job to wait for: {reason} (runs.py status shows all jobs)")
+    print_result(run, [row.node for row in submitted], folds_of(run, []))
+    return 0
 
 
 def under_way(run: Run, nodes: Sequence[Node]) -> Jobs:

@@ -30,11 +30,12 @@ _OWN_PREFIX = re.compile(r"^(error: |pneumo_dist\.\S*ConfigError: )")  # the mes
 # Consequences of the end of another rank: they explain a failure only when there is no other line.
 _CONSEQUENCE = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|remote process exited|\bDist(Backend|Network|Store)Error\b|"
-    r"Terminating StepId|CANCELLED AT|waiting for job step|Job step aborted"
+    r"waiting for job step|Job step aborted"
 )
 # The end of a task. After the first one, --kill-on-bad-exit ends the others: their lines say nothing of the cause.
 _TASK_END = re.compile(r"^srun: error: .*: tasks? [^:]*: ")
-_KILLED = re.compile(_TASK_END.pattern + "(?!Exited|Terminated)")  # from outside the program
+# Among them: killed from outside the program, or an exit without an exception, which would be status 1.
+_ABRUPT_END = re.compile(_TASK_END.pattern + r"(?!Exited with (exit code )?1$|Terminated)")
 # The last message of slurmstepd in a log, and SLURM's state for it.
 _REQUEUED = {"PREEMPTION": "PREEMPTED", "JOB REQUEUE": "REQUEUED", "NODE FAILURE": "NODE_FAIL", "TIME LIMIT": "TIMEOUT"}
 
@@ -51,8 +52,8 @@ def failure_line(logs: Iterable[Path]) -> tuple[str, Path] | None:
 def _relevance(line: str) -> int:
     if is_root_cause(line):
         return 4
-    if _TASK_END.search(line):
-        return 2 if _KILLED.search(line) else 0
+    if "CANCELLED AT" in line or _TASK_END.search(line):
+        return 2 if _ABRUPT_END.search(line) else 0
     return 1 if _CONSEQUENCE.search(line) else 3
 
 

@@ -25,11 +25,11 @@ def start_tensorboard(run: RunFolder, port: int) -> None:
     Raises:
         ConfigError: there is no such run, or the port is in use.
     """
+    if not run.folder.is_dir():
+        raise ConfigError(f"{run.folder}: no such run: python launch/runs.py list shows all runs")
     from tensorboard import default, program
     from tensorboard.program import TensorBoardServerException
 
-    if not run.folder.is_dir():
-        raise ConfigError(f"{run.folder}: no such run: python launch/runs.py list shows all runs")
     secret = secrets.token_urlsafe(16)
     server = program.TensorBoard(plugins=default.get_plugins())
     options = ["--logdir", str(run.folder), "--host", "localhost", "--port", str(port), "--load_fast", "false"]

@@ -34,14 +34,20 @@ def end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
     `refusal` is what the attempt to requeue raises; without it the requeue succeeds, and `requeued` lists it.
     """
-    before = {s: signal.getsignal(s) for s in SIGNALS}
+    before = {s: signal.getsignal(s) for s in (*SIGNALS, signal.SIGCONT)}
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
 
     def end(
-        error: Exception, rank: int = 0, refusal: Exception | None = None, requeued: list[int] | None = None
+        error: Exception,
+        rank: int = 0,
+        refusal: Exception | None = None,
+        requeued: list[int] | None = None,
+        received: tuple[signal.Signals, ...] = (),
     ) -> int:
         def run_stage(*_: object, **__: object) -> None:
+            for signum in received:
+                signal.raise_signal(signum)
             raise error
 
         def requeue(*_: object) -> None:
@@ -79,6 +85,32 @@ def test_at_the_time_limit_rank_0_alone_requeues_and_no_rank_fails(
     requeued: list[int] = []
     assert [end(TIME_LIMIT, rank, requeued=requeued) for rank in (1, 0)] == [0, 0]
     assert requeued == [0] and capsys.readouterr().err == ""
+
+
+SUSPENDED = RuntimeError("[gloo/transport/tcp/pair.cc:598] Application timeout caused pair closure")
+
+
+def test_a_job_that_was_suspended_for_longer_than_its_ranks_wait_continues(
+    end: End, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requeued: list[int] = []
+    assert [end(SUSPENDED, rank, requeued=requeued, received=(signal.SIGCONT,)) for rank in (1, 0)] == [0, 0]
+    assert requeued == [0] and capsys.readouterr().err.count("suspended for longer than the ranks wait") == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "received"),
+    [
+        (SUSPENDED, ()),  # a rank that hangs
+        (SUSPENDED, (signal.SIGCONT, signal.SIGTERM)),  # so SLURM ends a cancelled or preempted job
+        (RuntimeError("a mistake"), (signal.SIGCONT,)),
+    ],
+)
+def test_another_failure_requeues_nothing(end: End, error: Exception, received: tuple[signal.Signals, ...]) -> None:
+    requeued: list[int] = []
+    with pytest.raises(RuntimeError):
+        end(error, requeued=requeued, received=received)
+    assert requeued == []
 
 
 def test_a_requeue_whose_scontrol_slurm_has_killed_is_no_failure(end: End, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,5 +198,5 @@ def test_a_plain_script_is_requeued_where_submitit_is_not_installed(monkeypatch:
     monkeypatch.setitem(sys.modules, "submitit.core", None)
     monkeypatch.setitem(sys.modules, "submitit.core.utils", None)
     asked = []
-    assert exit_status(Stopped(signal.SIGUSR2), lambda: asked.append("requeue")) == 0
+    assert exit_status(Stopped(signal.SIGUSR2), lambda: asked.append("requeue"), stopping.StopSignal()) == 0
     assert asked == ["requeue"]
