@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def job(folder, run_dir, port):
 
 @pytest.fixture
 def served(run_dir, tmp_path):
-    """The port that the script serves on, and what it has printed."""
+    """The port that the script serves on, and what it has printed into its log, which nobody else can read."""
     port = next(p for p in range(30000, 40000) if socket.socket().connect_ex(("127.0.0.1", p)))
     command, environment = job(tmp_path, run_dir, port)
     log = tmp_path / "log"
@@ -62,9 +63,10 @@ def served(run_dir, tmp_path):
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
         limit = time.monotonic() + 60
-        while socket.socket().connect_ex(("127.0.0.1", port)):
+        while "other accounts" not in log.read_text():
             assert process.poll() is None and time.monotonic() < limit, log.read_text()
             time.sleep(0.1)
+        assert log.stat().st_mode & 0o777 == 0o600
         yield port, log.read_text()
     finally:
         process.terminate()
@@ -74,14 +76,14 @@ def served(run_dir, tmp_path):
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (Debian package chromium)")
 def test_scalars_images_and_the_first_page_load(run_dir, served, tmp_path):
     port, printed = served
-    assert f" -L 6006:localhost:{port} -J " in printed and "@login1" in printed
+    assert f" -L {port}:localhost:{port} -J " in printed and "@login1" in printed
     others = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), port, socket.AF_INET)}
     for address in others - {"127.0.0.1"}:
         if not address.startswith("127."):
             assert socket.socket().connect_ex((address, port)), f"reachable at {address}"
     scores = json.loads((run_dir / "fold0" / "evaluate" / "scores.json").read_text())
     with Browser(tmp_path / "profile") as browser:
-        address = f"http://localhost:{port}/"
+        address = re.search(r"http://localhost:\d+/[\w-]+/", printed)[0]
         browser.call("Page.navigate", url=f"{address}?tagFilter=evaluation%2Fdice_all_empty%7Coverlay#timeseries")
         browser.until(f"{CELLS}.includes('fold0/stage1/tensorboard')", LIMIT_S)
         browser.until(f"{CELLS}.includes('{scores['dice_all_empty']:.4g}')", LIMIT_S)
