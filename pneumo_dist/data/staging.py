@@ -39,6 +39,8 @@ def stage_shards(shard_dir: Path, stage_dir: Path, size: int) -> Path:
     copy = Path(target).absolute() / f"pneumo_dist-shards-{key}"
     try:
         copy.mkdir(parents=True, exist_ok=True)
+        if copy.stat().st_uid != os.getuid():  # the copy is read without its hashes from now on
+            raise ConfigError(f"data.stage_dir={stage_dir}: {copy} belongs to another account: set another directory")
         with copy.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it if its holder dies
             if not (copy / COMPLETE).exists():

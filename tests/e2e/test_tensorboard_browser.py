@@ -91,7 +91,10 @@ def test_scalars_images_and_the_first_page_load(run_dir, served, tmp_path):
         assert set(browser.run(f"{IMAGES}.map(image => image.naturalWidth)")) == {3 * tensorboard.PANEL_PX}
         browser.call("Page.navigate", url=f"{address}#custom_scalars")
         browser.until(f"{CHARTS} >= {len(tensorboard.layout(False, False)['Learning'])}", LIMIT_S)
-        assert all(url.startswith((address, "data:", "blob:", "chrome:", "about:")) for url in browser.requests)
+        assert all(
+            url.startswith((f"http://localhost:{port}/", "data:", "blob:", "chrome:", "about:"))
+            for url in browser.requests
+        )
 
 
 def test_the_job_refuses_a_run_that_is_not_there(tmp_path):

@@ -82,6 +82,17 @@ def test_repeated_command_returns_at_once_and_submits_nothing(chain: Chain) -> N
     assert len(ledger(chain.run)) == before
 
 
+def test_no_other_account_reads_what_the_jobs_wrote(chain: Chain) -> None:
+    entries = [chain.run, *chain.run.rglob("*")]
+    assert {path.suffix for path in entries} >= {".csv", ".jpg", ".npy", ".out", ".pt"}
+    assert [str(path) for path in entries if path.stat().st_mode & 0o027] == []
+
+
+def test_waiting_for_a_chain_that_has_ended_returns_its_result(chain: Chain) -> None:
+    said = chain.cluster.command(sys.executable, ROOT / "launch/runs.py", "wait", chain.run).stdout
+    assert said.startswith("done: ") and "submission.csv" in said
+
+
 def test_changed_setting_of_a_done_stage_is_refused_with_its_key(chain: Chain) -> None:
     done = chain.submit("--stage", "1", "--nodes", "2", "stage1.lr=0.01", check=False)
     assert done.returncode == 2

@@ -24,7 +24,7 @@ from pneumo_dist.config import ConfigError
 from pneumo_dist.data.films.dicom import FilmError, parse_film
 from pneumo_dist.data.films.rle import encode_rle
 from pneumo_dist.inference.film_plan import PlannedFilm
-from pneumo_dist.inference.outputs import csv_text, unreadable_row, write_predictions
+from pneumo_dist.inference.outputs import csv_text, empty_row, write_predictions
 from pneumo_dist.run import RunFolder
 from pneumo_dist.runtime import runlog
 from pneumo_dist.runtime.files import restrict
@@ -171,10 +171,9 @@ def test_films_with_the_names_of_formulas_are_scored(tmp_path: Path) -> None:
     rows = []
     for name, top in (("=1+1", 0.9), ("-b", 0.1)):
         rows.append(
-            unreadable_row(PlannedFilm(name, f"{name}.dcm", 1, name), "")
-            | {"top_score": top, "rows": 40, "columns": 30}
+            empty_row(PlannedFilm(name, f"{name}.dcm", 1, name), "") | {"top_score": top, "rows": 40, "columns": 30}
         )
-    rows.append(unreadable_row(PlannedFilm("@bad", "@bad.dcm", 1, "@bad"), "-cut off"))
+    rows.append(empty_row(PlannedFilm("@bad", "@bad.dcm", 1, "@bad"), "-cut off"))
     triplet = {"top_score": 0.0, "min_area": 0, "mask_threshold": 0.5}
     write_predictions(tmp_path / "predictions.csv", rows, {"triplet": triplet, "tta": "none", "models": []})
     cells = [row[0] for row in read_rows(tmp_path / "predictions.csv")[1:]]
