@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from launch.backends import follow
+from launch.backends import follow, slurm_chain
 from launch.backends.slurm_job import Job
 from launch.monitor.display import Display
-from launch.planning.plan import Plan
 from launch.planning.recipe import ROOT
 from launch.state import codecopy, environment
 from launch.state import slurm_client as slurm
 from launch.state.ledger import Entry, Ledger
 from launch.submit import main
 from pneumo_dist import config as configuration
-from pneumo_dist.run import RunFolder
+from pneumo_dist.chain import Node
+from pneumo_dist.run import Run, RunFolder
 from tests.unit.squeue import squeue
 from tests.unit.test_submit import finished, make
 
@@ -175,13 +175,14 @@ def test_a_limit_on_submitted_jobs_lets_the_command_continue(
     words = ("--stage", "all", "--folds", "0,1")
     if wait:
 
-        def ended(plan: Plan, submitted: dict[str, str]) -> int:
-            for node in plan.todo:
+        def ended(_run: Run, jobs: dict[Node, str], *_: object) -> int:
+            for node in jobs:
                 finished(plan, node.stage, node.fold)
             (tools / "refuse").unlink(missing_ok=True)
             return 0
 
-        monkeypatch.setattr(follow, "follow", ended)
+        plan = make(*words, "--run", "a", f"run_root={tmp_path}", *SMALL)
+        monkeypatch.setattr(slurm_chain, "follow", ended)
         assert submit(tmp_path, *words, "--wait") == 0
     else:
         assert submit(tmp_path, *words) == 1
