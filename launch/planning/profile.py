@@ -205,8 +205,6 @@ def load_profile(path: Path | None) -> Profile:
         _check_texts(tree)
         if isinstance(tree.get("time_min"), int):
             tree["time_min"] = {"default": tree["time_min"]}
-        if isinstance(tree.get("umask"), int):  # YAML reads 027 as an octal number
-            tree["umask"] = f"{tree['umask']:03o}"
         for key in ("time_min", "stages"):  # YAML reads the stage names 1 and 2 as numbers
             if isinstance(tree.get(key), dict):
                 tree[key] = {str(name): value for name, value in tree[key].items()}
