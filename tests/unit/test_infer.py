@@ -441,13 +441,14 @@ def test_a_plan_in_place_is_kept_with_its_date_and_a_grown_folder_makes_a_new_on
     shutil.copytree(films, folder)
     words = [f"infer.dir={folder}", "infer.label=it"]
     one = task(tmp_path, "infer", words)
-    first = write_film_plan(one.run)
+    first = write_film_plan(one.run, nodes=4)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1800000000")
-    assert write_film_plan(one.run) == first == read_film_plan(one.out)
+    assert first.parts == 4 and write_film_plan(one.run, nodes=2) == first == read_film_plan(one.out)
     write_dicom(folder / "new.dcm", picture(3))
-    assert write_film_plan(one.run).created == 1800000000
+    grown = write_film_plan(one.run)
+    assert grown.created == 1800000000 and grown.part_size == 3  # whole parts are kept
     with pytest.raises(ConfigError, match="infer.part_size"):
-        infer.infer_parts(task(tmp_path, "infer", [*words, "infer.part_size=3"]))
+        infer.infer_parts(task(tmp_path, "infer", [*words, "infer.part_size=5"]))
 
 
 def test_films_that_came_later_redo_only_the_parts_they_are_in(films, model, tmp_path):
