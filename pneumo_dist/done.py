@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Container
-from contextlib import suppress
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -193,7 +192,9 @@ def shards_cover(config: Config, done: dict[str, Any]) -> bool:
     return all(f"manifest-{size}" in done["outputs"] for size in config.sizes)
 
 
-def contradictions(run: Run, stage: str, fold: int | None, typed: Container[str] = (), films: bool = True) -> list[str]:
+def contradictions(
+    run: Run, stage: str, fold: int | None, typed: Collection[str] = (), films: bool = True
+) -> list[str]:
     """Compare a finished stage that others stand on with what is asked now; return the keys that differ.
 
     Args:
@@ -209,16 +210,22 @@ def contradictions(run: Run, stage: str, fold: int | None, typed: Container[str]
     keys = [key for key in _unequal(settings_of(run.config, stage), done["settings"]) if key not in OWN]
     if stage == "finalize":
         return keys + _changed_sources(run, done["inputs"], typed, films)
-    with suppress(ConfigError):  # the result remains when a file of the user is gone
-        keys += _unequal(inputs_of(run, stage, fold), done["inputs"])
-    return keys
+    # Of the files of the user only typed ones count: the result remains when they are replaced or removed.
+    files = {key for key in ("init_from", "weights") if any(name.endswith(f".{key}") for name in typed)}
+    try:
+        inputs = inputs_of(run, stage, fold)
+    except ConfigError:
+        if files:
+            raise
+        return keys
+    return keys + [key for key in _unequal(inputs, done["inputs"]) if "/" in key or key in files]
 
 
 def _unequal(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
     return sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
 
 
-def _changed_sources(run: Run, before: dict[str, str], typed: Container[str], films: bool) -> list[str]:
+def _changed_sources(run: Run, before: dict[str, str], typed: Collection[str], films: bool) -> list[str]:
     """Return the inputs of preprocessing that the configuration names and that differ from those in the shards.
 
     A source that is not named asks for nothing, and one that was removed after preprocessing cannot differ.

@@ -184,14 +184,16 @@ def _contradictions(recipe: Recipe, targets: Sequence[Node], todo: Sequence[Node
     rerun = {(node.stage, node.fold) for node in todo}
     for node in jobs_of(run.config, "all", folds):
         job = (node.stage, node.fold)
-        if job in planned or node.stage in DERIVED or rerun & ancestors(run.config, job, folds):
+        twice = closing(node.stage) != node.stage
+        if twice or job in planned or node.stage in DERIVED or rerun & ancestors(run.config, job, folds):
             continue
         try:
             differ = done.contradictions(run, closing(node.stage), node.fold, recipe.typed)
         except ConfigError as error:
             yield str(error)
             continue
-        if differ and (job in below or keys().keys() >= set(differ)):
+        typed = any(f"data.{done.SOURCES.get(key)}" in recipe.typed for key in differ)
+        if differ and (typed or job in below or keys().keys() >= set(differ)):
             yield done.difference_line(run, closing(node.stage), node.fold, differ)
 
 

@@ -157,6 +157,8 @@ def test_later_stages_refuse_what_the_shards_were_not_made_with(data: Path, root
     shutil.rmtree(data / "films")
     assert not conflicts(root, "--stage", "2")
     assert "data.rle_csv=/none.csv: cannot be read" in conflicts(root, "--stage", "2", "data.rle_csv=/none.csv")
+    elsewhere = conflicts(root, "--stage", "infer", f"infer.models={data}/map.csv", f"data.patient_map={data}/map.csv")
+    assert "data.patient_map=null, now" in elsewhere  # config.yaml would say that it was used
     plan = plan_of(root, "--stage", "1", "--run", "a", "--redo", "stage1.size=96")
     assert "lacks the image size 96" in missing_line(plan, *plan.missing[0])
     assert "stage1.size=96 stage2.size=64" in missing_line(plan, *plan.missing[0])
