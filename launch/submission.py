@@ -6,6 +6,7 @@ import re
 import sys
 
 from launch import bootstrap
+from launch.backends.prepare import Changes, write_config
 from launch.monitor.outcome import print_result
 from launch.planning import checks
 from launch.planning.arguments import Request
@@ -33,12 +34,13 @@ def run(request: Request) -> int:
     if not plan.todo and not plan.conflicts:
         name = "the whole chain" if request.stage == "all" else title(request.stage, None)
         print(f"{name} is done already (--redo runs it again)")
+        write_config(plan.run, Changes())
         print_result(plan.run, plan.targets, plan.folds)
         return 0
     check_recipe(plan)
     if not plan.run.config.infer.dir and any(node.stage == "infer" for node in plan.todo):
         print("no infer.dir: inferring on the training films; scores on them are inflated", flush=True)
-    site = choose_site(request)
+    site = choose_site(request, plan.run)
     print(site.line, flush=True)
     run = plan.run
     try:
@@ -79,10 +81,13 @@ def _verify(request: Request) -> int:
 
 
 def _dry_run(plan: Plan) -> int:
-    """Print the SLURM scripts, and as warnings what would prevent their submission; write nothing."""
-    from launch.backends.slurm_chain import render
+    """Print the SLURM scripts, or what this machine would run, and as warnings what prevents it; write nothing."""
+    if plan.request.cluster == "local":
+        from launch.backends.local_chain import render
+    else:
+        from launch.backends.slurm_chain import render
 
-    site = choose_site(plan.request)
+    site = choose_site(plan.request, plan.run)
     warnings = [*checks.problems(plan, site, probe=False)]
     warnings += [missing_line(plan, node, job) for node, job in plan.missing]
     try:

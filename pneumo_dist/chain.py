@@ -55,6 +55,8 @@ _SHARDS = (
     "data.max_pixels",
 )
 _SCORES = ("evaluate.",)
+# Keys that say how a stage computes, so that each stage of a run may have its own value.
+OWN = ("train.amp", "evaluate.batch_size", "evaluate.tta", "data.max_pixels")
 # Keys that change the tables of an inference but not the answer to a film: the same command merges again.
 TABLES = ("infer.unreadable", "infer.follow_links")
 _INFER = (
@@ -136,6 +138,13 @@ def upstream(config: Config, stage: str, fold: int | None, folds: Iterable[int] 
     if stage == "merge":
         return [("infer", None)]
     return []
+
+
+def ancestors(config: Config, job: tuple[str, int | None], folds: Iterable[int] = ()) -> set[tuple[str, int | None]]:
+    """Return all jobs, as (stage, fold), that a job reads from, directly or through others."""
+    folds = list(folds)
+    direct = upstream(config, *job, folds)
+    return set(direct).union(*(ancestors(config, parent, folds) for parent in direct))
 
 
 def jobs_of(config: Config, stage: str, folds: list[int]) -> list[Node]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import platform
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pneumo_dist import config as configuration
-from pneumo_dist.chain import STAGES, TABLES, job_key, upstream
+from pneumo_dist.chain import OWN, STAGES, TABLES, job_key, upstream
 from pneumo_dist.config import Config, ConfigError
 from pneumo_dist.data.films import codecs, grey
 from pneumo_dist.data.films.listing import find_films
@@ -26,6 +27,12 @@ from pneumo_dist.runtime.task import Task
 log = logging.getLogger(__name__)
 
 CODECS = "codecs"  # the input of inference that is part of the installation, not of the request
+# The inputs of preprocessing, and the keys of the data section that name their files.
+SOURCES = {
+    "rle_csv": "rle_csv", "patient_map": "patient_map", "holdout_ids": "holdout_ids", "masks": "masks",
+    "films": "dicom_dir",
+}  # fmt: skip
+SPLIT = ("patient_map", "holdout_ids")  # none of these is a choice, too: other films count as independent
 
 
 def _matches(key: str, patterns: tuple[str, ...]) -> bool:
@@ -68,15 +75,14 @@ def inputs_of(run: Run, stage: str, fold: int | None) -> dict[str, str]:
 
 def _source_hashes(run: Run) -> dict[str, str]:
     """Hash the tables, the mask files and the list of films that preprocessing reads."""
-    data = run.config.data
-    files = {name: run.source(name) for name in ("rle_csv", "patient_map")}
-    files["holdout_ids"] = Path(data.holdout_ids).expanduser() if data.holdout_ids else None
-    hashes = {name: _file_hash(path, f"data.{name}") for name, path in files.items() if path}
-    if masks := run.source("masks"):
-        hashes["masks"] = masks_hash(masks)
-    folder = run.source("dicom_dir")
-    hashes["grey_mapping"] = grey.VERSION
-    return hashes | ({"films": _listing_hash(folder)} if folder else {})
+    paths = {key: run.source(name) for key, name in SOURCES.items()}
+    return {key: _source_hash(key, path) for key, path in paths.items() if path} | {"grey_mapping": grey.VERSION}
+
+
+def _source_hash(key: str, path: Path) -> str:
+    if key == "films":
+        return _listing_hash(path)
+    return masks_hash(path) if key == "masks" else _file_hash(path, f"data.{SOURCES[key]}")
 
 
 def _inference_hashes(run: Run) -> dict[str, str]:
@@ -173,7 +179,7 @@ def differences(run: Run, stage: str, fold: int | None) -> list[str] | None:
         return None
     now = settings_of(run.config, stage) | inputs
     before = done["settings"] | done["inputs"]
-    keys = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
+    keys = _unequal(now, before)
     if keys and set(keys) <= {*TABLES, CODECS}:
         return None  # inference reads what had no decoder; the merge writes the tables again, from the parts in place
     if not keys and stage == "finalize" and not shards_cover(run.config, done):
@@ -186,12 +192,92 @@ def shards_cover(config: Config, done: dict[str, Any]) -> bool:
     return all(f"manifest-{size}" in done["outputs"] for size in config.sizes)
 
 
+def contradictions(
+    run: Run, stage: str, fold: int | None, typed: Collection[str] = (), films: bool = True
+) -> list[str]:
+    """Compare a finished stage that others stand on with what is asked now; return the keys that differ.
+
+    Args:
+        typed: keys of the command line.
+        films: also compare what takes long to read: the list of films, and the mask files.
+
+    Raises:
+        ConfigError: a list or csv file cannot be read.
+    """
+    done = read_done(run, stage, fold)
+    if done is None:
+        return []
+    keys = [key for key in _unequal(settings_of(run.config, stage), done["settings"]) if key not in OWN]
+    if stage == "finalize":
+        return keys + _changed_sources(run, done["inputs"], typed, films)
+    # Of the files of the user only typed ones count: the result remains when they are replaced or removed.
+    files = {key for key in ("init_from", "weights") if any(name.endswith(f".{key}") for name in typed)}
+    try:
+        inputs = inputs_of(run, stage, fold)
+    except ConfigError:
+        if files:
+            raise
+        return keys
+    return keys + [key for key in _unequal(inputs, done["inputs"]) if "/" in key or key in files]
+
+
+def _unequal(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    return sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
+
+
+def _changed_sources(run: Run, before: dict[str, str], typed: Collection[str], films: bool) -> list[str]:
+    """Return the inputs of preprocessing that the configuration names and that differ from those in the shards.
+
+    A source that is not named asks for nothing, and one that was removed after preprocessing cannot differ.
+    """
+    now = {"grey_mapping": grey.VERSION}
+    preprocessed = _preprocessed(run)
+    for key, name in SOURCES.items():
+        path = run.source(name)
+        slow = key in ("films", "masks") and not films
+        named = (path and path.is_relative_to(run.folder)) or (preprocessed and preprocessed.source(name) == path)
+        gone = named and path and not path.exists()
+        if path and not slow and not gone:
+            now[key] = _source_hash(key, path)
+        elif key in before and not (path is None and key in SPLIT and f"data.{name}" in typed):
+            now[key] = before[key]
+    return _unequal(now, before)
+
+
+def _preprocessed(run: Run) -> Run | None:
+    """Return the run with the configuration of its last preprocessing, or its own; None before its first command."""
+    try:
+        return Run.of_job(run.folder, "finalize")
+    except ConfigError:
+        return None
+
+
 def difference_line(run: Run, stage: str, fold: int | None, keys: list[str]) -> str:
-    """Return the error line for a result that exists with other settings: the keys, and the two ways to continue."""
+    """Return the error line for a result that exists with other settings: both values, and the ways to continue."""
+    record = read_done(run, stage, fold) or {"settings": {}, "inputs": {}}
+    command = STAGES[stage].closes or {"pool": "evaluate", "phantom": "preprocess"}.get(stage, stage)
+    again = f"--stage {command} --redo" + (f" --folds {fold}" if fold else "")
+    shown = "; ".join(_both(run, stage, key, record) for key in keys)
     return (
-        f"{run.dir_of(stage, fold)} is done with other settings ({', '.join(keys)}): "
-        "choose another name with --run OTHER, or repeat the stage with --redo"
+        f"{run.dir_of(stage, fold)} is done with other settings ({shown}): keep its settings, "
+        f"choose another name with --run OTHER, or repeat it with {again}"
     )
+
+
+def _both(run: Run, stage: str, key: str, record: dict[str, Any]) -> str:
+    """Return one difference as text: the value of the result, and the value now."""
+    now, before = settings_of(run.config, stage), record["settings"]
+    if key in now.keys() | before.keys():
+        return f"{key}={configuration.word(before.get(key))}, now {configuration.word(now.get(key))}"
+    if stage != "finalize" or key not in SOURCES:
+        return f"{key} has changed"
+    name = SOURCES[key]
+    path, old = run.source(name), None
+    if key in record["inputs"]:  # shards outside the run may come from the files of another run
+        preprocessed = None if run.config.data.shard_dir else _preprocessed(run)
+        old = (preprocessed and preprocessed.source(name)) or "another file"
+    same = f"the content of data.{name}={path} has changed"
+    return same if path == old else f"data.{name}={old or 'null'}, now {path or 'null'}"
 
 
 def _name(task: Task, path: Path) -> str:

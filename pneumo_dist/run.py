@@ -5,6 +5,7 @@ It reads only configurations and folder listings, writes nothing and imports no 
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -34,13 +35,27 @@ class RunFolder:
             ConfigError: this is no run directory.
         """
         if not self.config_file.is_file():
-            raise ConfigError(f"{self.folder}: no such run (no config.yaml): python launch/runs.py list shows all runs")
+            hint = f"did you mean {self.like}? " if self.like else ""
+            raise ConfigError(
+                f"{self.folder}: no such run (no config.yaml): {hint}python launch/runs.py list shows all runs"
+            )
         return self
 
     @property
+    def like(self) -> str:
+        """The run beside this folder with the most similar name, "" without one."""
+        names = [path.parent.name for path in self.folder.parent.glob("*/config.yaml")]
+        return next(iter(difflib.get_close_matches(self.name, names, n=1)), "")
+
+    @property
     def config_file(self) -> Path:
-        """The run's configuration."""
+        """The run's configuration: that of its last accepted command."""
         return self.folder / "config.yaml"
+
+    @property
+    def config_history(self) -> Path:
+        """The run's earlier configurations, numbered."""
+        return self.folder / "config.history"
 
     @property
     def code_dir(self) -> Path:
@@ -95,6 +110,10 @@ class RunFolder:
         """Return the table of epochs of a training stage."""
         return self.in_fold(stage, fold) / "metrics.jsonl"
 
+    def checkpoints(self, stage: str, fold: int | None) -> Path:
+        """Return the checkpoints of an unfinished training stage."""
+        return self.in_fold(stage, fold) / "checkpoints"
+
     @property
     def pooled_dir(self) -> Path:
         """The evaluation of all folds together."""
@@ -131,7 +150,7 @@ class Run(RunFolder):
 
     def source(self, name: str) -> Path | None:
         """Return a path of the data section (`dicom_dir`, `rle_csv`, ...), or its synthetic counterpart."""
-        if self.config.phantom.films:
+        if self.config.phantom.films and name != "holdout_ids":
             below = PHANTOM_SOURCES.get(name)
             return self.dir_of("phantom") / below if below else None
         value = getattr(self.config.data, name)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pneumo_dist import done
-from pneumo_dist.chain import STAGES, Stage, closing, job_key
+from pneumo_dist.chain import STAGES, Stage, ancestors, closing, job_key
 from pneumo_dist.config import ConfigError
 from pneumo_dist.run import Run
 from pneumo_dist.runtime import ranks as ranks_module
@@ -103,6 +103,10 @@ def _decide(run: Run, stage: str, fold: int | None) -> tuple[dict[str, Any], dic
     The error is returned, not raised, so that it reaches the other ranks as a ConfigError.
     """
     try:
+        below = {(closing(name), k) for name, k in ancestors(run.config, (stage, fold), run.folds)}
+        for name, k in sorted(below - {(closing(stage), fold)}, key=str):
+            if changed := done.contradictions(run, name, k, films=False):
+                return done.difference_line(run, name, k, changed)
         keys = done.differences(run, closing(stage), fold)
         if keys:
             return done.difference_line(run, closing(stage), fold, keys)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from launch.backends.prepare import ledger_entry, prepare, refuse_live
@@ -44,7 +45,7 @@ def run_local_chain(plan: Plan, site: Site) -> int:
                     locks.append(lock(run.lock(node.key)))
                 except Locked as error:
                     raise ConfigError(f"{error.holder} already runs {node.key} of this run: wait for it") from None
-            code = prepare(plan).code
+            code, _ = prepare(plan, site.array_tasks)
             chain = _LocalChain(plan, site, foreground, watch, code, [held.descriptor for held in locks])
             for node in plan.todo:
                 status = chain.run(node)
@@ -55,6 +56,23 @@ def run_local_chain(plan: Plan, site: Site) -> int:
                 held.release()
     print_result(run, plan.targets, plan.folds)
     return 0
+
+
+def render(plan: Plan, site: Site) -> Iterator[str]:
+    """Yield a line for every target, finished ones included; write nothing."""
+    todo = {node.key for node in plan.todo}
+    for number, node in enumerate(plan.targets, 1):
+        state = "" if node.key in todo else "; already done, not run"
+        heading = f"[{number}/{len(plan.targets)}] {plan.title(node.stage, node.fold)}{_count(_processes(node, site))}"
+        yield f"{heading}; writes {plan.run.dir_of(node.stage, node.fold)}{state}"
+
+
+def _processes(node: Node, site: Site) -> int:
+    return 1 if STAGES[node.stage].shape == "single" else site.ranks
+
+
+def _count(processes: int) -> str:
+    return f": {processes} processes" if processes > 1 else ""
 
 
 class _ProgressWatch:
@@ -96,11 +114,10 @@ class _LocalChain:
 
     def run(self, node: Node) -> int:
         """Run one job to its end and return its exit status."""
-        kind = STAGES[node.stage].shape
-        count = 1 if kind == "single" else self._site.ranks(self._plan.request.nodes)
+        kind, count = STAGES[node.stage].shape, _processes(node, self._site)
         title = self._plan.title(node.stage, node.fold)
         heading = f"[{self._plan.todo.index(node) + 1}/{len(self._plan.todo)}] {title}"
-        print(heading + (f": {count} processes" if count > 1 else ""), flush=True)
+        print(heading + _count(count), flush=True)
         began = time.monotonic()
         with store_folder() as folder:
             group = job_workers(

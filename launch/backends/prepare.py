@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from pneumo_dist import config as configuration
 from pneumo_dist.chain import Node
 from pneumo_dist.config import ConfigError
 from pneumo_dist.inference.film_plan import write_film_plan
+from pneumo_dist.run import Run
 from pneumo_dist.runtime.files import write_text
 
 
@@ -56,38 +57,62 @@ def refuse_live(plan: Plan, ledger: Ledger, slurm_answers: bool) -> None:
             raise ConfigError(f"{process} already runs {name} of this run: wait for it, or stop it")
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """The changes on disk."""
+@dataclass
+class Changes:
+    """Changes on disk that can be undone, if the jobs for which they were made were not submitted."""
 
-    code: Path  # the copy of the code
-    renamed: tuple[tuple[Path, Path], ...] = ()  # folders of old results: name before, name now
+    renamed: list[tuple[Path, Path]] = field(default_factory=list)  # folders of old results: name before, name now
+    texts: dict[Path, str | None] = field(default_factory=dict)  # files and what they held; None: there was none
+
+    def replace(self, path: Path, text: str | None) -> None:
+        """Write a file, or remove it for None."""
+        self.texts.setdefault(path, path.read_text() if path.exists() else None)
+        if text is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_text(path, text)
 
     def undo(self) -> None:
-        """Rename old results back: the jobs that would have replaced them were not submitted."""
+        """Rename old results back, and give the files what they held."""
         for before, now in self.renamed:
             if not before.exists():
                 now.rename(before)
+        for path, text in self.texts.items():
+            self.replace(path, text)
 
 
-def prepare(plan: Plan) -> Prepared:
-    """Rename old results (--redo), write the configurations and the copy of the code."""
-    run = plan.run
-    renamed = _rename_old_results(plan) if plan.request.redo else ()
-    text = configuration.to_yaml(run.config)
-    if not run.config_file.exists():
-        write_text(run.config_file, text)
+def prepare(plan: Plan, nodes: int = 1) -> tuple[Path, Changes]:
+    """Rename old results (--redo), write the configurations and the copy of the code; return the copy's folder.
+
+    Args:
+        nodes: tasks of an array.
+    """
+    run, changes = plan.run, Changes()
+    if plan.request.redo:
+        _rename_old_results(plan, changes)
+    write_config(run, changes)
     for node in plan.todo:
         if node.stage in DERIVED:  # recomputed from its inputs: the old DONE.json would end the job at once
-            run.done_file(node.stage, node.fold).unlink(missing_ok=True)
-        write_text(run.job_config_file(node.key), text)
+            changes.replace(run.done_file(node.stage, node.fold), None)
+        changes.replace(run.job_config_file(node.key), configuration.to_yaml(run.config))
     films = run.infer_source if any(node.stage == "infer" for node in plan.todo) else None
     if films and films.is_dir():  # not yet for films still to be generated: the first task then writes it
-        write_film_plan(run)
-    return Prepared(codecopy.copy(ROOT, run), renamed)
+        write_film_plan(run, nodes)
+    return codecopy.copy(ROOT, run), changes
 
 
-def _rename_old_results(plan: Plan) -> tuple[tuple[Path, Path], ...]:
+def write_config(run: Run, changes: Changes) -> None:
+    """Write config.yaml of an accepted command; the text before is kept under the next number."""
+    text = configuration.to_yaml(run.config)
+    before = run.config_file.read_text() if run.config_file.exists() else None
+    if before not in (None, text):
+        number = len(list(run.config_history.glob("*.yaml"))) + 1
+        changes.replace(run.config_history / f"{number:04d}.yaml", before)
+    if before != text:
+        changes.replace(run.config_file, text)
+
+
+def _rename_old_results(plan: Plan, changes: Changes) -> None:
     run = plan.run
     shared = run.config.data.shard_dir and any(node.stage == "preprocess" for node in plan.todo)
     if shared and run.shard_dir.exists():
@@ -96,14 +121,12 @@ def _rename_old_results(plan: Plan) -> tuple[tuple[Path, Path], ...]:
             "or name another data.shard_dir"
         )
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    renamed: list[tuple[Path, Path]] = []
     for folder in dict.fromkeys(run.dir_of(node.stage, node.fold) for node in plan.todo):
         if folder.exists():
             old = folder.with_name(f"{folder.name}.old-{stamp}")
             folder.rename(old)
-            renamed.append((folder, old))
+            changes.renamed.append((folder, old))
             print(f"--redo: the old result is now {old}", flush=True)
-    return tuple(renamed)
 
 
 _git_state = functools.cache(codecopy.git_state)  # git status of a large checkout takes a while
@@ -112,7 +135,7 @@ _git_state = functools.cache(codecopy.git_state)  # git status of a large checko
 def ledger_entry(plan: Plan, site: Site, node: Node, code: Path, **fields: Any) -> Entry:
     """Return the ledger's entry for a job, with the given further fields."""
     extra = {
-        "nodes": plan.request.nodes,
+        "nodes": site.nodes,
         "gpus_per_node": site.gpus_per_node,
         "profile": str(site.profile_path) if site.profile_path else None,
         "git": _git_state(ROOT),

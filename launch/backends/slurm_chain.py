@@ -16,13 +16,13 @@ from launch.backends.sbatch import JobSpec, blocks_signals, script, submit
 from launch.jobs import Job
 from launch.planning import checks
 from launch.planning.estimates import estimates
-from launch.planning.plan import DERIVED, JobName, Plan, ancestors, missing_line
+from launch.planning.plan import DERIVED, JobName, Plan, missing_line, submitted_otherwise
 from launch.planning.shape import shape_of
 from launch.planning.site import Site
 from launch.state import slurm_client as slurm
 from launch.state.ledger import Ledger
 from launch.state.locks import Locked, lock
-from pneumo_dist.chain import Node, job_key
+from pneumo_dist.chain import Node, ancestors, job_key
 from pneumo_dist.config import ConfigError, to_yaml
 
 # MaxSubmitJobs and the like: AssocMaxSubmitJobLimit, QOSMaxSubmitJobPerUserLimit, AssocGrpSubmitJobsLimit, ...
@@ -48,7 +48,7 @@ def _job_spec(plan: Plan, site: Site, code: Path, node: Node, job_ids: JobIds) -
         folder=plan.run.jobs_dir,
         profile=site.profile,
         stage=node.stage,
-        shape=shape_of(node.stage, plan.request.nodes, site.gpus_per_node),
+        shape=shape_of(node.stage, site.nodes, site.gpus_per_node),
         name=f"{node.key}.{plan.run.name}",
         comment=str(plan.run.folder),
         code=code,
@@ -103,11 +103,11 @@ def submit_chain(plan: Plan, site: Site) -> int:
         raise ConfigError(f"{error.holder} is submitting to this run: try again later") from None
     try:
         refuse_live(plan, ledger, slurm_answers=True)
-        prepared = prepare(plan)
+        code, changes = prepare(plan, site.array_tasks)
         try:
-            submitted, limit = _submit_all(plan, site, prepared.code, ledger, job_ids)
+            submitted, limit = _submit_all(plan, site, code, ledger, job_ids)
         except ConfigError:
-            prepared.undo()
+            changes.undo()
             raise
     finally:
         guard.release()
@@ -156,6 +156,8 @@ def _live_jobs(plan: Plan, ledger: Ledger) -> tuple[Plan, JobIds]:
     for node, job in plan.missing:
         key = job_key(*job)
         if key in live:
+            if line := submitted_otherwise(plan.run, job):
+                raise ConfigError(line)
             job_ids[job] = live[key]
         elif not plan.request.after:
             raise ConfigError(missing_line(plan, node, job))

@@ -37,7 +37,7 @@ class Request:
     """The command line, checked as far as that is possible without reading a file."""
 
     stage: str
-    nodes: int = 1
+    nodes: int | None = None  # None: as in the last submission, else 1
     gpus_per_node: int | None = None
     cluster: str = "auto"
     profile: str | None = None
@@ -66,12 +66,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--stage", required=True, choices=STAGE_NAMES, help="stage to run; all: every stage of the recipe")
-    add("--nodes", type=int, default=1, metavar="N", help="nodes, or tasks of an array stage (default 1)")
+    add("--nodes", type=int, metavar="N", help="nodes, or tasks of an array stage (default: as last time, else 1)")
     add(
         "--gpus-per-node",
         type=int,
         metavar="G",
-        help="GPUs, and ranks, per node (default: the profile's value, else 1 if the partition has GPUs)",
+        help="GPUs, and ranks, per node (default: as last time, else the profile's value, else 1 if the partition has "
+        "GPUs)",
     )
     add(
         "--cluster",
@@ -82,15 +83,20 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--profile",
         metavar="YAML",
-        help="cluster profile: a file, or a name in configs/cluster/ (default: default.yaml if it exists)",
+        help="cluster profile: a file, or a name in configs/cluster/ (default: as last time, else default.yaml if it "
+        "exists)",
     )
-    add("--config", metavar="YAML", help="recipe (default: the config.yaml of the run, else configs/paper.yaml)")
+    add(
+        "--config",
+        metavar="YAML",
+        help="recipe: a file, or a name in configs/ (default: the config.yaml of the run, else configs/paper.yaml)",
+    )
     add("--run", metavar="NAME", help="name of the run (default: the file name of the recipe)")
-    add("--folds", metavar="K[,K...]", help="folds to train (default 0); the scores of several folds are pooled")
+    add("--folds", metavar="K[,K...]", help="folds to train, also 0-4 (default 0); their scores are pooled")
     add("--after", metavar="JOBID", help="start after these SLURM jobs have succeeded")
     add("--redo", action="store_true", help="rename the old result of the stage and run it again")
     add("--verify", action="store_true", help="with --stage preprocess: check the shards against their hashes")
-    add("--dry-run", action="store_true", help="print the SLURM scripts; write nothing")
+    add("--dry-run", action="store_true", help="print the SLURM scripts, or the jobs on this machine; write nothing")
     add("--wait", action="store_true", help="follow the SLURM jobs and exit with their result")
     add(
         "overrides",
@@ -102,9 +108,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _folds(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise UsageError(f"--folds {text!r} is not a list of fold numbers such as 0,1,2")
-    folds = tuple(int(fold) for fold in text.split(","))
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise UsageError(f"--folds {text!r} is not a list of fold numbers such as 0,1,2 or 0-4")
+    ranges = [part.split("-") for part in text.split(",")]
+    folds = tuple(fold for ends in ranges for fold in range(int(ends[0]), int(ends[-1]) + 1))
+    if not folds:
+        raise UsageError(f"--folds {text} names no fold: the first number must be the smaller one")
     if len(set(folds)) < len(folds):
         raise UsageError(f"--folds {text} names a fold twice")
     return folds
@@ -120,7 +129,7 @@ def parse(arguments: list[str]) -> Request:
     for override in options.overrides:
         if "=" not in override:
             raise UsageError(f"{override!r} is neither an option nor key=value (for example stage1.epochs=10)")
-    if options.nodes < 1:
+    if options.nodes is not None and options.nodes < 1:
         raise UsageError(f"--nodes {options.nodes} must be at least 1")
     if options.gpus_per_node is not None and options.gpus_per_node < 0:
         raise UsageError(f"--gpus-per-node {options.gpus_per_node} must not be negative (0: CPU only)")

@@ -73,8 +73,7 @@ def _no_space(plan: Plan) -> str | None:
 
 
 def _too_many_ranks(plan: Plan, site: Site) -> Iterator[str]:
-    nodes = plan.request.nodes
-    ranks = site.ranks(nodes)
+    nodes, ranks = site.nodes, site.ranks
     for stage in dict.fromkeys(node.stage for node in plan.todo if node.stage in TRAIN_STAGES):
         batch = plan.run.config.train_stage(stage).batch_size
         if ranks > batch:
@@ -118,9 +117,9 @@ def _missing_films(plan: Plan) -> Iterator[str]:
         from pneumo_dist.data.preprocess.source import check_source
 
         yield from _error_line(lambda: check_source(run))
-    # Without infer.dir, inference reads the training films: checked above, or not generated yet.
-    checked = config.phantom.films or "preprocess" in stages
-    if "infer" in stages and (config.infer.dir or not checked):
+    # Without infer.dir, inference reads the training films: missing ones are named above, or not generated yet.
+    there = run.infer_source is not None and run.infer_source.is_dir()
+    if "infer" in stages and (there or config.infer.dir or not (config.phantom.films or "preprocess" in stages)):
         from pneumo_dist.inference.film_plan import check_films
 
         yield from _error_line(lambda: check_films(run))
@@ -141,7 +140,7 @@ def _partition_limits(plan: Plan, site: Site) -> Iterator[str]:
             continue
         resources, minutes = site.profile.resources(stage), site.profile.minutes(stage)
         name = resources.partition or "(default)"
-        shape, title = shape_of(stage, plan.request.nodes, site.gpus_per_node), STAGES[stage].title
+        shape, title = shape_of(stage, site.nodes, site.gpus_per_node), STAGES[stage].title
         if shape.nodes > partition.nodes:
             yield f"--nodes {shape.nodes}: partition {name} has {partition.nodes} nodes"
         if minutes and partition.max_minutes and minutes > partition.max_minutes:
@@ -158,7 +157,7 @@ def _partition_limits(plan: Plan, site: Site) -> Iterator[str]:
 
 
 def _array_limit(plan: Plan, site: Site) -> Iterator[str]:
-    shapes = [shape_of(node.stage, plan.request.nodes, site.gpus_per_node) for node in plan.todo]
+    shapes = [shape_of(node.stage, site.nodes, site.gpus_per_node) for node in plan.todo]
     tasks = max((shape.array_tasks for shape in shapes), default=1)
     largest = largest_array() if site.slurm and tasks > 1 else None
     if largest and tasks > largest:

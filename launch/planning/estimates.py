@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.planning.inference import inference_notes
 from launch.planning.plan import Plan
 from launch.planning.site import Site
 from launch.state import progress
@@ -36,6 +37,11 @@ def estimates(plan: Plan, site: Site) -> Iterator[str]:
         yield from _annotations(plan.run)
     if any(node.stage == config.train_stages[0] for node in plan.todo):
         yield from _download(config)
+    stages, shards = {node.stage for node in plan.todo}, config.data.shards
+    if "infer" in stages:
+        yield from inference_notes(plan, site)
+    if "preprocess" in stages and site.array_tasks > shards:
+        yield f"{site.array_tasks - shards} tasks of preprocess have nothing to do: data.shards={shards}"
     for node in plan.todo:
         if node.stage in TRAIN_STAGES:
             name = plan.title(node.stage, node.fold)
@@ -90,7 +96,7 @@ def _run_time(plan: Plan, node: Node, site: Site) -> Iterator[str]:
 
 def measured_throughput(plan: Plan, node: Node, site: Site) -> Throughput | None:
     """Return the throughput of this training so far, else of the newest run with as many ranks and the same profile."""
-    run, ranks = plan.run, site.ranks(plan.request.nodes)
+    run, ranks = plan.run, site.ranks
     settings = run.config.train_stage(node.stage)
     rows = _timed_epochs(run, node)
     if rows and _same_setup(run, node, site, ranks):

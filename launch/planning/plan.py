@@ -5,16 +5,15 @@ Reads files; writes nothing and never queries SLURM. Errors are ConfigError, one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from launch.planning.arguments import Request
 from launch.planning.profile import FAMILY
-from launch.planning.recipe import ROOT, resolve
+from launch.planning.recipe import ROOT, Recipe, resolve
 from pneumo_dist import done
-from pneumo_dist.chain import STAGES, Node, closing, jobs_of, upstream
-from pneumo_dist.config import Config, ConfigError
+from pneumo_dist.chain import OWN, STAGES, Node, ancestors, closing, job_key, jobs_of
+from pneumo_dist.config import Config, ConfigError, flatten, keys, word
 from pneumo_dist.run import Run
 
 JobName = tuple[str, "int | None"]  # stage and fold of a job
@@ -44,6 +43,12 @@ class Plan:
     def runs_argument(self) -> str:
         """The argument with which runs.py finds this run."""
         return self.run.name if self.run.folder.parent == ROOT / "runs" else str(self.run.folder)
+
+    @property
+    def name_hint(self) -> str:
+        """A similar name, for the error line of a run that does not exist."""
+        known = self.run.config_file.exists() or not self.run.like
+        return "" if known else f"; did you mean --run {self.run.like}?"
 
     def title(self, stage: str, fold: int | None) -> str:
         """Return the display name of a job; it includes the fold if there are several."""
@@ -90,10 +95,10 @@ def make_plan(request: Request) -> Plan:
     requested = frozenset(node.key for node in targets)
     if recipe.embedded:
         targets = _with_upstream(run.config, targets, folds)
-    todo, conflicts, kept = _compare_with_disk(run, targets, requested, request.redo)
+    todo, conflicts, kept = _compare_with_disk(recipe, targets, requested, request)
+    conflicts += _contradictions(recipe, targets, todo)
     if not request.redo and not any(node.stage in ("preprocess", "finalize") for node in todo):
         todo = [node for node in todo if node.stage != "phantom"]  # only preprocessing reads it
-    missing, kept_upstream = _missing_upstream(run, todo, targets)
     return Plan(
         request=request,
         run=run,
@@ -101,9 +106,9 @@ def make_plan(request: Request) -> Plan:
         targets=tuple(targets),
         requested=requested,
         todo=tuple(todo),
-        missing=tuple(missing),
+        missing=tuple(_missing_upstream(run, todo, targets)),
         conflicts=tuple(dict.fromkeys(conflicts)),
-        notes=tuple(dict.fromkeys([*recipe.notes, *kept, *kept_upstream])),
+        notes=tuple(dict.fromkeys([*recipe.notes, *kept, *_split_of_others(run)])),
     )
 
 
@@ -111,12 +116,6 @@ def _check_run_folder(run: Run) -> None:
     for folder in (run.folder, *run.folder.parents):
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder} is a file, not a folder for runs: choose another folder with run_root=DIR")
-
-
-def ancestors(config: Config, job: JobName, folds: Sequence[int]) -> set[JobName]:
-    """Return all jobs that a job waits for, directly or through others."""
-    direct = upstream(config, *job, folds)
-    return set(direct).union(*(ancestors(config, parent, folds) for parent in direct))
 
 
 def _with_upstream(config: Config, targets: Sequence[Node], folds: list[int]) -> list[Node]:
@@ -127,92 +126,138 @@ def _with_upstream(config: Config, targets: Sequence[Node], folds: list[int]) ->
 
 
 def _compare_with_disk(
-    run: Run, targets: Sequence[Node], requested: frozenset[str], redo: bool
+    recipe: Recipe, targets: Sequence[Node], requested: frozenset[str], request: Request
 ) -> tuple[list[Node], list[str], list[str]]:
     """Compare each target with its DONE.json.
 
     Args:
-        requested: keys of the jobs whose results must have the settings of the request; others are used as they are.
-        redo: the requested jobs run again even if they are done.
+        requested: keys of the jobs of --stage alone, which --redo runs again even if they are done.
 
     Returns:
-        The jobs to run, the conflicts that forbid it, and notes on results with other settings.
+        The jobs to run, the conflicts that forbid it, and notes on results with values of their own.
     """
+    run = recipe.run
     todo: list[Node] = []
     conflicts: list[str] = []
     notes: list[str] = []
     folds = len({node.fold for node in targets} - {None})
     for node in targets:
+        stage = closing(node.stage)
         try:
-            keys = done.differences(run, closing(node.stage), node.fold)
+            differ = done.differences(run, stage, node.fold)
         except ConfigError as error:  # there is no folder of films for inference
             conflicts.append(str(error))
-            keys = None
-        if redo and node.key in requested:
-            keys = None
-        if keys and node.key not in requested:
-            notes.append(_kept_note(run.dir_of(node.stage, node.fold), keys))
-            continue
+            differ = None
+        if request.redo and node.key in requested:
+            differ = None
+        elif differ is None and run.checkpoints(node.stage, node.fold).is_dir():
+            conflicts += filter(None, [submitted_otherwise(run, (node.stage, node.fold))])
+        # Another stage of the run may have got its own value since; nobody asks for it here.
+        own = [key for key in differ or () if key in OWN and key not in recipe.typed and not request.config]
+        if differ and own:
+            notes.append(f"note: kept: {done.difference_line(run, stage, node.fold, own).partition(': ')[0]}")
+            differ = [key for key in differ if key not in own]
         repeated = [n for n in todo if n.stage in _NOT_REPEATABLE and (n.stage, n.fold) in node.after]
-        if keys:
-            conflicts.append(done.difference_line(run, node.stage, node.fold, keys))
-        elif keys == [] and repeated and node.stage not in DERIVED:
+        if differ:
+            conflicts.append(done.difference_line(run, stage, node.fold, differ))
+        elif differ == [] and repeated and node.stage not in DERIVED:
             name = title(repeated[0].stage, repeated[0].fold, folds)
             folder = run.dir_of(node.stage, node.fold)
             conflicts.append(
                 f"{folder} was computed from an earlier {name}, which has to run again: repeat both with --redo"
             )
-        if keys != [] or repeated:
+        if differ != [] or repeated:
             todo.append(node)
     return todo, conflicts, notes
 
 
-def _missing_upstream(
-    run: Run, todo: Sequence[Node], targets: Sequence[Node]
-) -> tuple[list[tuple[Node, JobName]], list[str]]:
-    """Return the jobs outside the plan that a planned job needs and that are not done, and notes on the others."""
+def _contradictions(recipe: Recipe, targets: Sequence[Node], todo: Sequence[Node]) -> Iterator[str]:
+    """Compare the other results of the run with what is asked: its configuration describes all of them.
+
+    Results that stand on a job to run are left out, and of those on which no target stands the outdated ones.
+    """
+    run = recipe.run
+    folds = sorted({*run.folds, *(node.fold for node in targets if node.fold is not None)})
+    folds = [fold for fold in folds if fold < run.config.data.folds]
     planned = {(node.stage, node.fold) for node in targets}
-    missing: list[tuple[Node, JobName]] = []
-    notes: list[str] = []
+    below = planned.union(*(ancestors(run.config, job, folds) for job in planned))
+    rerun = {(node.stage, node.fold) for node in todo}
+    for node in jobs_of(run.config, "all", folds):
+        job = (node.stage, node.fold)
+        twice = closing(node.stage) != node.stage
+        if twice or job in planned or node.stage in DERIVED or rerun & ancestors(run.config, job, folds):
+            continue
+        try:
+            differ = done.contradictions(run, closing(node.stage), node.fold, recipe.typed)
+        except ConfigError as error:
+            yield str(error)
+            continue
+        typed = any(f"data.{done.SOURCES.get(key)}" in recipe.typed for key in differ)
+        if differ and (typed or job in below or keys().keys() >= set(differ)):
+            yield done.difference_line(run, closing(node.stage), node.fold, differ)
+
+
+def _split_of_others(run: Run) -> Iterator[str]:
+    """Say that shards of another run are divided by lists that this run does not name."""
+    record = done.read_done(run, "finalize", None)
+    for name in done.SPLIT:
+        if record and name in record["inputs"] and run.source(name) is None:
+            yield f"note: {run.shard_dir} was written with a data.{name}, which holds for this run, too"
+
+
+def submitted_otherwise(run: Run, job: JobName) -> str | None:
+    """Return the error line if a job without a result was submitted with other settings than those of the request."""
+    submitted = Run.of_job(run.folder, job_key(*job)).config
+    now, then = done.settings_of(run.config, job[0]), done.settings_of(submitted, job[0])
+    if job[0] in ("preprocess", "finalize"):
+        names = [f"data.{name}" for name in done.SOURCES.values() if getattr(run.config.data, name)]
+        now |= {name: flatten(run.config)[name] for name in names}
+        then |= {name: flatten(submitted)[name] for name in names}
+    differ = [key for key in sorted(now) if now[key] != then.get(key) and key not in OWN]
+    if not differ:
+        return None
+    shown = "; ".join(f"{key}={word(then.get(key))}, now {word(now[key])}" for key in differ)
+    return (
+        f"{title(*job)} was submitted with other settings ({shown}): keep them, choose another name with --run OTHER, "
+        f"or repeat it with --stage {command_stage(job[0])} --redo"
+    )
+
+
+def _missing_upstream(run: Run, todo: Sequence[Node], targets: Sequence[Node]) -> Iterator[tuple[Node, JobName]]:
+    """Yield the jobs outside the plan that a planned job needs and that are not done, each with that job."""
+    planned = {(node.stage, node.fold) for node in targets}
     for node in todo:
         for job in node.after:
-            if job in planned:
-                continue
-            keys = _settings_differ(run, *job)
-            if keys is None:
-                missing.append((node, job))
-            elif keys:
-                notes.append(_kept_note(run.dir_of(*job), keys))
-    return missing, notes
+            if job not in planned and not _is_done(run, *job):
+                yield node, job
 
 
-def _settings_differ(run: Run, stage: str, fold: int | None) -> list[str] | None:
-    """Compare the settings of an upstream stage with the recipe: None if it is not done, else the keys that differ.
-
-    Its inputs are not compared: the user may have moved the films since.
-    """
+def _is_done(run: Run, stage: str, fold: int | None) -> bool:
+    """Tell whether an upstream stage has its result: shards in every size, derived results from what is there now."""
     record = done.read_done(run, stage, fold)
     if record is None or (stage == "finalize" and not done.shards_cover(run.config, record)):
-        return None
-    now = done.settings_of(run.config, stage)
-    before = record["settings"]
-    return sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
-
-
-def _kept_note(folder: Path, keys: list[str]) -> str:
-    return f"note: {folder} was computed with other settings ({', '.join(keys)}) and is used as it is"
+        return False
+    return stage not in DERIVED or not done.contradictions(run, stage, fold)
 
 
 def missing_line(plan: Plan, node: Node, job: JobName) -> str:
     """Return the error line that names the missing stage and the command that runs it."""
     name = command_stage(job[0])
+    record = done.read_done(plan.run, "finalize", None) if job[0] == "finalize" else None
+    if record:
+        sizes = [size for size in plan.run.config.sizes if f"manifest-{size}" not in record["outputs"]]
+        words = "".join(f" stage{k}.size={plan.run.config.train_stage(k).size}" for k in plan.run.config.train_stages)
+        return (
+            f"{plan.run.shard_dir} lacks the image size {word(sizes)}: "
+            f"run --stage preprocess {plan.submit_options}{words} first, which adds it"
+        )
     fold = f" --folds {job[1]}" if job[1] not in (None, 0) else ""
     needs = plan.title(name, job[1])
     if job[0] == "pool":
         fold, needs = f" --folds {','.join(map(str, plan.folds))}", "the folds' pooled evaluation"
     return (
         f"{plan.title(node.stage, node.fold)} needs {needs}, which is not done: "
-        f"run --stage {name}{fold} {plan.submit_options} first"
+        f"run --stage {name}{fold} {plan.submit_options} first{plan.name_hint}"
     )
 
 
@@ -224,6 +269,7 @@ def check_recipe(plan: Plan) -> None:
     if not data.dicom_dir:
         raise ConfigError(
             "no films: give data.dicom_dir=DIR and data.rle_csv=FILE (or phantom.films=100 for synthetic ones)"
+            + plan.name_hint
         )
     if not (data.rle_csv or data.masks):
         raise ConfigError(

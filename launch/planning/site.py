@@ -6,11 +6,15 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from launch.planning.arguments import Request
-from launch.planning.profile import Profile, find_profile, load_profile
+from launch.planning.profile import FAMILY, Profile, find_profile, load_profile
 from launch.state import environment, slurm_client
+from launch.state.ledger import Ledger
+from pneumo_dist.chain import STAGES
 from pneumo_dist.config import ConfigError
+from pneumo_dist.run import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +24,20 @@ class Site:
     slurm: bool
     profile: Profile
     profile_path: Path | None
+    nodes: int
     gpus_per_node: int
     line: str  # message for the user: SLURM, or why this machine
     _partitions: dict[str | None, slurm_client.Partition | None] = field(default_factory=dict, init=False, repr=False)
 
-    def ranks(self, nodes: int) -> int:
-        """Return the ranks of a training job on `nodes` nodes: one per GPU, or one per node without GPUs."""
-        return nodes * max(1, self.gpus_per_node)
+    @property
+    def ranks(self) -> int:
+        """The ranks of a training job: one per GPU, or one per node without GPUs."""
+        return self.nodes * max(1, self.gpus_per_node)
+
+    @property
+    def array_tasks(self) -> int:
+        """The tasks of an array: one per node, on this machine one per process."""
+        return self.nodes if self.slurm else self.ranks
 
     @property
     def environment_note(self) -> str:
@@ -53,23 +64,45 @@ class Site:
         return self._partitions.get(name)
 
 
-def choose_site(request: Request) -> Site:
-    """Choose between SLURM and this machine.
+def choose_site(request: Request, run: RunFolder) -> Site:
+    """Choose between SLURM and this machine; profile, nodes and GPUs are by default those of the last submission.
 
     Raises:
         ConfigError: SLURM is requested but not available, or the profile is wrong.
     """
-    path = find_profile(request.profile)
-    profile = load_profile(path)
     reason = "--cluster local" if request.cluster == "local" else slurm_client.unavailable_reason()
     if not request.dry_run and reason:
         if request.cluster == "slurm":
             raise ConfigError(f"--cluster slurm: {reason}")
         if request.after:
             raise ConfigError(f"--after waits for a SLURM job, but the jobs would run on this machine: {reason}")
-    gpus = profile.gpus_per_node if request.gpus_per_node is None else request.gpus_per_node
+    last = _last_submission(request, run, slurm=not reason)
+    path = find_profile(request.profile or last.get("profile"))
+    profile = load_profile(path)
+    if last.get("profile") != (str(path) if path else None):
+        last = {}  # the nodes and GPUs of another profile
+    nodes = request.nodes or last.get("nodes") or 1
+    gpus = last.get("gpus_per_node") if request.gpus_per_node is None else request.gpus_per_node
+    gpus = profile.gpus_per_node if gpus is None else gpus
     if gpus is None:
         partition = None if reason else slurm_client.partition(profile.partition)
         gpus = 1 if partition and partition.gpus else 0
     line = f"running on this machine ({reason})" if reason else "submitting to SLURM"
-    return Site(slurm=not reason, profile=profile, profile_path=path, gpus_per_node=gpus, line=line)
+    typed = {"profile": request.profile, "nodes": request.nodes, "gpus_per_node": request.gpus_per_node}
+    kept = [f"--{key.replace('_', '-')} {last[key]}" for key in typed if typed[key] is None and last.get(key)]
+    line += f" (as in the last submission: {' '.join(kept)})" if kept else ""
+    return Site(slurm=not reason, profile=profile, profile_path=path, nodes=nodes, gpus_per_node=gpus, line=line)
+
+
+def _last_submission(request: Request, run: RunFolder, slurm: bool) -> dict[str, Any]:
+    """Return profile, nodes and GPUs of the run's last submission to SLURM, or to this machine; {} without one.
+
+    Only jobs of the same shape count: a training does not need the nodes of an array.
+    """
+    array = request.stage if request.stage in ("preprocess", "infer") else ""
+    for entry in reversed(Ledger(run).entries()):
+        family = FAMILY.get(entry.stage, entry.stage)
+        same = family == array if array else STAGES[family].shape == "ranks"
+        if entry.event == "submitted" and same and (entry.cluster == "slurm") == slurm:
+            return entry.extra
+    return {}

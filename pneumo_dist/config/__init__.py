@@ -3,7 +3,7 @@
 This package imports no torch, so that `submit.py` starts quickly.
 """
 
-from pneumo_dist.config.loading import flatten, load, to_yaml
+from pneumo_dist.config.loading import flatten, load, to_yaml, word
 from pneumo_dist.config.rules import ConfigError
 from pneumo_dist.config.schema import Config, keys
 from pneumo_dist.config.sections import (
@@ -38,4 +38,5 @@ __all__ = [
     "keys",
     "load",
     "to_yaml",
+    "word",
 ]

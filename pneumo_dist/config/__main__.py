@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from itertools import groupby
 from typing import Any, get_args, get_origin
 
-from pneumo_dist.config.loading import nearest
+from pneumo_dist.config.loading import nearest, word
 from pneumo_dist.config.schema import Config, Key, keys
 
 _WIDEST_DEFAULT = 16  # the meaning of a key with a longer default (the grids) goes to the next line
@@ -21,13 +20,6 @@ def _type(kind: Any) -> str:
     return ("list of " if get_origin(kind) is list else "") + " or ".join(names)
 
 
-def _default(value: Any) -> str:
-    """Return a value as in YAML; a list with commas, as on the command line."""
-    if isinstance(value, list):
-        return ",".join(map(_default, value)) or "[]"
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def _matches(name: str, key: Key, word: str) -> bool:
     """Tell whether the key or its meaning contains the word; a word that ends in a dot (`loss.`) matches keys only."""
     return word in name or (not word.endswith(".") and word in key.meaning.lower())
@@ -35,7 +27,7 @@ def _matches(name: str, key: Key, word: str) -> bool:
 
 def table(listed: dict[str, Key]) -> str:
     """Return an aligned table of the keys with a heading for each section."""
-    rows = [(name, _type(key.type), _default(key.default), key.meaning) for name, key in listed.items()]
+    rows = [(name, _type(key.type), word(key.default), key.meaning) for name, key in listed.items()]
     name_width, type_width = (max(len(row[column]) for row in rows) for column in (0, 1))
     lines: list[str] = []
     for section, group in groupby(rows, lambda row: row[0].rpartition(".")[0]):
@@ -58,10 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "word", nargs="?", default="", help="list only keys with this word in their name (loss.) or meaning"
     )
-    word = parser.parse_args(arguments).word.lower()
-    listed = {name: key for name, key in keys().items() if _matches(name, key, word)}
+    wanted = parser.parse_args(arguments).word.lower()
+    listed = {name: key for name, key in keys().items() if _matches(name, key, wanted)}
     if not listed:
-        print(f"error: no key has {word!r} in its name or meaning{nearest(word, list(keys()))}", file=sys.stderr)
+        print(f"error: no key has {wanted!r} in its name or meaning{nearest(wanted, list(keys()))}", file=sys.stderr)
         return 2
     try:
         print(table(listed), flush=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -17,9 +17,12 @@ from pneumo_dist.config.schema import Config, keys
 
 
 def nearest(word: str, choices: list[str]) -> str:
-    """Return the end of an error line about an unknown word: the most similar choice, or where to find all keys."""
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else "; python -m pneumo_dist.config lists every key"
+    """Return the end of an error line about an unknown word: the most similar choices, or where to find all keys."""
+    last = {choice: choice.rpartition(".")[2] for choice in choices}
+    wanted = difflib.get_close_matches(word, last.values(), n=1, cutoff=0.8)  # a key without its section
+    close = [choice for choice in choices if last[choice] in wanted][:3]
+    close = close or difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else "; python -m pneumo_dist.config lists every key"
 
 
 def _override(text: str) -> tuple[str, str]:
@@ -41,8 +44,10 @@ def _override(text: str) -> tuple[str, str]:
     return key, value if value else "null"
 
 
-def load(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
-    """Merge a YAML file and then `key=value` overrides into the defaults.
+def load(
+    path: str | Path | None = None, overrides: list[str] | None = None, below: Mapping[str, Any] | None = None
+) -> Config:
+    """Merge a YAML file and then `key=value` overrides into the defaults, or into `below`, {section: {name: value}}.
 
     Raises:
         ConfigError: one line with the file or key, and the most similar valid key.
@@ -51,7 +56,7 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    tree = OmegaConf.structured(Config)
+    tree = OmegaConf.merge(OmegaConf.structured(Config), below or {})
     where = ""
     try:
         if path is not None:
@@ -93,6 +98,13 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + str(name), value
+
+
+def word(value: Any) -> str:
+    """Return a value as in YAML; a list with commas, as on the command line."""
+    if isinstance(value, list):
+        return ",".join(map(word, value)) or "[]"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -285,7 +285,9 @@ class Infer:
     unreadable: str = key("skip", "rows of unreadable films in submission.csv: skip (none) or negative (-1)")
     follow_links: bool = key(False, "follow symbolic links that lead out of infer.dir")
     batch_size: int = key(8, "films of one forward pass")
-    part_size: int = key(256, "films of one part, the unit of a restart")
+    part_size: int = key(
+        0, "films of one part, the unit of a restart; 0: at most 256, as many parts for each node of the first command"
+    )
 
     def __post_init__(self) -> None:
         for name in self.outputs:
@@ -306,4 +308,5 @@ class Infer:
                 plain,
                 f"infer.label={self.label!r} must be a plain folder name of letters, digits, '.', '_' and '-'",
             )
-        at_least(1, "infer", self, "batch_size", "part_size")
+        at_least(1, "infer", self, "batch_size")
+        at_least(0, "infer", self, "part_size")

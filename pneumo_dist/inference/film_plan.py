@@ -22,6 +22,7 @@ from pneumo_dist.run import Run
 from pneumo_dist.runtime.files import read_json, sha256_text, write_bytes
 
 FORMAT = "pneumo_dist.plan/2"
+PART = 256  # films of a part, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,11 @@ class FilmPlan:
         return self.films[index * self.part_size : (index + 1) * self.part_size]
 
     @property
+    def pictures(self) -> list[PlannedFilm]:
+        """Return the films that are PNG or JPEG files by their names."""
+        return [film for film in self.films if film.path.lower().endswith((".png", ".jpg", ".jpeg"))]
+
+    @property
     def listing_hash(self) -> str:
         """Return the hash of the films' ids, paths and sizes, as recorded in DONE.json."""
         return sha256_text("".join(f"{film.id}\t{film.path}\t{film.bytes}\n" for film in self.films))
@@ -76,8 +82,10 @@ def file_name(film_id: str) -> str:
     return f"{plain[-100:]}-{hashlib.sha256(film_id.encode()).hexdigest()[:10]}"
 
 
-def make_film_plan(run: Run) -> FilmPlan:
+def make_film_plan(run: Run, nodes: int = 1, existing: FilmPlan | None = None) -> FilmPlan:
     """List the films of `infer.dir` (or of the training data).
+
+    With infer.part_size=0 the parts are as large as in the existing plan, else at most PART films, as many per node.
 
     `created` is the current time, or SOURCE_DATE_EPOCH if that is set (reproducible-builds.org). Outputs contain no
     other date.
@@ -97,7 +105,9 @@ def make_film_plan(run: Run) -> FilmPlan:
         )
     films = tuple(PlannedFilm(name, path, _size(folder / path), file_name(name)) for name, path in listed)
     created = int(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
-    return FilmPlan(run.infer_dir.name, run.config.infer.part_size, created, tuple(ignored), films)
+    parts = nodes * -(-len(films) // (nodes * PART))
+    fitting = existing.part_size if existing else -(-len(films) // parts)
+    return FilmPlan(run.infer_dir.name, run.config.infer.part_size or fitting, created, tuple(ignored), films)
 
 
 def _size(path: Path) -> int:
@@ -123,20 +133,20 @@ def read_film_plan(folder: Path) -> FilmPlan | None:
     return FilmPlan(tree["label"], tree["part_size"], tree["created"], ignored, films)
 
 
-def write_film_plan(run: Run) -> FilmPlan:
+def write_film_plan(run: Run, nodes: int = 1) -> FilmPlan:
     """Write and return plan.json; an equal existing plan is kept, with its date. Called once, at submission."""
-    folder = run.infer_dir
-    plan, existing = make_film_plan(run), None
+    folder, existing = run.infer_dir, None
     with suppress(ConfigError):  # damaged, or of another version: the new plan replaces it
         existing = read_film_plan(folder)
+    plan = make_film_plan(run, nodes, existing)
     if existing is not None and existing.hash == plan.hash:
         return existing
     write_bytes(folder / "plan.json", _encode(plan))
     return plan
 
 
-def ensure_film_plan(run: Run) -> FilmPlan:
-    """Return the existing plan; if submission wrote none (plain scripts), the first task writes it for all.
+def ensure_film_plan(run: Run, tasks: int = 1) -> FilmPlan:
+    """Return the existing plan; if submission wrote none (plain scripts), the first of the tasks writes it for all.
 
     Raises:
         ConfigError: the existing plan has another infer.part_size.
@@ -146,7 +156,7 @@ def ensure_film_plan(run: Run) -> FilmPlan:
     if plan is None:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".plan.{os.getpid()}.{os.uname().nodename}.tmp"
-        temporary.write_bytes(_encode(make_film_plan(run)))
+        temporary.write_bytes(_encode(make_film_plan(run, tasks)))
         try:
             with suppress(FileExistsError):  # another task was first: its plan holds
                 os.link(temporary, folder / "plan.json")
@@ -154,7 +164,7 @@ def ensure_film_plan(run: Run) -> FilmPlan:
             temporary.unlink()
         plan = read_film_plan(folder)
         assert plan is not None
-    if plan.part_size != run.config.infer.part_size:
+    if run.config.infer.part_size not in (0, plan.part_size):
         raise ConfigError(
             f"{folder / 'plan.json'} has parts of {plan.part_size} films, but infer.part_size is "
             f"{run.config.infer.part_size}: submit again, or give another infer.label"
@@ -190,6 +200,11 @@ def check_films(run: Run) -> str:
         ConfigError: films or a named model are missing. The run's own models may come later from the same chain.
     """
     plan = make_film_plan(run)
+    if "dicomseg" in run.config.infer.outputs and len(plan.pictures) == len(plan.films):
+        raise ConfigError(
+            f"infer.outputs lists dicomseg, but no film in {run.infer_source} is a DICOM file, and a DICOM SEG must "
+            "refer to one: leave dicomseg out"
+        )
     if run.config.infer.models:
         for path in run.model_paths():
             if not path.is_file():

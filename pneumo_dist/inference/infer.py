@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 def infer_parts(task: Task) -> dict[str, Path]:
     """Infer the parts of array task i of N, those with j mod N == i; finished ones are kept."""
-    plan = ensure_film_plan(task.run)
     index, count = task.part
+    plan = ensure_film_plan(task.run, count)
     indices = range(index, plan.parts, count)
     if indices:
         from pneumo_dist.inference.stream import stream_parts

@@ -1,15 +1,17 @@
-"""The parts of one inference on disk, the unit of a restart. A part becomes visible only when it is complete."""
+"""The parts of one inference on disk. A part becomes visible only when it is complete; an unfinished one goes on."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
+import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pneumo_dist.runtime.files import read_json, write_bytes
+from pneumo_dist.runtime.files import read_json, write_bytes, write_text
+
+JOURNAL = "batches.jsonl"  # in a working folder: its signature, then the rows of each finished batch
 
 
 def part_folder(out: Path, index: int) -> Path:
@@ -26,28 +28,60 @@ def read_part(folder: Path, expected: str | None = None) -> dict[str, Any] | Non
         part = read_json(folder / "part.json")
         if expected is not None and part["signature"] != expected:
             return None
-        for row in part["rows"]:
-            for name, (size, _) in row["files"].items():
-                if (folder / name).stat().st_size != size:
-                    return None
-        return dict(part)
+        return dict(part) if _whole(folder, part["rows"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def begin_part(out: Path, index: int) -> Path:
-    """Return an empty working folder for a part; remove those of killed tasks."""
+def _whole(folder: Path, rows: list[dict[str, Any]]) -> bool:
+    """Tell whether the files of these films have the recorded sizes."""
+    return all((folder / name).stat().st_size == size for row in rows for name, (size, _) in row["files"].items())
+
+
+def begin_part(out: Path, index: int, signature: str) -> tuple[Path, list[list[dict[str, Any]]]]:
+    """Return a working folder for a part, and the rows of the batches that a stopped task has finished in it.
+
+    Args:
+        signature: of the part and of how it is cut into batches; what has another one is removed.
+    """
     parent = out / "parts"
     parent.mkdir(parents=True, exist_ok=True)
-    for stale in parent.glob(f".part-{index:05d}.*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    folder = parent / f".part-{index:05d}.{socket.gethostname()}.{os.getpid()}"
-    folder.mkdir()
-    return folder
+    folder = parent / f".part-{index:05d}.{uuid.uuid4().hex}"
+    batches: list[list[dict[str, Any]]] = []
+    for stale in sorted(parent.glob(f".part-{index:05d}.*")):
+        if not batches and (batches := _batches(stale, signature)):
+            stale.rename(folder)
+        else:
+            shutil.rmtree(stale, ignore_errors=True)
+    if not batches:
+        folder.mkdir()
+    write_text(folder / JOURNAL, "".join(f"{json.dumps(line)}\n" for line in [signature, *batches]))
+    return folder, batches
+
+
+def append_batch(working: Path, rows: list[dict[str, Any]]) -> None:
+    """Record a finished batch of an unfinished part."""
+    with (working / JOURNAL).open("a") as file:
+        file.write(f"{json.dumps(rows)}\n")
+
+
+def _batches(folder: Path, signature: str) -> list[list[dict[str, Any]]]:
+    """Return the batches of an unfinished part with this signature, up to the first one that is not whole."""
+    batches: list[list[dict[str, Any]]] = []
+    with suppress(OSError, ValueError), (folder / JOURNAL).open() as lines:
+        if json.loads(next(lines, "null")) != signature:
+            return []
+        for line in lines:
+            rows = json.loads(line)
+            if not _whole(folder, rows):
+                break
+            batches.append(rows)
+    return batches
 
 
 def finish_part(out: Path, index: int, working: Path, part: dict[str, Any]) -> None:
     """Move a complete part to its final name; it replaces an outdated one."""
+    (working / JOURNAL).unlink()
     write_bytes(working / "part.json", (json.dumps(part, sort_keys=True) + "\n").encode())
     final = part_folder(out, index)
     if final.exists():

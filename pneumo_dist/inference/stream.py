@@ -22,7 +22,7 @@ from pneumo_dist.data.films import codecs, grey
 from pneumo_dist.inference.dicomseg import SegJob, try_write_seg
 from pneumo_dist.inference.film_plan import FilmPlan, PlannedFilm, signature
 from pneumo_dist.inference.outputs import FilmWriter, Row, Segment, empty_row
-from pneumo_dist.inference.parts import begin_part, finish_part, part_folder, read_part
+from pneumo_dist.inference.parts import append_batch, begin_part, finish_part, part_folder, read_part
 from pneumo_dist.inference.reading import PICTURE_PX, THUMB_PX, ReadFilm, ReadJob, read_ahead, start_readers
 from pneumo_dist.prediction.ensemble import Ensemble, load_ensemble
 from pneumo_dist.prediction.filmsize import mean_film_probability
@@ -49,6 +49,7 @@ class OpenPart:
     working: Path
     writer: FilmWriter
     signature: str
+    kept: list[Row]  # of a stopped task
     rows: list[Row] = field(default_factory=list)
 
 
@@ -112,11 +113,14 @@ def _stream(
     def batches() -> Iterator[FilmBatch]:
         for j in todo:
             films = plan.part(j)
-            working = begin_part(task.out, j)
+            size, signed = config.infer.batch_size, signature(plan, j, settings)
+            working, finished = begin_part(task.out, j, f"{signed} {size}")
+            # The last batch is inferred in any case, and completes the part.
+            kept = [row for batch in finished[: (len(films) - 1) // size] for row in batch]
             writer = FilmWriter(working, tuple(config.infer.outputs), ensemble.triplet, segment)
-            part = OpenPart(j, len(films), working, writer, signature(plan, j, settings))
-            for start in range(0, len(films), config.infer.batch_size):
-                yield FilmBatch(part, films[start : start + config.infer.batch_size])
+            part = OpenPart(j, len(films), working, writer, signed, kept)
+            for start in range(len(kept), len(films), size):
+                yield FilmBatch(part, films[start : start + size])
 
     def read(batch: FilmBatch) -> list[Answer[ReadJob, ReadFilm]]:
         return [
@@ -141,7 +145,8 @@ def _stream(
                 for film, read in zip(batch.films, films, strict=True)
             ]
 
-        done = overlap(batches(), read, compute, write, ahead=max(2, -(-2 * readers.count // config.infer.batch_size)))
+        ahead = max(2, -(-2 * readers.count // config.infer.batch_size))
+        done = overlap(batches(), read, compute, write, ahead, lambda: task.stop.requested)
         rows = _finished(task, done, settings)
         for _ in progress_bar(rows, sum(len(plan.part(j)) for j in todo), f"infer {plan.label}"):
             pass
@@ -164,15 +169,17 @@ def _segmenter(readers: Pool, source: Path, plan: FilmPlan, settings: dict[str, 
 
 
 def _finished(task: Task, done: Iterator[tuple[FilmBatch, list[Row]]], settings: dict[str, Any]) -> Iterator[Row]:
-    """Yield the rows; finish each part when its last film is written."""
+    """Yield the rows; record each batch, and finish each part when its last film is written."""
     for batch, rows in done:
         part = batch.part
+        append_batch(part.working, rows)
+        rows, part.kept = [*part.kept, *rows], []
         part.rows += rows
         yield from rows
         if len(part.rows) == part.films:
             content = {"signature": part.signature, "settings": settings, "rows": part.rows}
             finish_part(task.out, part.index, part.working, content)
-        task.stop.check()  # drops the unfinished part: a signal leaves little time
+    task.stop.check()
 
 
 def _slots(films: Sequence[ReadFilm], batch_size: int, device: torch.device) -> list[ReadFilm | None]:

@@ -40,18 +40,22 @@ def overlap(
     compute: Callable[[Batch, list[Read]], Callable[[], Computed]],
     write: Callable[[Batch, list[Read], Computed], Sequence[Pending[Written]]],
     ahead: int = 2,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Batch, list[Written]]]:
     """Yield (batch, results of `write`) in order, while other batches are read, computed and written.
 
     `read` and `write` submit work to a pool and return at once. `compute` starts a batch and returns a function that
     waits for it; that function is called after the next batch has started, so a GPU always has a batch queued.
-    At most 2 * ahead + 1 batches are in memory.
+    At most 2 * ahead + 1 batches are in memory. Once `stopped`, no further batch starts; the started ones are yielded.
     """
     source = iter(batches)
     reading: deque[tuple[Batch, Sequence[Pending[Read]]]] = deque()
     writing: deque[tuple[Batch, Sequence[Pending[Written]]]] = deque()
     running: tuple[Batch, list[Read], Callable[[], Computed]] | None = None
     while True:
+        if stopped():
+            source = iter(())
+            reading.clear()
         while len(reading) < ahead and (batch := next(source, None)) is not None:
             reading.append((batch, read(batch)))
         started = None

@@ -79,7 +79,10 @@ def test_a_second_call_returns_at_once(chain: tuple[Path, subprocess.CompletedPr
     again = run(root, "--stage", "1", "stage1.epochs=2")
     assert again.returncode == 0 and "done already" in again.stdout
     other = run(root, "--stage", "1", "stage1.epochs=3")
-    assert other.returncode == 2 and "stage1.epochs" in other.stderr and "--redo" in other.stderr
+    assert other.returncode == 2 and "stage1.epochs=2, now 3" in other.stderr and "--redo" in other.stderr
+    words = [sys.executable, str(ROOT / "launch" / "submit.py"), "--cluster", "local", f"run_root={root}"]
+    again = subprocess.run([*words, "--stage", "all"], capture_output=True, text=True, timeout=60, check=False)
+    assert again.returncode == 0 and "the whole chain is done already" in again.stdout, again.stderr
 
 
 def test_verify_finds_a_changed_shard(chain: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:

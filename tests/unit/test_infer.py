@@ -281,22 +281,28 @@ def test_finished_parts_are_kept_and_what_died_is_done_again(reference, films, m
     assert kept.stat().st_mtime_ns == before and not stale.exists()
 
 
-def test_a_stop_keeps_finished_parts_and_the_same_command_goes_on(reference, films, model, tmp_path):
-    words = [f"infer.dir={films}", f"infer.models={model}", "infer.label=it", "infer.part_size=4"]
-    one = task(tmp_path, "infer", [*words, EVERYTHING])
-    original = parts.finish_part
+def test_a_stop_keeps_finished_batches_and_the_same_command_goes_on(reference, films, model, tmp_path):
+    words = [EVERYTHING, "infer.part_size=12", "infer.batch_size=2"]
+    one = task(tmp_path, "infer", [f"infer.dir={films}", f"infer.models={model}", "infer.label=it", *words])
+    folder = tmp_path / "infer" / "it" / "parts"
+    original, finished = parts.append_batch, []
 
-    def finish_and_stop(*arguments):
-        original(*arguments)
+    def append_and_stop(working, rows):
+        original(working, rows)
+        finished.append(rows)
         one.stop.note(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pneumo_dist.inference.stream.finish_part", finish_and_stop)
+        patch.setattr("pneumo_dist.inference.stream.append_batch", append_and_stop)
         with pytest.raises(Stopped):
             infer.infer_parts(one)
-    done = sorted(path.name for path in (tmp_path / "infer" / "it" / "parts").glob("part-*"))
-    assert done == ["part-00000"]
-    assert answers(run(tmp_path, films, model, EVERYTHING)) == answers(reference)
+        assert 1 <= len(finished) < 6 and not list(folder.glob("part-*"))
+        (working,) = folder.glob(".part-00000.*")
+        with (working / parts.JOURNAL).open("a") as journal:
+            journal.write('[{"film": "to')  # a node lost power
+        assert rows_of(run(tmp_path, films, model, *words)) == rows_of(reference)
+    assert len(finished) == 6  # no batch twice
+    assert not list(folder.glob("*/batches.jsonl"))
 
 
 def test_a_film_that_kills_its_decoder_costs_one_row(reference, films, model, tmp_path, monkeypatch):
@@ -435,13 +441,14 @@ def test_a_plan_in_place_is_kept_with_its_date_and_a_grown_folder_makes_a_new_on
     shutil.copytree(films, folder)
     words = [f"infer.dir={folder}", "infer.label=it"]
     one = task(tmp_path, "infer", words)
-    first = write_film_plan(one.run)
+    first = write_film_plan(one.run, nodes=4)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1800000000")
-    assert write_film_plan(one.run) == first == read_film_plan(one.out)
+    assert first.parts == 4 and write_film_plan(one.run, nodes=2) == first == read_film_plan(one.out)
     write_dicom(folder / "new.dcm", picture(3))
-    assert write_film_plan(one.run).created == 1800000000
+    grown = write_film_plan(one.run)
+    assert grown.created == 1800000000 and grown.part_size == 3  # whole parts are kept
     with pytest.raises(ConfigError, match="infer.part_size"):
-        infer.infer_parts(task(tmp_path, "infer", [*words, "infer.part_size=3"]))
+        infer.infer_parts(task(tmp_path, "infer", [*words, "infer.part_size=5"]))
 
 
 def test_films_that_came_later_redo_only_the_parts_they_are_in(films, model, tmp_path):

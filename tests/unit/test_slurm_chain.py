@@ -121,6 +121,8 @@ def test_a_stage_waits_for_a_live_one_of_its_run(
     assert submit(tmp_path, "--stage", "2") == 2 and "stage 2 needs stage 1" in capfd.readouterr().err
     assert submit(tmp_path, "--stage", "1") == 0
     (tools / "queue").write_text(squeue("1|stage1-fold0.a|RUNNING|None|n1") + "\n")
+    assert submit(tmp_path, "--stage", "2", "stage1.lr=0.5") == 2
+    assert "stage 1 was submitted with other settings (stage1.lr=0.001, now 0.5)" in capfd.readouterr().err
     assert submit(tmp_path, "--stage", "2") == 0
     assert "--dependency=afterok:1\n" in script(tmp_path / "a", 2)
     assert (
