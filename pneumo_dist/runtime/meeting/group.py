@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from pneumo_dist.runtime.failure import Failure
 from pneumo_dist.runtime.meeting.facts import Facts, decide, own_facts
@@ -46,18 +45,24 @@ def init(secret_file: Path, configuration: str, meet_s: float, first_s: float, t
         log.info("1 rank, %s", discover().device)
         return discover()
     meeting = Meeting(launch, secret_of(Path(os.environ.get(LOCAL_STORE, secret_file))), meet_s)
-    own, listener, address = own_facts(launch, configuration, threads), None, ""
+    own, listeners, address = own_facts(launch, configuration, threads), list[socket.socket](), ""
+
+    def answer_all(facts: list[Facts], at: str) -> Facts:
+        # The store of the process group: one address, a port that nobody can know beforehand, a prefix of its keys.
+        listeners.append(socket.create_server((at, 0), backlog=1024))
+        store = [at, listeners[0].getsockname()[1], secrets.token_hex(16)]
+        return decide(facts, launch.world_size) | {"store": store}
+
     if launch.rank:
         answer, address = meeting.visit(own)
     else:
-        listener = _Listener()
-        answer = meeting.host(own, lambda facts, at: decide(facts, launch.world_size) | {"store": listener.at(at)})
+        answer = meeting.host(own, answer_all)
     if answer["problem"]:
         raise Failure(answer["problem"])
     _announce(launch, answer)
     _choose_interface(address, str(answer["store"][0]))
     ranks = replace(discover(), gpu=int(answer["gpus"][launch.rank]))
-    _connect(ranks, answer, listener, meet_s)
+    _connect(ranks, answer, listeners, meet_s)
     ranks.set_timeout(first_s)
     return ranks
 
@@ -67,23 +72,6 @@ def _announce(launch: Launch, answer: Facts) -> None:
         log.info("%s", answer["seen"])
         for warning in answer["warnings"]:
             log.warning("%s", warning)
-
-
-class _Listener:
-    """The socket of the process group's store: one address, a port that nobody can know beforehand."""
-
-    def __init__(self) -> None:
-        self._socket: socket.socket | None = None
-
-    def at(self, address: str) -> list[Any]:
-        """Listen at an address of this node; return it with the port and the store's prefix."""
-        self._socket = socket.create_server((address, 0), backlog=1024)
-        return [address, self._socket.getsockname()[1], secrets.token_hex(16)]
-
-    def detach(self) -> int:
-        """Return the descriptor, whose new owner closes it."""
-        assert self._socket
-        return self._socket.detach()
 
 
 def _choose_interface(own: str, first: str) -> None:
@@ -97,7 +85,7 @@ def _choose_interface(own: str, first: str) -> None:
                     os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-def _connect(ranks: Ranks, answer: Facts, listener: _Listener | None, timeout_s: float) -> None:
+def _connect(ranks: Ranks, answer: Facts, listeners: list[socket.socket], timeout_s: float) -> None:
     import torch
     import torch.distributed as dist
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
@@ -112,7 +100,7 @@ def _connect(ranks: Ranks, answer: Facts, listener: _Listener | None, timeout_s:
             is_master=ranks.first,
             timeout=timeout,
             wait_for_workers=False,
-            master_listen_fd=listener.detach() if listener else None,
+            master_listen_fd=listeners[0].detach() if listeners else None,
         )
         dist.init_process_group(
             answer["backend"],

@@ -29,11 +29,6 @@ Facts = dict[str, Any]  # what a rank tells
 NAMED_AFTER_S = 60.0  # a rank that is missing for so long is named
 _GREETING_S = 5.0  # for either side to show that it knows the secret: a stranger may say nothing
 _SECRET_BYTES = 64
-_STRANGER = "who answers does not know the secret of this run"
-
-
-class Stranger(ValueError):
-    """A line that was not written with the secret of this run, or not for this meeting."""
 
 
 def secret_of(path: Path) -> bytes:
@@ -73,11 +68,11 @@ class Meeting:
         """Return the value of a line.
 
         Raises:
-            Stranger: no rank of this meeting wrote it, or not for this place.
+            ValueError: no rank of this meeting wrote it, or not for this place.
         """
         proof, _, text = line.decode(errors="replace").rstrip("\n").partition(" ")
         if not hmac.compare_digest(proof.encode(), self._proof(what, text).encode()):
-            raise Stranger(_STRANGER)
+            raise ValueError("who answers does not know the secret of this run")
         return json.loads(text)
 
     def _proof(self, what: str, text: str) -> str:
