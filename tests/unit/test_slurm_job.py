@@ -72,7 +72,7 @@ def test_the_job_says_how_many_ranks_and_gpus_were_asked_for(monkeypatch: pytest
         environ.setenv("PNEUMO_RANKS", "")
         environ.setenv("PNEUMO_GPUS", "")
         Job("1", 0, (0, 1), "/runs/x", ranks=8, gpus=4)()
-        assert "submitted for 8 ranks, but SLURM started 1" in said[0] and given_gpus() == "PNEUMO_GPUS=4"
+        assert "submitted for 8 ranks, but SLURM started 1" in said[0] and given_gpus() == "--gpus-per-node=4"
 
 
 def test_usr2_reaches_the_flag_and_not_submitits_handler(monkeypatch: pytest.MonkeyPatch) -> None:

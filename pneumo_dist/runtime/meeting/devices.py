@@ -14,7 +14,7 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def given_gpus(environ: Mapping[str, str] = os.environ) -> str:
-    """Return the variable that says that this job has GPUs, as NAME=value; "" where none does.
+    """Return what says that this job has GPUs, as NAME=value; "" where nothing does.
 
     CUDA_VISIBLE_DEVICES=-1 hides them on purpose.
     """
@@ -25,7 +25,7 @@ def given_gpus(environ: Mapping[str, str] = os.environ) -> str:
     said |= {name: environ[name] for name in _LISTS if environ.get(name)}
     if "SLURM_JOB_ID" in environ and visible not in ("", "NoDevFiles"):
         said["CUDA_VISIBLE_DEVICES"] = visible
-    return next((f"{name}={value}" for name, value in said.items()), "")
+    return next((f"{name}={value}" for name, value in said.items()), "").replace(ASKED_GPUS, "--gpus-per-node")
 
 
 def visible_gpus() -> list[tuple[str, str]]:

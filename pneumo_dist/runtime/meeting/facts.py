@@ -100,7 +100,7 @@ def _problem(ranks: Sequence[Facts], world_size: int) -> str:
     lines = []
     for problem in dict.fromkeys(rank["problem"] for rank in ranks if rank["problem"]):
         concerned = [rank for rank in ranks if rank["problem"] == problem]
-        more = f" and {len(concerned) - 1} more ranks" if len(concerned) > 1 else ""
+        more = f" (and {len(concerned) - 1} more)" if len(concerned) > 1 else ""
         lines.append(f"rank {concerned[0]['rank']} on {concerned[0]['host']}{more}: {problem}")
     lines += [f"{line}: {advice}" for name, advice in _SAME.items() if (line := _difference(ranks, name))]
     numbers = [rank["rank"] for rank in ranks]
