@@ -85,6 +85,11 @@ class RunFolder:
         """Return the configuration of a job's last submission."""
         return self.jobs_dir / f"{key}.yaml"
 
+    @property
+    def secret_file(self) -> Path:
+        """Return the file by which ranks of the run know one another; only its owner may read it."""
+        return self.jobs_dir / ".secret"
+
     def attempt_file(self, key: str) -> Path:
         """Return the file that holds the token of a job's newest attempt."""
         return self.jobs_dir / f"{key}.attempt"

@@ -15,14 +15,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pneumo_dist import config as configuration
 from pneumo_dist import done
 from pneumo_dist.chain import STAGES, Stage, ancestors, closing, job_key
 from pneumo_dist.config import ConfigError
 from pneumo_dist.run import Run
-from pneumo_dist.runtime import ranks as ranks_module
 from pneumo_dist.runtime import stopping
 from pneumo_dist.runtime.ending import exit_status
-from pneumo_dist.runtime.ranks import Ranks
+from pneumo_dist.runtime.files import sha256_text
+from pneumo_dist.runtime.meeting import group
+from pneumo_dist.runtime.ranks import Ranks, discover
 from pneumo_dist.runtime.runlog import setup as setup_log
 from pneumo_dist.runtime.task import Attempt, Task
 
@@ -47,20 +49,21 @@ def run_stage(
     row = STAGES[stage]
     if row.per_fold and fold is None:
         raise ConfigError(f"{row.title} runs per fold: give --fold K")
-    ranks = ranks_module.init(run.config.train.first_timeout_s) if row.shape == "ranks" else Ranks()
-    setup_log(ranks.rank)
+    setup_log(discover().rank)
+    ranks = _meet(run) if row.shape == "ranks" else Ranks()
     # Rank 0 decides for all ranks: a shared file system may show the others an older state.
     decision = ranks.broadcast(ranks.on_first(lambda: _decide(run, stage, fold)))
     if isinstance(decision, str):
         raise ConfigError(decision)
     if decision is None:
         log.info("%s is already done: %s", key, run.dir_of(stage, fold))
-        ranks_module.close(ranks)
+        ranks.close()
         return
     settings, inputs = decision
     attempt = None
     if row.shape != "array":  # the tasks of an array write different files
-        attempt = ranks.broadcast(ranks.on_first(lambda: Attempt.begin(run.attempt_file(key))))
+        begun = ranks.on_first(lambda: Attempt.begin(run.attempt_file(key)))
+        attempt = Attempt(run.attempt_file(key), ranks.broadcast(begun.token if begun else ""))
     task = Task(
         run=run,
         stage=stage,
@@ -75,6 +78,11 @@ def run_stage(
     )
     log.info("%s starts: %s", key, ranks.label)
     _work(task, row, key)
+
+
+def _meet(run: Run) -> Ranks:
+    train, settings = run.config.train, sha256_text(configuration.to_yaml(run.config))
+    return group.init(run.secret_file, settings, train.meet_timeout_s, train.first_timeout_s, train.threads)
 
 
 def _work(task: Task, row: Stage, key: str) -> None:
@@ -94,7 +102,7 @@ def _work(task: Task, row: Stage, key: str) -> None:
 
 def _close(ranks: Ranks) -> None:
     ranks.barrier()  # a rank that exits early would break the last collective of the others
-    ranks_module.close(ranks)
+    ranks.close()
 
 
 def _decide(run: Run, stage: str, fold: int | None) -> tuple[dict[str, Any], dict[str, str]] | str | None:

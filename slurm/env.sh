@@ -4,7 +4,7 @@
 
 # sbatch passes the calling shell's variables on. Those of an earlier torchrun, of other Python packages and of other
 # networks must not act here: what this cluster needs is set below.
-unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_PORT PNEUMO_STORE OMP_NUM_THREADS NVIDIA_TF32_OVERRIDE \
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT PNEUMO_STORE OMP_NUM_THREADS NVIDIA_TF32_OVERRIDE \
     PYTHONPATH PYTHONHOME PYTHONUSERBASE PYTHONOPTIMIZE PYTHONWARNINGS PYTHONINSPECT LD_PRELOAD \
     "${!NCCL_@}" "${!GLOO_@}" "${!TORCH_NCCL_@}"
 # Loaded modules need it, so it stays.
@@ -25,10 +25,6 @@ if [ ! -d pneumo_dist ]; then
     exit 2
 fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-
-# The first node of the job. Ranks derive the port from the job id (pneumo_dist/runtime/ranks.py).
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR
 
 # In SLURM 22.05 to 23.02, srun does not inherit the job's --cpus-per-task.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}

@@ -16,5 +16,7 @@ for _name in list(os.environ):
         "MASTER_ADDR",
         "MASTER_PORT",
         "PNEUMO_STORE",
+        "PNEUMO_GPUS",
+        "PNEUMO_RANKS",
     ):
         del os.environ[_name]

@@ -130,6 +130,7 @@ class _LocalChain:
                 code=self._code,
                 store=Path(folder) / "store",
                 profile_env=self._site.profile.env,
+                gpus_asked=self._site.gpus_per_node,
             )
             self._record(node, count)
             self._watch.begin(node)

@@ -190,8 +190,11 @@ def _submit_all(
     submitted: dict[str, str] = {}
     for node in plan.todo:
         spec = _job_spec(plan, site, code, node, job_ids)
-        count = spec.shape.array_tasks
-        jobs = [Job(node.stage, node.fold, (i, count), str(plan.run.folder)) for i in range(count)]
+        shape = spec.shape
+        count = shape.array_tasks
+        ranks = shape.nodes * shape.tasks_per_node if shape.kind == "ranks" else 0
+        folder = str(plan.run.folder)
+        jobs = [Job(node.stage, node.fold, (i, count), folder, ranks, shape.gpus_per_node) for i in range(count)]
         try:
             job_id = submit(spec, jobs)
             job_ids[(node.stage, node.fold)] = submitted[node.key] = job_id

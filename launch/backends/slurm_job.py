@@ -1,4 +1,4 @@
-"""The job that SLURM runs. It holds only stage, fold, part and run directory, so that its pickle stays small.
+"""The job that SLURM runs. It holds only the stage, its shape and the run directory, so that its pickle stays small.
 
 Imports only the standard library until the signal handlers are installed: a signal in the first second counts too.
 """
@@ -25,6 +25,8 @@ class Job:
     fold: int | None
     part: tuple[int, int]  # array task: index, count
     run_dir: str
+    ranks: int = 0  # 0: a stage without
+    gpus: int = 0  # per node
 
     def __call__(self) -> None:
         """Run the stage; after a time-limit signal save the state, then requeue the job from rank 0."""
@@ -33,8 +35,11 @@ class Job:
         _remove_stale_result()
         _silence_duplicate_logging()
         from pneumo_dist.runtime.ending import exit_status
+        from pneumo_dist.runtime.meeting.devices import ASKED_GPUS
+        from pneumo_dist.runtime.meeting.launcher import ASKED_RANKS
         from pneumo_dist.stages import run_stage
 
+        os.environ |= {ASKED_RANKS: str(self.ranks), ASKED_GPUS: str(self.gpus)}
         try:
             run_stage(self.stage, Path(self.run_dir), self.fold, self.part, stop=stop)
         except Exception as error:

@@ -21,8 +21,9 @@ from types import FrameType, MappingProxyType, TracebackType
 
 from launch.state import environment
 from pneumo_dist.run import RunFolder
+from pneumo_dist.runtime.meeting.devices import ASKED_GPUS
+from pneumo_dist.runtime.meeting.launcher import LOCAL_STORE
 from pneumo_dist.runtime.processes import die_with_parent
-from pneumo_dist.runtime.ranks import LOCAL_STORE
 
 BLOCKED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 COOPERATIVE = tuple(128 + s for s in BLOCKED)  # exit statuses of a worker that has saved its state after a signal
@@ -72,6 +73,7 @@ def job_workers(
     code: Path,
     store: Path,
     profile_env: Mapping[str, str] = MappingProxyType({}),
+    gpus_asked: int = 0,
     python: str = sys.executable,
 ) -> list[Worker]:
     """Return the `count` processes of one job: ranks of one group ("ranks") or independent tasks ("array")."""
@@ -92,6 +94,7 @@ def job_workers(
             "LOCAL_RANK": str(i if ranks else 0),
             "LOCAL_WORLD_SIZE": str(count),  # tasks of an array share the cores too
             LOCAL_STORE: str(store),
+            ASKED_GPUS: str(gpus_asked),
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": shared.get("OMP_NUM_THREADS", str(threads)),
             "PYTHONPATH": os.pathsep.join([str(code), *filter(None, [shared.get("PYTHONPATH")])]),

@@ -222,6 +222,7 @@ class Train:
     keep: int = key(2, "checkpoints that are kept")
     log_every: int = key(10, "optimizer steps between two points of the step curves in TensorBoard")
     max_nonfinite: int = key(5, "optimizer steps in a row with a non-finite gradient before the training fails")
+    meet_timeout_s: float = key(300.0, "seconds until all ranks of a job must have found one another")
     first_timeout_s: float = key(1800.0, "seconds that a rank waits for the others until the first step is done")
     timeout_s: float = key(300.0, "seconds that a rank waits for the others afterwards")
     compile: bool = key(False, "compile the network with torch.compile")
@@ -236,7 +237,7 @@ class Train:
         )
         at_least(1, "train", self, "eval_every", "log_every", "max_nonfinite")
         at_least(0, "train", self, "seed", "workers", "threads", "clip_norm", "save_every_s")
-        for name in ("first_timeout_s", "timeout_s"):
+        for name in ("meet_timeout_s", "first_timeout_s", "timeout_s"):
             require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
 
 

@@ -77,7 +77,7 @@ def run(task: Task) -> dict[str, Path]:
         if deployed and holdout_cases:
             log.info("evaluating %s on %d hold-out films", name, len(holdout_cases))
             holdout = _score(task, path, holdout_cases, None)
-    notes.join((ranks.gather(notes) or [])[1:])
+    notes.join(FilmNotes(**noted) for noted in (ranks.gather(vars(notes)) or [])[1:])
     return ranks.on_first(lambda: _write_fold(task, files, records, holdout, notes, cases)) or {}
 
 
@@ -101,8 +101,8 @@ def _score(task: Task, path: Path, cases: Sequence[Case], notes: FilmNotes | Non
     leave = ranks.maximum([task.stop.leave])[0]  # all ranks stop, or none: `gather` waits for every rank
     if leave:
         raise Stopped(leave)
-    parts = ranks.gather(records)
-    return records if parts is None else Records.concatenate(parts)
+    parts = ranks.gather(vars(records))
+    return records if parts is None else Records.concatenate(Records(**part) for part in parts)
 
 
 def _write_fold(

@@ -27,7 +27,7 @@ _OF_THE_MACHINE = (
     "run_root", "data.dicom_dir", "data.rle_csv", "data.masks", "data.patient_map", "data.shard_dir",
     "data.holdout_ids", "data.stage_dir", "data.workers", "model.weights", "stage1.init_from", "stage2.init_from",
     "infer.", "train.workers", "train.threads", "train.save_every_s", "train.keep", "train.log_every",
-    "train.first_timeout_s", "train.timeout_s",
+    "train.meet_timeout_s", "train.first_timeout_s", "train.timeout_s",
 )  # fmt: skip
 
 

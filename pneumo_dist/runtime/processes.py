@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Generic, TypeVar
 
 from pneumo_dist.runtime import stopping
-from pneumo_dist.runtime.ranks import is_local_worker
+from pneumo_dist.runtime.meeting.launcher import is_local_worker
 
 TIMEOUT_S = 120.0  # of a submitted batch; the decoder of a truncated JPEG-LS stream may take 10 s to fail
 PR_SET_PDEATHSIG = 1  # prctl.h
@@ -38,6 +38,12 @@ def cores(configured: int) -> int:
     if is_local_worker():  # the local workers share the cores
         available //= max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return max(1, available)
+
+
+def thread_count(configured: int) -> int:
+    """Return the torch threads of a rank: `configured`, or if that is 0 what the environment says, or its cores."""
+    environ = os.environ.get("OMP_NUM_THREADS") or os.environ.get("SLURM_CPUS_PER_TASK") or 0
+    return configured or int(environ) or len(os.sched_getaffinity(0))
 
 
 def keep_memory(largest: int = 64 << 20) -> None:

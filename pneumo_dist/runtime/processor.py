@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from pneumo_dist.config import Train
-from pneumo_dist.runtime.processes import keep_memory
+from pneumo_dist.runtime.processes import keep_memory, thread_count
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,7 @@ def describe_processor() -> dict[str, str | int]:
 
 def set_threads(train: Train) -> dict[str, str | int]:
     """Set torch's threads and determinism for this rank; return `describe_processor()`."""
-    share = train.threads or int(os.environ.get("OMP_NUM_THREADS") or os.environ.get("SLURM_CPUS_PER_TASK") or 0)
-    torch.set_num_threads(share or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(thread_count(train.threads))
     if not torch.cuda.is_available():
         keep_memory(512 << 20)  # every step allocates feature maps of tens of MB: page faults took 3 to 5 % of its time
     # warn_only: no operation of a step is on PyTorch's list of those without a deterministic form; lists change.

@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Mapping
 from typing import Any
 
-from pneumo_dist.runtime.ranks import is_local_worker
+from pneumo_dist.runtime.meeting.launcher import is_local_worker
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,8 @@ from pneumo_dist.runtime.files import atomic_path, read_json, sha256_file, write
 from pneumo_dist.runtime.task import Attempt, Stale
 
 log = logging.getLogger(__name__)
+Entry = dict[str, str]  # file name and sha256 of a checkpoint
+_PATIENCE_S = 60.0  # how long a shared file system may show a node an older state
 
 
 class CheckpointError(Failure):
@@ -124,7 +127,7 @@ class CheckpointStore:
             if path.name not in names:
                 path.unlink(missing_ok=True)
 
-    def _listed(self) -> list[dict[str, str]]:
+    def _listed(self) -> list[Entry]:
         try:
             rows = read_json(self.folder / "LAST")["checkpoints"]
             return [{"file": str(row["file"]), "sha256": str(row["sha256"])} for row in rows]
@@ -135,11 +138,8 @@ class CheckpointStore:
                 log.warning("%s cannot be read; using the checkpoints beside it", self.folder / "LAST")
             return [{"file": path.name, "sha256": ""} for path in files]
 
-    def newest(self) -> dict[str, Any] | None:
-        """Read the newest whole checkpoint; damaged ones are skipped with a warning.
-
-        Returns:
-            the state, or None if there are no checkpoints.
+    def newest(self) -> Entry | None:
+        """Return the newest whole checkpoint, None if there are none; damaged ones are skipped with a warning.
 
         Raises:
             CheckpointError: there are checkpoints, and none of them is whole.
@@ -150,7 +150,7 @@ class CheckpointStore:
             try:
                 if not _whole(path, entry["sha256"]):
                     raise ValueError("its sha256 differs from that in LAST")
-                return dict(torch.load(path, map_location="cpu", weights_only=True))
+                return entry
             except Exception as error:
                 self._damaged.add(path.name)
                 log.warning("skipping damaged checkpoint %s: %s", path, " ".join(str(error).split())[:200])
@@ -159,3 +159,16 @@ class CheckpointStore:
                 f"{self.folder}: none of the {len(listed)} checkpoints can be read; --redo starts this stage over"
             )
         return None
+
+    def read(self, entry: Entry) -> tuple[dict[str, Any], str]:
+        """Read a checkpoint that rank 0 has found whole; return its state and "", or {} and why this rank cannot."""
+        path, deadline = self.folder / entry["file"], time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                if not _whole(path, entry["sha256"]):
+                    raise ValueError("its sha256 differs from that which rank 0 found")
+                return dict(torch.load(path, map_location="cpu", weights_only=True)), ""
+            except Exception as error:
+                if time.monotonic() > deadline:
+                    return {}, f"{path} cannot be read: {' '.join(str(error).split())[:200]}"
+            time.sleep(1)

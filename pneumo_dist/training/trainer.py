@@ -22,7 +22,6 @@ from pneumo_dist.data.shards import ShardReader
 from pneumo_dist.model.modelfile import save_model
 from pneumo_dist.model.start import start_model
 from pneumo_dist.runtime import history
-from pneumo_dist.runtime import ranks as ranks_module
 from pneumo_dist.runtime.processor import set_threads, warn_if_bits_may_differ
 from pneumo_dist.runtime.runlog import RunLog
 from pneumo_dist.runtime.stopping import Stopped
@@ -30,7 +29,7 @@ from pneumo_dist.runtime.task import Task
 from pneumo_dist.scoring.alarm import collapse
 from pneumo_dist.training.agreement import Agreement, NonFiniteLosses, Requests
 from pneumo_dist.training.batches import StageFilms, check_batch
-from pneumo_dist.training.checkpoint import CheckpointStore
+from pneumo_dist.training.checkpoint import CheckpointError, CheckpointStore
 from pneumo_dist.training.events import TrainingEvents, log_throughput
 from pneumo_dist.training.graph import StepGraph
 from pneumo_dist.training.schedule import Plateau, learning_rate, swa_due
@@ -93,10 +92,16 @@ class Trainer:
         return self.state.epoch * self.steps_per_epoch + self.state.batch
 
     def _resume(self) -> None:
-        """Load the newest checkpoint that rank 0 sees: other nodes may see an older state of the file system."""
-        state = self.ranks.broadcast(self.ranks.on_first(self.store.newest))
-        if state is None:
+        """Load the newest checkpoint that rank 0 finds whole.
+
+        Every rank reads the file: sending the state takes time that grows with the ranks, and memory several times.
+        """
+        newest = self.ranks.broadcast(self.ranks.on_first(self.store.newest))
+        if newest is None:
             return
+        state, problem = self.store.read(newest)
+        if problem := self.ranks.agree(problem):
+            raise CheckpointError(problem)
         if state["result_hash"] != self.task.result_hash:
             raise ConfigError(
                 f"{self.store.folder}: its checkpoints were written with other settings: "
@@ -120,7 +125,7 @@ class Trainer:
     def _save(self) -> None:
         """Copy the state now and let a thread write it; collective, because every rank gives its random state."""
         self.task.stop.saved = self.task.stop.save
-        of_ranks = self.ranks.gather((torch.get_rng_state(), float(self._loss_sum)))
+        of_ranks = self.ranks.gather((torch.get_rng_state().numpy(), float(self._loss_sum)))
         self._saved_at = time.monotonic()
         if of_ranks is None:
             return
@@ -128,7 +133,7 @@ class Trainer:
             "average": self.average.state_dict() if self.average is not None else {},
             "plateau": self.plateau.state_dict(),
             "progress": asdict(self.state),
-            "rng": [rng for rng, _ in of_ranks],
+            "rng": [torch.from_numpy(rng) for rng, _ in of_ranks],
             "loss_sums": [loss for _, loss in of_ranks],
             "world_size": self.ranks.world_size,
             "machine": self.machine,
@@ -226,7 +231,7 @@ class Trainer:
             images_per_s=images_per_s,
         )
         if self._starting:
-            ranks_module.shorten_timeout(self.ranks, self.config.train.timeout_s)
+            self.ranks.set_timeout(self.config.train.timeout_s)
             self._starting = False
         faulthandler.dump_traceback_later(self.config.train.timeout_s / 2)
         if self._batches_done % self.config.train.log_every == 0:

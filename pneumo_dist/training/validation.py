@@ -10,11 +10,12 @@ import copy
 import faulthandler
 import math
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -94,9 +95,9 @@ def evaluation_copy(model: nn.Module, ranks: Ranks) -> nn.Module:
     """Return a copy in evaluation mode with rank 0's batch-norm buffers; collective."""
     copied = copy.deepcopy(model).eval()
     buffers = dict(copied.named_buffers())
-    canonical = ranks.broadcast({name: value.cpu() for name, value in buffers.items()} if ranks.first else None)
+    canonical = ranks.broadcast({name: value.numpy(force=True) for name, value in buffers.items()})
     for name, value in buffers.items():
-        value.copy_(canonical[name])
+        value.copy_(torch.from_numpy(canonical[name]))
     return copied
 
 
@@ -138,10 +139,14 @@ def validate(
     )  # fmt: skip
     if ranks.any(stop.requested):
         return None
-    shares = ranks.gather((records, losses, masks))
-    merged = _merged(shares, rule, config.loss, predictor.scored) if shares is not None else None
-    numbers: Validation | None = ranks.broadcast(replace(merged, records=None, masks={}) if merged else None)
-    return merged or numbers
+    gathered = ranks.gather((vars(records), {name: astuple(film) for name, film in losses.items()}, masks)) or []
+    shares = [
+        (Records(**fields), {name: FilmLoss(*film) for name, film in terms.items()}, drawn)
+        for fields, terms, drawn in gathered
+    ]
+    merged = _merged(shares, rule, config.loss, predictor.scored) if shares else None
+    numbers = ranks.broadcast((merged.scores, merged.losses) if merged else None)
+    return merged or Validation(*numbers)
 
 
 def _merged(shares: Sequence[tuple[Records, Losses, Masks]], rule: Triplet, loss: Loss, scored: bool) -> Validation:

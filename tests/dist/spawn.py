@@ -105,7 +105,7 @@ def fork_rank(rank: int, world_size: int, store: Path, log: Path, work: Callable
 def _rank(kind: str, name: str, folder: Path) -> int:
     import torch
 
-    from pneumo_dist.runtime import ranks as ranks_module
+    from pneumo_dist.runtime.meeting import group
 
     torch.set_num_threads(1)
     module, attribute = name.split(":")
@@ -113,11 +113,11 @@ def _rank(kind: str, name: str, folder: Path) -> int:
     arguments = pickle.loads((folder / "arguments").read_bytes())
     if kind == "alone":
         return int(function(*arguments))
-    ranks = ranks_module.init(timeout_s=120)
+    ranks = group.init(folder / "secret", "", meet_s=120, first_s=120)
     result = function(ranks, *arguments)
     (folder / f"result{ranks.rank}").write_bytes(pickle.dumps(result))
     ranks.barrier()
-    ranks_module.close(ranks)
+    ranks.close()
     return 0
 
 

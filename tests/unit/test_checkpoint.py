@@ -20,6 +20,16 @@ def _save(store: CheckpointStore, *steps: int) -> None:
     store.wait()
 
 
+def _newest(store: CheckpointStore) -> dict:
+    state, problem = store.read(store.newest())
+    assert not problem
+    return state
+
+
+def _step(store: CheckpointStore) -> int:
+    return _newest(store)["step"]
+
+
 def _names(folder) -> list[str]:
     return sorted(path.name for path in folder.glob("*.pt"))
 
@@ -28,12 +38,25 @@ def test_the_newest_two_are_kept_and_the_newest_is_read(tmp_path):
     store = CheckpointStore(tmp_path)
     _save(store, 9, 10, 11)
     assert _names(tmp_path) == ["0000000010.pt", "0000000011.pt"]
-    assert CheckpointStore(tmp_path).newest()["step"] == 11
+    assert _step(CheckpointStore(tmp_path)) == 11
 
 
 def test_a_first_write_has_nothing_to_warn_about(tmp_path, caplog):
     _save(CheckpointStore(tmp_path / "new"), 1, 2, 3)
     assert caplog.text == ""
+
+
+def test_a_rank_waits_for_the_checkpoint_that_rank_0_has_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_PATIENCE_S", 1.5)
+    store = CheckpointStore(tmp_path)
+    _save(store, 1)
+    entry, hidden = store.newest(), tmp_path / "hidden"
+    (tmp_path / entry["file"]).rename(hidden)
+    threading.Timer(0.5, hidden.rename, [tmp_path / entry["file"]]).start()
+    assert store.read(entry)[0]["step"] == 1
+    monkeypatch.setattr(checkpoint, "_PATIENCE_S", 0)
+    state, problem = store.read(entry | {"sha256": "0"})
+    assert state == {} and "0000000001.pt cannot be read: its sha256 differs from that which rank 0 found" in problem
 
 
 def test_a_fresh_folder_has_no_checkpoint(tmp_path):
@@ -56,7 +79,7 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(tmp_path, caplog,
     else:
         newest.unlink()
     store = CheckpointStore(tmp_path)
-    assert store.newest()["step"] == 1
+    assert _step(store) == 1
     assert "0000000002.pt" in caplog.text
     _save(store, 3)  # the damaged file does not count as one of the two that are kept
     assert _names(tmp_path) == ["0000000001.pt", "0000000003.pt"]
@@ -69,7 +92,7 @@ def test_a_damaged_or_lost_LAST_falls_back_to_the_files_by_number(tmp_path, last
         (tmp_path / "LAST").unlink()
     else:
         (tmp_path / "LAST").write_text(last)
-    assert CheckpointStore(tmp_path).newest()["step"] == 10
+    assert _step(CheckpointStore(tmp_path)) == 10
 
 
 def test_without_LAST_a_flipped_bit_is_found_by_the_files_own_checksum(tmp_path):
@@ -78,7 +101,7 @@ def test_without_LAST_a_flipped_bit_is_found_by_the_files_own_checksum(tmp_path)
     data = bytearray((tmp_path / "0000000010.pt").read_bytes())
     data[data.find(torch.full((1000,), 10.0).numpy().tobytes()) + 100] ^= 1
     (tmp_path / "0000000010.pt").write_bytes(data)
-    assert CheckpointStore(tmp_path).newest()["step"] == 9
+    assert _step(CheckpointStore(tmp_path)) == 9
 
 
 def test_a_write_killed_just_before_LAST_loses_one_save_and_no_file(tmp_path):
@@ -89,9 +112,9 @@ def test_a_write_killed_just_before_LAST_loses_one_save_and_no_file(tmp_path):
     (tmp_path / "LAST").write_text(before)
     (tmp_path / "0000000001.pt").write_bytes((tmp_path / "0000000002.pt").read_bytes())
     store = CheckpointStore(tmp_path)
-    assert store.newest()["step"] == 2
+    assert _step(store) == 2
     _save(store, 3, 4)
-    assert _names(tmp_path) == ["0000000003.pt", "0000000004.pt"] and CheckpointStore(tmp_path).newest()["step"] == 4
+    assert _names(tmp_path) == ["0000000003.pt", "0000000004.pt"] and _step(CheckpointStore(tmp_path)) == 4
 
 
 def test_no_whole_checkpoint_left_is_an_error_not_a_restart(tmp_path):
@@ -117,7 +140,7 @@ def test_the_copy_is_taken_before_save_returns(tmp_path, monkeypatch):
     weights += 1  # training continues while the file is written
     may_write.set()
     store.wait()
-    assert store.newest()["weights"].sum() == 0
+    assert _newest(store)["weights"].sum() == 0
 
 
 def test_a_failed_write_leaves_the_one_before_and_says_which_file(tmp_path, monkeypatch):
@@ -134,7 +157,7 @@ def test_a_failed_write_leaves_the_one_before_and_says_which_file(tmp_path, monk
     for _ in range(2):
         with pytest.raises(CheckpointError, match=r"0000000002\.pt.*No space left"):
             store.wait()
-    assert store.newest()["step"] == 1
+    assert _step(store) == 1
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
@@ -146,4 +169,4 @@ def test_an_attempt_that_was_taken_over_writes_nothing(tmp_path):
     store.save("0000000002", _state(2))
     with pytest.raises(Stale):
         store.wait()
-    assert store.newest()["step"] == 1
+    assert _step(store) == 1

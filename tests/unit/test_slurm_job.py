@@ -16,6 +16,8 @@ import pytest
 from launch.backends import slurm_job
 from launch.backends.slurm_job import Job
 from pneumo_dist import stages
+from pneumo_dist.runtime.meeting.devices import given_gpus
+from pneumo_dist.runtime.meeting.launcher import contradiction, launch_of
 from pneumo_dist.runtime.stopping import SIGNALS, Stopped, StopSignal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +61,18 @@ def test_the_job_hands_its_place_and_its_stop_signal_to_the_stage(monkeypatch: p
     monkeypatch.setattr(stages, "run_stage", lambda *words, stop: seen.extend([*words, stop]))
     JOB()
     assert seen[:4] == ["1", Path("/runs/x"), 0, (0, 1)] and isinstance(seen[4], StopSignal)
+
+
+def test_the_job_says_how_many_ranks_and_gpus_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    said: list[str] = []
+    monkeypatch.setattr(stages, "run_stage", lambda *_, **__: said.append(contradiction(launch_of())))
+    with monkeypatch.context() as environ:
+        environ.setenv("PNEUMO_RANKS", "")
+        environ.setenv("PNEUMO_GPUS", "")
+        Job("1", 0, (0, 1), "/runs/x", ranks=8, gpus=4)()
+        assert "submitted for 8 ranks, but SLURM started 1" in said[0] and given_gpus() == "--gpus-per-node=4"
 
 
 def test_usr2_reaches_the_flag_and_not_submitits_handler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,8 +162,9 @@ def test_ranks_meet_through_a_file_and_share_the_cores(tmp_path: Path, monkeypat
         run=RunFolder(tmp_path),
         code=ROOT,
         store=tmp_path / "s",
+        gpus_asked=2,
     )
-    assert [w.environ["RANK"] for w in group] == ["0", "1"]
+    assert [w.environ["RANK"] for w in group] == ["0", "1"] and group[0].environ["PNEUMO_GPUS"] == "2"
     assert {w.environ["WORLD_SIZE"] for w in group} == {"2"} and {w.environ["OMP_NUM_THREADS"] for w in group} == {"4"}
     assert {w.environ["PNEUMO_STORE"] for w in group} == {str(tmp_path / "s")}
     assert group[1].command[-2:] == ["--fold", "3"] and group[1].log.name == "local-stage1-fold3-1.out"
