@@ -53,6 +53,10 @@ class Config:
             "swa" not in self.stages or self.averages(self.last_stage),
             f"stages lists swa, but swa.stages does not average stage {self.last_stage}: set swa.stages=last",
         )
+        require(
+            self.data.on_device != "on" or not self.augment.affine,
+            "augment.affine moves pixels, which loader processes do: set data.on_device=auto",
+        )
         for name in ("dicom_dir", "masks"):
             if self.phantom.films and getattr(self.data, name):
                 raise ConfigError(f"phantom.films and data.{name} are both set: set phantom.films=0 for real films")

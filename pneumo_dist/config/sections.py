@@ -52,6 +52,11 @@ class Data:
     shard_dir: str | None = key(None, "directory of the shards; null: <run>/shards")
     holdout_ids: str | None = key(None, "file with one id per line: films that are kept for a final evaluation only")
     stage_dir: str | None = key(None, "node-local directory that shards are copied to before training; null: no copy")
+    on_device: str = key(
+        "auto",
+        "training films in the device's memory: auto (on GPUs, where they take at most a quarter of the free memory), "
+        "on or off (loader processes read them); no effect on the result",
+    )
     shards: int = key(16, "number of shards; a smaller data set gets one shard per film")
     folds: int = key(5, "number of cross-validation folds")
     fold_seed: int = key(0, "seed of the division into folds")
@@ -61,6 +66,7 @@ class Data:
     workers: int = key(0, "worker processes of one preprocessing or inference task; 0: one per core of the task")
 
     def __post_init__(self) -> None:
+        one_of("data.on_device", self.on_device, ("auto", "on", "off"))
         one_of("data.unannotated", self.unannotated, ("drop", "negative", "error"))
         if self.rle is not None:
             one_of("data.rle", self.rle, ("siim", "absolute", "absolute0"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from pneumo_dist.config import Augment
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # its import would look for updates over the network
 import albumentations
+
+_RAMP = np.arange(256, dtype=np.uint8)[None]
 
 
 class Augmenter:
@@ -37,6 +40,22 @@ class Augmenter:
         self._bits.state = {"bit_generator": "PCG64", "state": state, "has_uint32": 0, "uinteger": 0}
         augmented = self._compose(image=image, mask=mask)
         return np.ascontiguousarray(augmented["image"]), np.ascontiguousarray(augmented["mask"])
+
+    @property
+    def tabular(self) -> bool:
+        """Whether each augmentation is a flip or a function of the grey value: then `draw` describes it."""
+        return not self.config.affine
+
+    def draw(self, keys: Iterable[tuple[int, int]]) -> np.ndarray:
+        """Return for each (epoch, index) 255 if its film is flipped, else 0, then the new value of each grey value.
+
+        uint8 (N, 257). Read off a ramp of all grey values, so that the numbers are albumentations' own.
+        """
+        rows = []
+        for key in keys:
+            ramp, where = self(_RAMP, _RAMP, *key)  # the tone leaves a mask as it is: its first value is 255 or 0
+            rows.append(np.concatenate([where[0, :1], ramp[0, ::-1] if where[0, 0] else ramp[0]]))
+        return np.stack(rows)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "seed": self.seed}

@@ -25,9 +25,9 @@ _WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")  # DDP and AveragedModel
 # Paths and process counts belong to a machine, not to the model.
 _OF_THE_MACHINE = (
     "run_root", "data.dicom_dir", "data.rle_csv", "data.masks", "data.patient_map", "data.shard_dir",
-    "data.holdout_ids", "data.stage_dir", "data.workers", "model.weights", "stage1.init_from", "stage2.init_from",
-    "infer.", "train.workers", "train.threads", "train.save_every_s", "train.keep", "train.log_every",
-    "train.meet_timeout_s", "train.first_timeout_s", "train.timeout_s",
+    "data.holdout_ids", "data.stage_dir", "data.on_device", "data.workers", "model.weights", "stage1.init_from",
+    "stage2.init_from", "infer.", "train.workers", "train.threads", "train.save_every_s", "train.keep",
+    "train.log_every", "train.meet_timeout_s", "train.first_timeout_s", "train.timeout_s",
 )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -11,10 +12,14 @@ from torch import Tensor
 from pneumo_dist.config import ConfigError, TrainStage
 from pneumo_dist.data.augment import Augmenter
 from pneumo_dist.data.cases import read_cases
-from pneumo_dist.data.loaders import FilmDataset, TrainBatches, fold_cases, make_loader, stage_shards
+from pneumo_dist.data.loaders import Batch, FilmDataset, TrainBatches, fold_cases, make_loader, stage_shards
+from pneumo_dist.data.resident import ResidentFilms, to_device
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.runtime.task import Task
 from pneumo_dist.training.step import TrainBatch
+
+log = logging.getLogger(__name__)
+_SHARE = 0.25  # of the GPU's free memory after the rehearsed step; the rest is for validation and other ranks
 
 
 def check_batch(stage: TrainStage, name: str, ranks: Ranks) -> None:
@@ -59,7 +64,7 @@ class StageFilms:
     def batches(self, epoch: int, batch: int) -> Iterator[tuple[TrainBatch, Tensor]]:
         """Return this rank's batches of all epochs from a position on, each with the indices of its films.
 
-        One loader reads them all, so that its workers start once.
+        The films lie on the device, or one loader reads them all, so that its workers start once.
         """
         if epoch >= self._stage.epochs:
             return
@@ -75,12 +80,38 @@ class StageFilms:
             labels=self.labels.numpy(),
             shares=self._stage.positive_share or None,
         )
+        device = ranks.device
+        for (images, masks, indices), positives in zip(self._read(sampler), sampler.positives(), strict=True):
+            labels = to_device(self.labels[indices], device)
+            yield TrainBatch(images, masks, labels, self._stage.batch_size, positives), indices
+
+    def _read(self, sampler: TrainBatches) -> Iterable[Batch]:
+        """Return the films of this rank's batches; each rank decides for itself where they lie: the bits are equal."""
+        train, device = self._task.config.train, self._task.ranks.device
         augmenter = Augmenter(self._task.config.augment, train.seed)
-        dataset = FilmDataset(self.shard_dir, self._stage.size, self.training, augmenter)
-        cuda = ranks.device.type == "cuda"
-        loader = make_loader(dataset, sampler, train.workers, train.seed, cuda, train.first_timeout_s)
-        for (images, masks, indices), positives in zip(loader, sampler.positives(), strict=True):
-            yield TrainBatch(images, masks, self.labels[indices], self._stage.batch_size, positives), indices
+        if not self._fits(augmenter, device):
+            dataset = FilmDataset(self.shard_dir, self._stage.size, self.training, augmenter)
+            return make_loader(
+                dataset, sampler, train.workers, train.seed, device.type == "cuda", train.first_timeout_s
+            )
+        films = ResidentFilms(FilmDataset(self.shard_dir, self._stage.size, self.training), augmenter, device)
+        return map(films.batch, sampler)
+
+    def _fits(self, augmenter: Augmenter, device: torch.device) -> bool:
+        """Return whether this rank holds all training films on its device; the log says why where a GPU does not."""
+        asked = self._task.config.data.on_device
+        if asked != "auto" or device.type != "cuda":
+            return asked == "on"
+        size_bytes = self._stage.size**2 * (len(self.training) + int(self.labels.sum()) / 8)
+        free, _ = torch.cuda.mem_get_info(device)
+        fits = augmenter.tabular and size_bytes <= _SHARE * free
+        log.info(
+            "%d training films, %.2f GB: %s", len(self.training), size_bytes / 1e9,
+            "in the memory of the GPU" if fits else "read by loader processes (data.on_device=auto), because "
+            + (f"they take more than a quarter of the {free / 1e9:.1f} GB free on the GPU" if augmenter.tabular
+               else "augment.affine moves pixels"),
+        )  # fmt: skip
+        return fits
 
 
 def _node_shards(task: Task, size: int) -> Path:
