@@ -31,7 +31,7 @@ from pneumo_dist.runtime.processes import die_with_parent, keep_memory
 
 __all__ = [
     "FilmDataset", "TrainBatches", "deal", "epoch_order", "fixed_batches", "fold_cases", "make_loader", "share_at",
-    "split_batch", "stage_shards",
+    "split_batch", "stage_shards", "to_device",
 ]  # fmt: skip
 
 Key = tuple[int, int]  # (epoch, index)
@@ -207,6 +207,11 @@ def _empty(shape: tuple[int, ...]) -> torch.Tensor:
     tensor = torch.empty(0, dtype=torch.uint8)
     tensor.set_(storage, 0, shape)  # type: ignore[call-overload]
     return tensor
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy from the CPU without waiting for a GPU: that needs pinned memory."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _as_is(batch: Batch) -> Batch:

@@ -13,14 +13,9 @@ import torch
 from torch import Tensor
 
 from pneumo_dist.data.augment import Augmenter
-from pneumo_dist.data.loaders import Batch, FilmDataset, Key
+from pneumo_dist.data.loaders import Batch, FilmDataset, Key, to_device
 
 _CHUNK = 128  # films of one copy to the device
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy from the CPU without waiting for a GPU: that needs pinned memory."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class ResidentFilms:

@@ -17,28 +17,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pneumo_dist.data.loaders import to_device
 from pneumo_dist.model.precision import amp_dtype, autocast
 from pneumo_dist.model.unet import normalise
 
 log = logging.getLogger(__name__)
 
-Pass = tuple[nn.Module, bool]  # a model, and whether it sees the mirrored films
-
 
 class Forward(NamedTuple):
-    """What the network says of N films, means over flips and models, on the CPU."""
+    """What the network says of N films, means over flips and models."""
 
     maps: Tensor  # float32 (N, S, S), probability of each pixel
-    scores: Tensor | None  # float32 (N,), probability of a pneumothorax; None: a model has no image-level head
+    scores: Tensor | None = None  # float32 (N,), probability of a pneumothorax; None: a model has no image-level head
 
     def films(self) -> Iterator[tuple[NDArray[np.float32], float | None]]:
         """Yield map (S, S) and score of each film."""
         scores = [None] * len(self.maps) if self.scores is None else self.scores.tolist()
         return zip(self.maps.numpy(), scores, strict=True)
-
-    def each(self, function: Callable[[Tensor], Tensor]) -> Forward:
-        """Apply a function to both tensors."""
-        return Forward(function(self.maps), None if self.scores is None else function(self.scores))
 
 
 TTA = {"none": (False,), "hflip": (False, True)}
@@ -50,7 +45,7 @@ class Predictor:
     On the CPU each film is a batch of its own on one core, with as many films at once as torch has threads. A film's
     bits then depend neither on its batch nor on the number of threads, and cores do not wait for each other inside a
     layer (at 256 px and above: as fast on an idle machine, several times faster on a busy one). On CUDA a batch is
-    forwarded as a whole.
+    forwarded as a whole, together with its mirror image.
     """
 
     def __init__(
@@ -105,56 +100,83 @@ class Predictor:
 
     def launch(self, images: Tensor, size: int | None = None) -> Callable[[], Forward]:
         """Start `probabilities` and return a function that waits for the result; the caller can work meanwhile."""
-        models = self.groups[images.shape[-1] if size is None else size]
-        passes = [(model, flip) for model in models for flip in TTA[self.tta]]
-        return self._on_cpu(images, passes) if self.device.type == "cpu" else self._on_gpu(images, passes)
+        if self.device.type == "cpu":
+            return self._on_cpu(images, self._models(images, size))
+        wait = self.reduce(images, lambda forward: [part for part in forward if part is not None], size)
+        return lambda: Forward(*wait())
 
-    def _on_cpu(self, images: Tensor, passes: Sequence[Pass]) -> Callable[[], Forward]:
+    def _models(self, images: Tensor, size: int | None) -> list[nn.Module]:
+        return self.groups[images.shape[-1] if size is None else size]
+
+    def _on_cpu(self, images: Tensor, models: Sequence[nn.Module]) -> Callable[[], Forward]:
         pool = _one_core_threads(torch.get_num_threads())
         films = [
-            [pool.submit(self._forward, images[i : i + 1], *one_pass) for one_pass in passes]
+            [
+                pool.submit(self._forward, images[i : i + 1], model, (flip,))
+                for model in models
+                for flip in TTA[self.tta]
+            ]
             for i in range(len(images))
         ]
 
         def wait() -> Forward:
-            return _joined([_mean([future.result() for future in film]) for film in films], images.shape[-1])
+            means = [_mean([part for future in film for part in future.result()]) for film in films]
+            return _joined(means, images.shape[-1])
 
         return wait
 
-    def _on_gpu(self, images: Tensor, passes: Sequence[Pass]) -> Callable[[], Forward]:
-        moved = images.to(self.device, non_blocking=True)
-        mean = _mean([self._forward(moved, *one_pass) for one_pass in passes])
-        # Only float16 can overflow. The check runs on the device, so that the host does not wait for it here.
-        finite = None
-        if self.dtype is torch.float16:
+    def reduce(
+        self, images: Tensor, function: Callable[[Forward], list[Tensor]], size: int | None = None
+    ) -> Callable[[], list[Tensor]]:
+        """Start `function(probabilities)` on the GPU; return a function that waits for its tensors, on the CPU.
+
+        It waits for nothing that was started later: a flag read from the device would wait for the next batch too.
+        """
+        models = self._models(images, size)
+        moved = to_device(images, self.device)
+        mean = self._mean_on_gpu(moved, models)
+        parts = function(mean)
+        if self.dtype is torch.float16:  # only float16 can overflow
             finite = torch.isfinite(mean.maps).all()
-            if mean.scores is not None:
-                finite &= torch.isfinite(mean.scores).all()
-        host = mean.each(_pinned_copy)
+            parts = [*parts, finite if mean.scores is None else finite & torch.isfinite(mean.scores).all()]
+        host = [_pinned_copy(part) for part in parts]
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self.device))
 
-        def wait() -> Forward:
+        def wait() -> list[Tensor]:
             ready.synchronize()
-            if finite is None or bool(finite):
+            if self.dtype is not torch.float16:
                 return host
+            *answers, finite = host
+            if bool(finite):
+                return answers
             log.warning("a batch of %d films overflowed %s: repeating it in float32", len(images), self.dtype)
-            moved = images.to(self.device)
-            return _mean([self._forward(moved, *one_pass, exact=True) for one_pass in passes]).each(Tensor.cpu)
+            return [part.cpu() for part in function(self._mean_on_gpu(moved, models, exact=True))]
 
         return wait
 
+    def _mean_on_gpu(self, images: Tensor, models: Sequence[nn.Module], exact: bool = False) -> Forward:
+        """Return the mean over flips and models of films on the GPU; a film and its mirror image are in one batch."""
+        return _mean([part for model in models for part in self._forward(images, model, TTA[self.tta], exact)])
+
     @torch.inference_mode()
-    def _forward(self, images: Tensor, model: nn.Module, flip: bool, exact: bool = False) -> Forward:
-        """Return what one model says of uint8 films (N, 1, S, S), mirrored first if `flip`, on its device."""
+    def _forward(self, images: Tensor, model: nn.Module, flips: Sequence[bool], exact: bool = False) -> list[Forward]:
+        """Return what one model says of uint8 films (N, 1, S, S) on its device: for each of `flips`, mirrored if true.
+
+        All in one batch. The maps are mirrored back.
+        """
         if self._closed:
             raise CancelledError
         inputs = normalise(images)
+        inputs = torch.cat([inputs.flip(-1) if flip else inputs for flip in flips])
         with autocast(None if exact else self.dtype, self.device):
-            logits, film_logits = model(inputs.flip(-1) if flip else inputs)
-        maps = torch.sigmoid(logits.float()).squeeze(1)
-        scores = None if film_logits is None or not self.scored else torch.sigmoid(film_logits.float())
-        return Forward(maps.flip(-1) if flip else maps, scores)
+            logits, film_logits = model(inputs)
+        maps = torch.sigmoid(logits.float()).squeeze(1).chunk(len(flips))
+        scores: Sequence[Tensor | None] = [None] * len(flips)
+        if film_logits is not None and self.scored:
+            scores = torch.sigmoid(film_logits.float()).chunk(len(flips))
+        mirrored = [part.flip(-1) if flip else part for part, flip in zip(maps, flips, strict=True)]
+        return [Forward(part, score) for part, score in zip(mirrored, scores, strict=True)]
 
 
 def _mean(passes: Sequence[Forward]) -> Forward:
@@ -173,13 +195,13 @@ def _mean(passes: Sequence[Forward]) -> Forward:
 def _joined(films: Sequence[Forward], size: int) -> Forward:
     """Join results of one film each."""
     if not films:
-        return Forward(torch.empty((0, size, size)), None)
+        return Forward(torch.empty((0, size, size)))
     scores = [film.scores for film in films if film.scores is not None]
     return Forward(torch.cat([film.maps for film in films]), torch.cat(scores) if scores else None)
 
 
 def _pinned_copy(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=torch.float32, pin_memory=True).copy_(tensor, non_blocking=True)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 @cache

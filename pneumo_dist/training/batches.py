@@ -12,8 +12,8 @@ from torch import Tensor
 from pneumo_dist.config import ConfigError, TrainStage
 from pneumo_dist.data.augment import Augmenter
 from pneumo_dist.data.cases import read_cases
-from pneumo_dist.data.loaders import Batch, FilmDataset, TrainBatches, fold_cases, make_loader, stage_shards
-from pneumo_dist.data.resident import ResidentFilms, to_device
+from pneumo_dist.data.loaders import Batch, FilmDataset, TrainBatches, fold_cases, make_loader, stage_shards, to_device
+from pneumo_dist.data.resident import ResidentFilms
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.runtime.task import Task
 from pneumo_dist.training.step import TrainBatch
