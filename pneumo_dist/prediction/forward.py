@@ -5,7 +5,7 @@ Both use `Predictor` and `film_probability`, as inference does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import takewhile
@@ -57,14 +57,13 @@ def predict_records(
         per_film: called once per film, from threads, with (case, probability at film size, truth).
     """
     reader = ShardReader(shard_dir, size)
-    batches = [[cases[i] for i in batch] for batch in deal(fixed_batches(len(cases), batch_size), rank, world_size)]
-    until_stop = takewhile(lambda _: stop is None or not stop.requested, batches)
+    batches = rank_batches(cases, batch_size, rank, world_size, stop)
     scored: list[Case] = []
     records: list[FilmRecord] = []
     with film_threads() as pool:
 
         def read(batch: list[Case]) -> list[Future[Tensor]]:
-            return [pool.submit(_images, reader, batch)]
+            return [pool.submit(read_images, reader, batch)]
 
         def count(batch: list[Case], _: list[Tensor], forward: Forward) -> list[Future[FilmRecord]]:
             return [
@@ -72,14 +71,22 @@ def predict_records(
                 for case, (prob, score) in zip(batch, forward.films(), strict=True)
             ]
 
-        for batch, counts in overlap(until_stop, read, lambda _, images: predictor.launch(images[0]), count):
+        for batch, counts in overlap(batches, read, lambda _, images: predictor.launch(images[0]), count):
             scored += batch
             records += counts
     return Records.build(scored, records, thresholds, predictor.scored)
 
 
-def _images(reader: ShardReader, batch: Sequence[Case]) -> Tensor:
-    """Return uint8 (N, 1, S, S)."""
+def rank_batches(
+    cases: Sequence[Case], batch_size: int, rank: int, world_size: int, stop: StopSignal | None
+) -> Iterator[list[Case]]:
+    """Return this rank's whole batches of the fixed list; they end at a request in `stop`."""
+    batches = [[cases[i] for i in batch] for batch in deal(fixed_batches(len(cases), batch_size), rank, world_size)]
+    return takewhile(lambda _: stop is None or not stop.requested, batches)
+
+
+def read_images(reader: ShardReader, batch: Sequence[Case]) -> Tensor:
+    """Return the films' inputs, uint8 (N, 1, S, S)."""
     return torch.from_numpy(np.stack([reader.image(case.shard, case.row) for case in batch]))[:, None]
 
 

@@ -1,13 +1,12 @@
 """Validation during training: all scores at the recipe's fixed threshold, and the loss, the same for any ranks.
 
-Scores come from the functions of the final evaluation. A copy of the network with rank 0's batch-norm buffers is
-evaluated, so that the training is not changed.
+Scores come from the functions of the final evaluation, on a GPU within rounding (`film_scores`). A copy of the network
+with rank 0's batch-norm buffers is evaluated, so that the training is not changed.
 """
 
 from __future__ import annotations
 
 import copy
-import faulthandler
 import math
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import astuple, dataclass, field
@@ -21,7 +20,8 @@ from torch import nn
 
 from pneumo_dist.config import Loss
 from pneumo_dist.data.cases import Case
-from pneumo_dist.prediction.forward import Predictor, predict_records
+from pneumo_dist.prediction.film_scores import FilmLoss, FilmScorer, Mask, Masks, Share
+from pneumo_dist.prediction.predictor import Predictor
 from pneumo_dist.reports.pictures import fit_mask
 from pneumo_dist.reports.tensorboard import SCORES, panel_shape
 from pneumo_dist.runtime.ranks import Ranks
@@ -31,19 +31,7 @@ from pneumo_dist.scoring.metrics import summary
 from pneumo_dist.scoring.records import Records, Triplet, apply_triplet
 from pneumo_dist.training.step import Stepper
 
-
-@dataclass(frozen=True)
-class FilmLoss:
-    """The terms of one film's loss at film size, before weighting, and its highest probability."""
-
-    bce: float
-    dice: float  # 1 - soft Dice
-    highest: float
-
-
-Losses = dict[str, FilmLoss]  # by film id
 _NO_OVERLAP = 1e-6  # far below the Dice of a network that segments
-Masks = dict[str, NDArray[np.bool_]]  # film id -> prediction at panel size, of the films to draw
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,16 +69,6 @@ class Validation:
         return float(auc if select == "auc" else (dice_positive + _NO_OVERLAP) * auc)
 
 
-def film_loss(prob: NDArray[np.float32], truth: NDArray[np.bool_], smooth: float) -> FilmLoss:
-    """Return the terms of one film from float32 probabilities at film size (clipped at 1e-7)."""
-    likelihood = np.clip(np.where(truth, prob, 1 - prob), 1e-7, 1)
-    bce = -float(np.log(likelihood).mean(dtype=np.float64))
-    overlap = float(prob.sum(where=truth, dtype=np.float64))
-    total = float(prob.sum(dtype=np.float64)) + float(np.count_nonzero(truth))
-    smooth_px = smooth * prob.size
-    return FilmLoss(bce, 1 - (2 * overlap + smooth_px) / (total + smooth_px), float(prob.max(initial=0)))
-
-
 def evaluation_copy(model: nn.Module, ranks: Ranks) -> nn.Module:
     """Return a copy in evaluation mode with rank 0's batch-norm buffers; collective."""
     copied = copy.deepcopy(model).eval()
@@ -121,27 +99,20 @@ def validate(
     """
     ranks, config, stop = task.ranks, task.config, _StopOrSave(task.stop)
     rule = Triplet(0.0, 0, config.evaluate.threshold)
-    losses: Losses = {}
-    masks: Masks = {}
 
-    def note(case: Case, prob: NDArray[np.float32], truth: NDArray[np.bool_]) -> None:
-        losses[case.id] = film_loss(prob, truth, config.loss.smooth)
-        if case.id in shown:
-            masks[case.id] = fit_mask(apply_triplet(prob, rule), *panel_shape(case))
-        faulthandler.dump_traceback_later(config.train.timeout_s / 2)  # the next film gets as long again
+    def panel(case: Case, prob: NDArray[np.float32]) -> Mask:
+        return fit_mask(apply_triplet(prob, rule), *panel_shape(case))
 
     predictor = Predictor(
         [evaluation_copy(stepper.model, ranks)], stepper.stage.size, stepper.device, "none", config.train.amp
     )
-    records = predict_records(
-        predictor, cases, shard_dir, stepper.stage.size, config.evaluate.batch_size, [rule.mask_threshold],
-        ranks.rank, ranks.world_size, stop, per_film=note,
-    )  # fmt: skip
+    share = FilmScorer(task, cases, shard_dir, stepper.stage.size, stop, shown, panel).score(predictor)
     if ranks.any(stop.requested):
         return None
-    gathered = ranks.gather((vars(records), {name: astuple(film) for name, film in losses.items()}, masks)) or []
+    losses = {name: astuple(film) for name, film in share.losses.items()}
+    gathered = ranks.gather((vars(share.records), losses, share.masks)) or []
     shares = [
-        (Records(**fields), {name: FilmLoss(*film) for name, film in terms.items()}, drawn)
+        Share(Records(**fields), {name: FilmLoss(*film) for name, film in terms.items()}, drawn)
         for fields, terms, drawn in gathered
     ]
     merged = _merged(shares, rule, config.loss, predictor.scored) if shares else None
@@ -149,14 +120,14 @@ def validate(
     return merged or Validation(*numbers)
 
 
-def _merged(shares: Sequence[tuple[Records, Losses, Masks]], rule: Triplet, loss: Loss, scored: bool) -> Validation:
-    records = Records.concatenate([share for share, _, _ in shares])
-    by_film = {name: film for _, share, _ in shares for name, film in share.items()}
+def _merged(shares: Sequence[Share], rule: Triplet, loss: Loss, scored: bool) -> Validation:
+    records = Records.concatenate([share.records for share in shares])
+    by_film = {name: film for share in shares for name, film in share.losses.items()}
     return Validation(
         scores=summary(records, rule),
         losses=_losses(records, [by_film[name] for name in records.ids], loss, scored),
         records=records,
-        masks={name: mask for _, _, share in shares for name, mask in share.items()},
+        masks={name: mask for share in shares for name, mask in share.masks.items()},
     )
 
 

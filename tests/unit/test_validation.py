@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from pneumo_dist.config import ConfigError, Loss, load
+from pneumo_dist.prediction.film_scores import FilmLoss, Share, film_loss
 from pneumo_dist.scoring.metrics import Records, Triplet, summary
 from pneumo_dist.training.trainer import Trainer, TrainingState
-from pneumo_dist.training.validation import FilmLoss, Validation, _merged, film_loss
+from pneumo_dist.training.validation import Validation, _merged
 
 RULE = Triplet(0.0, 0, 0.5)
 SELECT = ("dice_and_auc", "dice_positive", "auc", "dice")
@@ -37,7 +38,9 @@ def merged(loss: Loss, truth: list[int] = TRUTH, scored: bool = True, cut: int =
     """The validation of five films whose losses two ranks have measured."""
     whole = records(truth, [80, 0, 0, 0, 10], [60, 0, 0, 0, 0], SCORES)
     parts = [np.arange(5) < cut, np.arange(5) >= cut]
-    shares = [(whole.select(part), {str(name): FILMS[int(name)] for name in whole.ids[part]}, {}) for part in parts]
+    shares = [
+        Share(whole.select(part), {str(name): FILMS[int(name)] for name in whole.ids[part]}, {}) for part in parts
+    ]
     return _merged(shares, RULE, loss, scored)
 
 
@@ -86,7 +89,7 @@ def test_an_empty_answer_on_every_film_stands_at_its_own_cost(over: str) -> None
     truth = [100, 50, 0, 0, 0]
     whole = records(truth, [0] * 5, [0] * 5, [0.1] * 5)
     films = {str(name): FilmLoss(0.0, float(t > 0), 0.1) for name, t in zip(whole.ids, truth, strict=True)}
-    found = _merged([(whole, films, {})], RULE, Loss(dice_over=over, image=0.0), scored=False)
+    found = _merged([Share(whole, films, {})], RULE, Loss(dice_over=over, image=0.0), scored=False)
     assert found.losses["loss_above_empty"] == pytest.approx(0.0, abs=1e-12)
     assert found.row()["called_empty"] == 1.0
 
