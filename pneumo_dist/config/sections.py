@@ -54,8 +54,8 @@ class Data:
     stage_dir: str | None = key(None, "node-local directory that shards are copied to before training; null: no copy")
     on_device: str = key(
         "auto",
-        "training films in the device's memory: auto (on GPUs, where they take at most a quarter of the free memory), "
-        "on or off (loader processes read them); no effect on the result",
+        "training films in the GPU's memory, no loader processes: auto (where they take at most a quarter of its free "
+        "memory), on (also in a CPU's memory) or off; with auto a CPU reads them itself; no effect on the result",
     )
     shards: int = key(16, "number of shards; a smaller data set gets one shard per film")
     folds: int = key(5, "number of cross-validation folds")
@@ -215,7 +215,9 @@ class Train:
     seed: int = key(0, "seed of initial weights, order of the films and augmentation")
     amp: str = key("auto", "mixed precision: auto, fp16, bf16, or off (float32, on GPUs without TF32)")
     clip_norm: float = key(0.0, "largest norm of the gradient; 0: no clipping")
-    workers: int = key(2, "loader processes per rank; no effect on the result")
+    workers: int = key(
+        2, "loader processes per rank where data.on_device leaves the films to them; no effect on the result"
+    )
     # Floating-point sums depend on the number of threads: bit-identical repetition needs the same number.
     threads: int = key(0, "torch threads per rank on the CPU; 0: the task's cores")
     select: str = key(

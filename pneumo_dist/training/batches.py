@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from pneumo_dist.config import ConfigError, TrainStage
 from pneumo_dist.data.augment import Augmenter
@@ -39,6 +41,14 @@ def check_batch(stage: TrainStage, name: str, ranks: Ranks) -> None:
             f"stage{name}: one film of 32 px a rank leaves batch norm a single value a channel: "
             f"raise stage{name}.size or stage{name}.batch_size, or use fewer ranks"
         )
+
+
+def film_loader(task: Task, dataset: FilmDataset, batches: TrainBatches | Sequence[Sequence[Any]]) -> DataLoader[Batch]:
+    """Return a loader over lists of keys, with the processes that `data.on_device` and `train.workers` ask for."""
+    train, cuda = task.config.train, task.ranks.device.type == "cuda"
+    # A CPU reads a film in a thousandth of the time that it trains it: handing it over would take longer.
+    workers = train.workers if cuda or task.config.data.on_device == "off" else 0
+    return make_loader(dataset, batches, workers, train.seed, cuda, train.first_timeout_s)
 
 
 class StageFilms:
@@ -87,13 +97,11 @@ class StageFilms:
 
     def _read(self, sampler: TrainBatches) -> Iterable[Batch]:
         """Return the films of this rank's batches; each rank decides for itself where they lie: the bits are equal."""
-        train, device = self._task.config.train, self._task.ranks.device
-        augmenter = Augmenter(self._task.config.augment, train.seed)
+        device = self._task.ranks.device
+        augmenter = Augmenter(self._task.config.augment, self._task.config.train.seed)
         if not self._fits(augmenter, device):
             dataset = FilmDataset(self.shard_dir, self._stage.size, self.training, augmenter)
-            return make_loader(
-                dataset, sampler, train.workers, train.seed, device.type == "cuda", train.first_timeout_s
-            )
+            return film_loader(self._task, dataset, sampler)
         films = ResidentFilms(FilmDataset(self.shard_dir, self._stage.size, self.training), augmenter, device)
         return map(films.batch, sampler)
 
@@ -104,14 +112,12 @@ class StageFilms:
             return asked == "on"
         size_bytes = self._stage.size**2 * (len(self.training) + int(self.labels.sum()) / 8)
         free, _ = torch.cuda.mem_get_info(device)
-        fits = augmenter.tabular and size_bytes <= _SHARE * free
-        log.info(
-            "%d training films, %.2f GB: %s", len(self.training), size_bytes / 1e9,
-            "in the memory of the GPU" if fits else "read by loader processes (data.on_device=auto), because "
-            + (f"they take more than a quarter of the {free / 1e9:.1f} GB free on the GPU" if augmenter.tabular
-               else "augment.affine moves pixels"),
-        )  # fmt: skip
-        return fits
+        problem = "" if augmenter.tabular else "augment.affine moves pixels"
+        if size_bytes > _SHARE * free:
+            problem = f"they take more than a quarter of the GPU's {free / 1e9:.1f} GB of free memory"
+        where = f"read by loader processes, because {problem}" if problem else "in the GPU's memory"
+        log.info("%d training films, %.2f GB: %s", len(self.training), size_bytes / 1e9, where)
+        return not problem
 
 
 def _node_shards(task: Task, size: int) -> Path:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pneumo_dist.config import ConfigError
 from pneumo_dist.data.cases import read_cases
-from pneumo_dist.data.loaders import FilmDataset, deal, epoch_order, fixed_batches, fold_cases, make_loader
+from pneumo_dist.data.loaders import FilmDataset, deal, epoch_order, fixed_batches, fold_cases
 from pneumo_dist.model.modelfile import load_model, portable, save_model
 from pneumo_dist.model.precision import amp_dtype, autocast
 from pneumo_dist.model.unet import IMAGENET_MEAN, IMAGENET_STD, normalise
@@ -27,6 +27,7 @@ from pneumo_dist.runtime.processor import set_threads
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.runtime.stopping import Stopped, StopSignal
 from pneumo_dist.runtime.task import Task
+from pneumo_dist.training.batches import film_loader
 
 log = logging.getLogger(__name__)
 
@@ -125,10 +126,9 @@ def _measure(task: Task, model: nn.Module) -> int:
     train, device = task.config.train, task.ranks.device
     stage = task.config.train_stage(task.config.last_stage)
     keys, dataset = _batches(task, stage.size, stage.batch_size)
-    loader = make_loader(dataset, keys, train.workers, train.seed, device.type == "cuda", train.first_timeout_s)
 
     def watched() -> Iterator[Tensor]:
-        for images, _, _ in loader:
+        for images, _, _ in film_loader(task, dataset, keys):
             faulthandler.dump_traceback_later(train.timeout_s / 2)  # the next batch gets as long again
             yield images
 

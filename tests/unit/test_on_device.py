@@ -102,7 +102,7 @@ def test_the_batches_of_a_stage_are_the_same_bits_on_the_device_for_any_ranks_an
 
 @pytest.mark.parametrize(
     ("free", "augment", "wanted"),
-    [(80 << 30, "0", "in the memory of the GPU"), (1000, "0", "more than a quarter"), (80 << 30, "1", "moves pixels")],
+    [(80 << 30, "0", "in the GPU's memory"), (1000, "0", "more than a quarter"), (80 << 30, "1", "moves pixels")],
 )
 def test_a_gpu_holds_the_films_where_they_fit_and_the_log_says_why_not(
     run_dir: Path,
@@ -120,7 +120,7 @@ def test_a_gpu_holds_the_films_where_they_fit_and_the_log_says_why_not(
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
         films = StageFilms(task(run_dir, "1", [*OVERRIDES, f"augment.affine={augment}"], fold=0))
         assert len(list(films.batches(2, 1))) == 1
-    assert wanted in caplog.text and loaded == ([CUDA] if "memory of the GPU" in wanted else [])
+    assert wanted in caplog.text and loaded == ([CUDA] if "in the GPU" in wanted else [])
 
 
 def test_films_that_must_be_moved_cannot_be_asked_for_on_the_device() -> None:
