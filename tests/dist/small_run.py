@@ -18,7 +18,8 @@ OVERRIDES = [
     "phantom.films=20", "phantom.size=96", "data.folds=2", "data.shards=2", "data.workers=1", "model.pretrained=none",
     "stage1.size=64", "stage1.epochs=4", "stage1.batch_size=4", "stage2.size=64", "stage2.epochs=2",
     "stage2.batch_size=3", "swa.stages=1,2", "swa.start=0.5", "swa.interval=1", "train.workers=1", "train.threads=1",
-    "data.on_device=off", "train.save_every_s=1000000", "train.timeout_s=60", "evaluate.batch_size=4", "evaluate.bootstrap=20",
+    "data.on_device=off", "train.save_every_s=1000000", "train.timeout_s=60", "evaluate.batch_size=4",
+    "evaluate.bootstrap=20",
 ]  # fmt: skip
 
 
