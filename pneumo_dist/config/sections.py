@@ -253,7 +253,7 @@ class Train:
 class Evaluate:
     """Evaluation: the fixed threshold of the recipe, and the grids that are searched for the tuned thresholds."""
 
-    batch_size: int = key(16, "films of one forward pass on one rank")
+    batch_size: int = key(16, "films of one forward pass on one rank; a GPU adds their mirror images")
     threshold: float = key(0.55, "fixed mask threshold, also of the validation during training")
     tta: str = key("hflip", "test-time augmentation: hflip or none")
     mask_thresholds: list[float] = key(
@@ -293,7 +293,7 @@ class Infer:
     outputs: list[str] = key(["csv"], "outputs: csv, masks, overlays, dicomseg, probs")
     unreadable: str = key("skip", "rows of unreadable films in submission.csv: skip (none) or negative (-1)")
     follow_links: bool = key(False, "follow symbolic links that lead out of infer.dir")
-    batch_size: int = key(8, "films of one forward pass")
+    batch_size: int = key(8, "films of one forward pass; a GPU adds their mirror images")
     part_size: int = key(
         0, "films of one part, the unit of a restart; 0: at most 256, as many parts for each node of the first command"
     )
