@@ -171,12 +171,6 @@ def test_validation_on_a_gpu_counts_what_the_host_counts(
         )
 
 
-@pytest.fixture(autouse=True)
-def no_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave tensors where they are: the fake device pins no memory."""
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-
-
 @pytest.fixture
 def numbers_on_the_host(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let what comes back from the fake device be ones: NumPy reads no fakes."""
