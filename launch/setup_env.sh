@@ -7,7 +7,7 @@
 _has_gpus() {
     [ "$(uname)" != Linux ] && return 0  # PyPI has one build for other systems
     [ -e /proc/driver/nvidia/version ] && return 0
-    command -v sinfo >/dev/null && timeout 10 sinfo --noheader --format=%G 2>/dev/null | grep -q gpu
+    command -v sinfo >/dev/null && env -u SINFO_PARTITION timeout 10 sinfo --noheader --format=%G 2>/dev/null | grep gpu >/dev/null
 }
 
 _installed_torch() {
@@ -22,14 +22,20 @@ _install() {
     "$python" -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes -r "$@"
 }
 
+_supported() {
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
+}
+
 ensure_venv() {
     local root python candidate locks installed build name done options hint
+    # Packages found or installed elsewhere would not be in .venv, and submit.py would lack them.
+    unset PYTHONPATH PYTHONHOME PYTHONUSERBASE PIP_TARGET PIP_PREFIX PIP_ROOT PIP_USER PIP_PYTHON PIP_DRY_RUN
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     locks=$root/launch/locks
     if ! "$root/.venv/bin/python" -c '' 2>/dev/null; then
         python=
         for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
-            if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then python=$candidate; break; fi
+            if _supported "$candidate"; then python=$candidate; break; fi
         done
         if [ -z "$python" ]; then
             echo "error: Python 3.11, 3.12 or 3.13 is required (python3 is $(python3 --version 2>&1)): install it, or name one with PYTHON=..." >&2
@@ -43,6 +49,10 @@ ensure_venv() {
         fi
     fi
     python=$root/.venv/bin/python
+    if ! _supported "$python"; then
+        echo "error: .venv has $("$python" --version 2>&1), but Python 3.11, 3.12 or 3.13 is required: remove .venv and run this again" >&2
+        return 2
+    fi
     installed=$(_installed_torch "$python")
     build=${PNEUMO_TORCH:-${installed:-$(_has_gpus && echo cuda || echo cpu)}}
     if [ ! -f "$locks/torch-$build.txt" ]; then

@@ -32,7 +32,7 @@ def run_local_chain(plan: Plan, site: Site) -> int:
     run = plan.run
     if note := site.environment_note:
         print(note, flush=True)
-    if "LD_LIBRARY_PATH" in os.environ:
+    if os.environ.get("LD_LIBRARY_PATH"):
         print("note: the libraries in LD_LIBRARY_PATH of this shell come before those of PyTorch", flush=True)
     locks: list[Lock] = []
     display = Display()

@@ -135,6 +135,7 @@ _git_state = functools.cache(codecopy.git_state)  # git status of a large checko
 def ledger_entry(plan: Plan, site: Site, node: Node, code: Path, **fields: Any) -> Entry:
     """Return the ledger's entry for a job, with the given further fields."""
     extra = {
+        "folds": sorted(plan.folds),
         "nodes": site.nodes,
         "gpus_per_node": site.gpus_per_node,
         "profile": str(site.profile_path) if site.profile_path else None,

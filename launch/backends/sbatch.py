@@ -139,17 +139,17 @@ def _setup_lines(spec: JobSpec) -> list[str]:
 
 
 def _more_options(spec: JobSpec, resources: Resources) -> dict[str, object]:
-    """Return the sbatch options for which submitit has no parameter."""
+    """Return the sbatch options for which submitit has no parameter, spelled as it does: with _."""
     options: dict[str, object] = {
-        "requeue" if spec.profile.requeue else "no-requeue": True,
-        "kill-on-invalid-dep": "yes",  # else the jobs after a failed one stay pending forever
+        "requeue" if spec.profile.requeue else "no_requeue": True,
+        "kill_on_invalid_dep": "yes",  # else the jobs after a failed one stay pending forever
         "export": "ALL",  # sbatch itself gets only the listed variables
         "propagate": "NONE",  # nor do the limits (ulimit) of the shell reach the job
     }
     if resources.mem_gb is not None:
         options["mem"] = f"{round(resources.mem_gb * 1024)}M"
     if spec.shape.gpus_per_node and not resources.gres:
-        options["gpus-per-node"] = spec.shape.gpus_per_node
+        options["gpus_per_node"] = spec.shape.gpus_per_node
     # A bare option is True; one that a stage switches off is false.
     options |= resources.sbatch
     return {name: value for name, value in options.items() if value is not None and value is not False}

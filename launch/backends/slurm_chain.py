@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from launch.backends.sbatch import JobSpec, blocks_signals, script, submit
 from launch.jobs import Job
 from launch.planning import checks
 from launch.planning.estimates import estimates
-from launch.planning.plan import DERIVED, JobName, Plan, missing_line, submitted_otherwise
+from launch.planning.plan import DERIVED, JobName, Plan, missing_line, renewed, submitted_otherwise
 from launch.planning.shape import shape_of
 from launch.planning.site import Site
 from launch.state import slurm_client as slurm
@@ -27,18 +28,23 @@ from pneumo_dist.config import ConfigError, to_yaml
 
 # MaxSubmitJobs and the like: AssocMaxSubmitJobLimit, QOSMaxSubmitJobPerUserLimit, AssocGrpSubmitJobsLimit, ...
 SUBMIT_LIMIT = re.compile(r"\w*Submit\w*Limit")
+ROOM_POLL_S = 30.0  # pause between two queries whether jobs of the user have ended
 JobIds = dict[JobName, str]
 
 
+class LimitReached(ConfigError):
+    """The site's limit on submitted jobs leaves no room for a single one now."""
+
+
 def _dependency(plan: Plan, node: Node, job_ids: JobIds) -> str:
-    """Return the dependency of a job: the jobs it reads from; --after for jobs that need none of the plan.
+    """Return the dependency of a job: the jobs it reads from; --after for jobs that wait for none of the plan.
 
     A job that another dependency waits for anyway is left out, so that the script stays readable.
     """
     direct = [job for job in node.after if job in job_ids]
     implied = set().union(*(ancestors(plan.run.config, job, plan.folds) for job in direct))
     needed = [job_ids[job] for job in direct if job not in implied]
-    if plan.request.after and not any((n.stage, n.fold) in node.after for n in plan.todo):
+    if plan.request.after and not any((n.stage, n.fold) in direct for n in plan.targets):
         needed.append(plan.request.after)
     return f"afterok:{':'.join(dict.fromkeys(needed))}" if needed else ""
 
@@ -61,7 +67,7 @@ def render(plan: Plan, site: Site) -> Iterator[str]:
     """Yield the sbatch script of every target, finished ones included; write nothing."""
     todo = {node.key for node in plan.todo}
     # Placeholders for the ids; missing upstream jobs would have to be submitted first.
-    jobs = {(node.stage, node.fold) for node in plan.targets} | {job for _, job in plan.missing}
+    jobs = {(node.stage, node.fold) for node in plan.todo} | {job for _, job in plan.missing}
     job_ids = {job: f"<id of {plan.title(*job)}>" for job in jobs}
     for node in plan.targets:
         spec = _job_spec(plan, site, plan.run.code_dir / "<hash of the code>", node, job_ids)
@@ -86,11 +92,54 @@ def submit_chain(plan: Plan, site: Site) -> int:
     Raises:
         ConfigError: something must be corrected, or SLURM refused a job; then no job stays submitted.
     """
+    while plan.todo or plan.conflicts:
+        if plan.request.wait and not plan.request.redo and (jobs := under_way(plan.run, plan.todo)):
+            print("queued or running already: following these jobs", flush=True)
+            return follow(plan.run, jobs, plan.targets, plan.folds)
+        try:
+            job_ids, limit = _submit(plan, site)
+        except LimitReached as error:
+            if not plan.request.wait or not _wait_for_room(error):
+                raise
+            plan = renewed(plan)
+            continue
+        jobs = {node: job_ids[node.stage, node.fold] for node in plan.todo if (node.stage, node.fold) in job_ids}
+        if not plan.request.wait:
+            if limit:
+                again = "without --redo, " if plan.request.redo else ""
+                print(
+                    f"note: SLURM accepts no more jobs of yours now ({limit}): {len(jobs)} of {len(plan.todo)} are "
+                    f"submitted. Repeat the command when some have ended, {again}or with --wait: it submits the rest"
+                )
+            return 1 if limit else 0
+        status = follow(plan.run, jobs, list(jobs) if limit else plan.targets, plan.folds)
+        if status or not limit:
+            return status
+        plan = renewed(plan, redo=False, after=None)  # the old results are renamed, and those jobs have ended
+        if plan.todo:
+            print(f"submitting more jobs, which the limit ({limit}) left out", flush=True)
+    return 0
+
+
+def _wait_for_room(error: LimitReached) -> bool:
+    """Wait until this user has fewer jobs in SLURM than now; return False if there are none to wait for."""
+    before = left = slurm.jobs_of_user()
+    if not before:
+        return False
+    print(f"{error}; waiting until one of your {before} jobs has ended", flush=True)
+    while left is None or left >= before:
+        time.sleep(ROOM_POLL_S)
+        left = slurm.jobs_of_user()
+    return True
+
+
+def _submit(plan: Plan, site: Site) -> tuple[JobIds, str | None]:
+    """Submit what is not queued or running, and print ids and where to look.
+
+    Returns:
+        The ids of the plan's jobs and of those that they wait for, and the limit that left the rest out, or None.
+    """
     ledger = Ledger(plan.run)
-    if plan.request.wait and not plan.request.redo and (jobs := under_way(plan.run, plan.todo)):
-        print("queued or running already: following these jobs", flush=True)
-        return follow(plan.run, jobs, plan.targets, plan.folds)
-    whole = plan
     plan, job_ids = _live_jobs(plan, ledger)
     checks.refuse(plan, site)
     if note := site.environment_note:
@@ -116,34 +165,14 @@ def submit_chain(plan: Plan, site: Site) -> int:
     print(f"logs:        {plan.run.jobs_dir}")
     print(f"status:      python launch/runs.py status {plan.runs_argument}")
     print(f"TensorBoard: python launch/runs.py tensorboard {plan.runs_argument}", flush=True)
-    return _after_submission(whole, plan, site, submitted, limit)
-
-
-def _after_submission(whole: Plan, plan: Plan, site: Site, submitted: dict[str, str], limit: str | None) -> int:
-    """Follow the jobs if --wait is given, and then submit those that a limit left out; else say how to submit them."""
-    if not plan.request.wait:
-        if limit:
-            again = "without --redo, " if plan.request.redo else ""
-            print(
-                f"note: SLURM accepts no more jobs of yours now ({limit}): {len(submitted)} of {len(plan.todo)} are "
-                f"submitted. Repeat the command when some have ended, {again}or with --wait: it submits the rest"
-            )
-        return 1 if limit else 0
-    jobs = {node: submitted[node.key] for node in plan.todo if node.key in submitted}
-    status = follow(plan.run, jobs, list(jobs) if limit else plan.targets, plan.folds)
-    if status or not limit:
-        return status
-    rest = tuple(node for node in whole.todo if node not in jobs)
-    print(f"submitting more jobs, which the limit ({limit}) left out", flush=True)
-    request = dataclasses.replace(plan.request, redo=False)  # the old results are renamed already
-    return submit_chain(dataclasses.replace(whole, todo=rest, request=request), site)
+    return job_ids, limit
 
 
 def _live_jobs(plan: Plan, ledger: Ledger) -> tuple[Plan, JobIds]:
     """Return the plan without jobs that are queued or running, and the ids of the jobs to wait for.
 
     Of the requested jobs, those count that an earlier call with this configuration has submitted, if others are left.
-    Not those that pool or merge what there is: they may have been submitted for other folds.
+    Those that pool or merge what there is count for the same folds only.
 
     Raises:
         ConfigError: an upstream job is neither done nor live, and there is no --after.
@@ -152,6 +181,9 @@ def _live_jobs(plan: Plan, ledger: Ledger) -> tuple[Plan, JobIds]:
         live = ledger.live()
     except slurm.SlurmError as error:
         raise ConfigError(f"SLURM does not report the live jobs of this run ({error}): try again later") from None
+    newest = ledger.latest()
+    other_folds = [k for k in live if newest[k].stage in DERIVED and newest[k].extra.get("folds") != sorted(plan.folds)]
+    live = {key: job_id for key, job_id in live.items() if key not in other_folds}
     job_ids: JobIds = {}
     for node, job in plan.missing:
         key = job_key(*job)
@@ -161,10 +193,16 @@ def _live_jobs(plan: Plan, ledger: Ledger) -> tuple[Plan, JobIds]:
             job_ids[job] = live[key]
         elif not plan.request.after:
             raise ConfigError(missing_line(plan, node, job))
-    queued = [node for node in plan.todo if node.key in live and _continues(plan, node)]
-    if len(queued) < len(plan.todo):  # else there is nothing to submit, and refuse_live says so
-        job_ids |= {(node.stage, node.fold): live[node.key] for node in queued}
-        plan = dataclasses.replace(plan, todo=tuple(node for node in plan.todo if node not in queued))
+    queued: JobIds = {}
+    new = {(node.stage, node.fold): node for node in plan.todo}
+    for job, node in list(new.items()):
+        # What waits for a new job here waited for one that has failed: it will never start, and refuse_live says so.
+        if node.key in live and _continues(plan, node) and new.keys().isdisjoint(node.after):
+            queued[job] = live[node.key]
+            del new[job]
+    if new:  # else there is nothing to submit, and refuse_live says so
+        job_ids |= queued
+        plan = dataclasses.replace(plan, todo=tuple(new.values()))
     for job, job_id in job_ids.items():
         print(f"{plan.title(*job)} is queued or running as job {job_id}: waiting for it", flush=True)
     return plan, job_ids
@@ -175,8 +213,7 @@ def _continues(plan: Plan, node: Node) -> bool:
     if node.key not in plan.requested:
         return True
     config = plan.run.job_config_file(node.key)
-    same = config.is_file() and config.read_text() == to_yaml(plan.run.config)
-    return same and not plan.request.redo and node.stage not in DERIVED
+    return not plan.request.redo and config.is_file() and config.read_text() == to_yaml(plan.run.config)
 
 
 def _submit_all(
@@ -216,11 +253,12 @@ def _submit_all(
             if limit and submitted:
                 return submitted, limit[0]
             slurm.cancel(submitted.values())
-            cancelled = f"; the {len(submitted)} jobs submitted before it are cancelled" if submitted else ""
+            refusal = f"SLURM refused the job of {plan.title(node.stage, node.fold)}: {error}"
             if limit:
-                cancelled = "; repeat the command when some of your jobs have ended"
-            title = plan.title(node.stage, node.fold)
-            raise ConfigError(f"SLURM refused the job of {title}: {error}{cancelled}") from None
+                fewer = f", or use fewer --nodes: it counts as {count} jobs" if count > 1 else ""
+                raise LimitReached(f"{refusal}; repeat the command when some of your jobs have ended{fewer}") from None
+            cancelled = f"; the {len(submitted)} jobs submitted before it are cancelled" if submitted else ""
+            raise ConfigError(refusal + cancelled) from None
         except BaseException:  # also Ctrl-C: no part of a chain, and no job that the ledger lacks, may stay
             slurm.cancel(submitted.values())
             raise

@@ -6,7 +6,8 @@ Reads files; writes nothing and never queries SLURM. Errors are ConfigError, one
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from launch.planning.arguments import Request
 from launch.planning.profile import FAMILY
@@ -24,6 +25,7 @@ class Plan:
     """The jobs of a request."""
 
     request: Request
+    recipe: Recipe
     run: Run
     folds: tuple[int, ...]
     targets: tuple[Node, ...]  # the jobs of --stage, and their upstream jobs where these run too
@@ -95,12 +97,25 @@ def make_plan(request: Request) -> Plan:
     requested = frozenset(node.key for node in targets)
     if recipe.embedded:
         targets = _with_upstream(run.config, targets, folds)
+    return _planned(request, recipe, folds, targets, requested)
+
+
+def renewed(plan: Plan, **changes: Any) -> Plan:
+    """Return a plan as it is after more jobs have ended, with `changes` of the request."""
+    return _planned(replace(plan.request, **changes), plan.recipe, plan.folds, plan.targets, plan.requested)
+
+
+def _planned(
+    request: Request, recipe: Recipe, folds: Sequence[int], targets: Sequence[Node], requested: frozenset[str]
+) -> Plan:
+    run = recipe.run
     todo, conflicts, kept = _compare_with_disk(recipe, targets, requested, request)
     conflicts += _contradictions(recipe, targets, todo)
     if not request.redo and not any(node.stage in ("preprocess", "finalize") for node in todo):
         todo = [node for node in todo if node.stage != "phantom"]  # only preprocessing reads it
     return Plan(
         request=request,
+        recipe=recipe,
         run=run,
         folds=tuple(folds),
         targets=tuple(targets),

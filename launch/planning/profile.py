@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import os
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ CPU_ONLY = ("phantom", "preprocess", "finalize", "merge", "pool")
 # Options of sbatch that submit.py computes from a key of the profile, or from the chain alone (None).
 FIXED_OPTIONS = {
     "partition": "partition", "time": "time_min", "cpus-per-task": "cpus_per_task", "signal": "signal_delay_s",
-    "requeue": "requeue", "no-requeue": "requeue", "array": None, "clusters": None, "dependency": None, "error": None,
+    "requeue": "requeue", "no-requeue": "requeue", "array": None, "dependency": None, "error": None,
     "job-name": None, "nodes": None, "ntasks": None, "ntasks-per-node": None, "open-mode": None, "output": None,
     "test-only": None, "wait": None,
 }  # fmt: skip
+ONE_CLUSTER = "jobs run on the default cluster of this SLURM only"
 STAGE_KEYS = ("cpu", "phantom", "preprocess", "finalize", "1", "2", "swa", "evaluate", "pool", "infer", "merge")
 
 
@@ -52,15 +54,21 @@ class Resources:
             raise ConfigError(f"cpus_per_task={self.cpus_per_task} must be at least 1")
         if self.mem_gb is not None and self.mem_gb <= 0:
             raise ConfigError(f"mem_gb={self.mem_gb} must be positive")
+        options = {name.replace("-", "_"): value for name, value in self.sbatch.items()}  # as submitit spells them
+        if len(options) < len(self.sbatch):
+            raise ConfigError(f"sbatch: an option is given twice, with - and with _: {', '.join(self.sbatch)}")
         for name, value in self.sbatch.items():
             option = name.replace("_", "-")
             if not re.fullmatch(r"[a-z][a-z0-9-]+", option):
                 raise ConfigError(f"sbatch.{name} is not the long name of an sbatch option")
+            if option == "clusters":
+                raise ConfigError(f"sbatch.{name}: {ONE_CLUSTER}")
             if option in FIXED_OPTIONS:
                 use = f": use the key {FIXED_OPTIONS[option]}" if FIXED_OPTIONS[option] else ""
                 raise ConfigError(f"sbatch.{name}: submit.py sets this option{use}")
             if not isinstance(value, str | int | float | None):
                 raise ConfigError(f"sbatch.{name} must be one value (several: separate them by commas, in quotes)")
+        object.__setattr__(self, "sbatch", options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +107,15 @@ class Profile(Resources):
             raise ConfigError(
                 f"umask={self.umask!r} must be 027 (the group reads), 077 (nobody else), or 022 (every account reads)"
             )
+        self._check_texts()
+
+    def _check_texts(self) -> None:
         for name in self.env:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ConfigError(f"env.{name} is not the name of an environment variable")
+        for name, texts in (("env", self.env.values()), ("setup", self.setup), ("srun", self.srun)):
+            if not all(isinstance(text, str) for text in texts):
+                raise ConfigError(f"{name}: each value must be one text, not a list or a mapping")
 
     @property
     def file_mask(self) -> int:
@@ -142,10 +156,12 @@ def _nearest(word: str, valid: list[str]) -> str:
 def _check_keys(tree: Any, cls: type, prefix: str) -> None:
     if not isinstance(tree, dict):
         raise ConfigError(f"{prefix.rstrip('.') or 'the file'} must hold key: value lines")
-    valid = [f.name for f in dataclasses.fields(cls)]
-    for key in tree:
-        if key not in valid:
-            raise ConfigError(f"unknown key {prefix}{key}{_nearest(str(key), valid)}")
+    kinds = {f.name: type(getattr(cls(), f.name)) for f in dataclasses.fields(cls)}
+    for key, value in tree.items():
+        if key not in kinds:
+            raise ConfigError(f"unknown key {prefix}{key}{_nearest(str(key), list(kinds))}")
+        if isinstance(value, dict | list) and not isinstance(value, kinds[key]):
+            raise ConfigError(f"{prefix}{key} must not be a {'list' if isinstance(value, list) else 'mapping'}")
 
 
 def _check_numbers(text: str) -> None:
@@ -164,7 +180,7 @@ def _check_texts(tree: dict[Any, Any]) -> None:
     for key, value in leaves(tree):
         refuse_interpolation(key, value)
         for text in value if isinstance(value, list) and key != "setup" else [value]:
-            if isinstance(text, str) and not text.isprintable():
+            if any(unicodedata.category(c)[0] == "C" or c in "\u2028\u2029" for c in str(text)):
                 raise ConfigError(f"{key}: a line break or another control character is not allowed here")
 
 

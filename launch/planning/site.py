@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.planning.arguments import Request
-from launch.planning.profile import FAMILY, Profile, find_profile, load_profile
+from launch.planning.profile import FAMILY, ONE_CLUSTER, Profile, find_profile, load_profile
 from launch.state import environment, slurm_client
 from launch.state.ledger import Ledger
 from pneumo_dist.chain import STAGES
@@ -45,13 +45,17 @@ class Site:
         shell_lines = "\n".join([*self.profile.setup, self.profile.python or ""]) if self.slurm else ""
         names = environment.left_out(local=not self.slurm)
         names |= set(re.findall(r"\$(?!SLURM_)(\w+)", shell_lines)) & os.environ.keys() - environment.passed().keys()
-        names -= self.profile.env.keys()
-        if not names:
-            return ""
-        return (
-            f"note: of this shell, {', '.join(sorted(names))} will not reach the jobs: "
-            "set what they need in the profile (env, sbatch, setup)"
-        )
+        clusters = names & {"SLURM_CLUSTERS", "SBATCH_CLUSTERS"}
+        names -= self.profile.env.keys() | clusters
+        notes = []
+        if names:
+            notes.append(
+                f"of this shell, {', '.join(sorted(names))} will not reach the jobs: "
+                "set what they need in the profile (env, sbatch, setup)"
+            )
+        if clusters:
+            notes.append(f"{', '.join(sorted(clusters))} is ignored: {ONE_CLUSTER}")
+        return f"note: {'; '.join(notes)}" if notes else ""
 
     def partition(self, stage: str) -> slurm_client.Partition | None:
         """Return the partition that runs `stage`; None on this machine, or if SLURM does not answer.

@@ -10,7 +10,8 @@ import re
 
 from launch import bootstrap
 
-# Who the user is; how SLURM, `module` and the network are reached; where the weights are. Not which modules are loaded:
+# Who the user is; how SLURM, `module` and the network are reached; where packages and
+# weights are. Not which modules are loaded:
 # without their other variables, `module load` in a job would skip them.
 PASSED = (
     "HOME", "LOGNAME", "PATH", "SHELL", "TZ", "USER",
@@ -18,7 +19,8 @@ PASSED = (
     "BASH_ENV", "BASH_FUNC_ml%%", "BASH_FUNC_module%%", "BASH_FUNC__module_raw%%",
     "LMOD_CMD", "LMOD_DIR", "LMOD_PKG", "LMOD_ROOT", "MODULEPATH", "MODULESHOME", "MODULES_CMD",
     "ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "all_proxy", "http_proxy", "https_proxy", "no_proxy",
-    "KRB5CCNAME", "SOURCE_DATE_EPOCH", "SSL_CERT_DIR", "SSL_CERT_FILE", "TORCH_HOME", "XDG_CACHE_HOME",
+    "KRB5CCNAME", "SSL_CERT_DIR", "SSL_CERT_FILE",
+    "PYTHONNOUSERSITE", "SOURCE_DATE_EPOCH", "TORCH_HOME", "XDG_CACHE_HOME",
 )  # fmt: skip
 # These describe this machine. Its workers run under the Python of submit.py, which may need LD_LIBRARY_PATH.
 LOCAL = ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "SLURM_TMPDIR", "TMPDIR")

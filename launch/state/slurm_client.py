@@ -6,6 +6,7 @@ Every call has a time limit, since SLURM's clients hang if the controller is dea
 from __future__ import annotations
 
 import dataclasses
+import os
 import pwd
 import re
 import shutil
@@ -163,6 +164,14 @@ def queued(job_ids: Iterable[str]) -> list[JobState]:
             return []
         raise
     return [_queued(line) for line in text.splitlines() if line.strip()]
+
+
+def jobs_of_user() -> int | None:
+    """Return how many jobs and array tasks of this user are queued or running, or None if SLURM does not answer."""
+    try:
+        return len(_run(["squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%i"]).splitlines())
+    except SlurmError:
+        return None
 
 
 def _queued(line: str) -> JobState:

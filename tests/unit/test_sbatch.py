@@ -77,6 +77,12 @@ def test_every_profile_that_is_delivered_can_be_read_and_rendered(tmp_path: Path
         ("time_min: 12:00:00", "line 1: put 12:00:00 in quotes"),
         ("sbatch: {begin: 16:00}", "put 16:00 in quotes"),
         ("exclude: 013", "put 013 in quotes"),
+        ("env: {A: [1]}", "env: each value must be one text"),
+        ("setup: [{A: 1}]", "setup: each value must be one text"),
+        ("env: [1]", "env must not be a list"),
+        ("stages: {swa: {partition: {a: b}}}", "stages.swa.partition must not be a mapping"),
+        ("sbatch: {clusters: b}", "sbatch.clusters: jobs run on the default cluster"),
+        ("sbatch: {mail_type: ALL, mail-type: END}", "given twice"),
     ],
 )
 def test_a_mistake_in_a_profile_is_one_line_naming_file_and_key(tmp_path: Path, text: str, said: str) -> None:
@@ -137,6 +143,15 @@ def test_options_of_sbatch_without_a_value(tmp_path: Path) -> None:
     for line in ("--contiguous\n", "--nice=0\n", "--switches=1@00:30:00\n"):
         assert f"#SBATCH {line}" in first and f"#SBATCH {line}" in swa
     assert "#SBATCH --hold\n" in first and "hold" not in swa
+
+
+def test_an_option_of_sbatch_replaces_another_one_whatever_its_spelling(tmp_path: Path) -> None:
+    text = (
+        "sbatch: {kill_on_invalid_dep: 'no', mem-per-cpu: 5}\nstages: {swa: {sbatch: {mem_per_cpu: 7}}}\nqos: a\u00a0b"
+    )
+    swa = script(tmp_path, "swa", profile=written(tmp_path, text))
+    assert [line for line in swa.splitlines() if "kill-on-inv" in line] == ["#SBATCH --kill-on-invalid-dep=no"]
+    assert [line for line in swa.splitlines() if "mem-per-cpu" in line] == ["#SBATCH --mem-per-cpu=7"]
 
 
 def test_requeueing_can_be_given_up(tmp_path: Path) -> None:

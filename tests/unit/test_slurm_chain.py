@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.backends import follow, slurm_chain
+from launch.backends import follow, prepare, slurm_chain
 from launch.backends.slurm_job import Job
 from launch.monitor.display import Display
 from launch.planning.recipe import ROOT
@@ -18,8 +18,7 @@ from launch.state import slurm_client as slurm
 from launch.state.ledger import Entry, Ledger
 from launch.submit import main
 from pneumo_dist import config as configuration
-from pneumo_dist.chain import Node
-from pneumo_dist.run import Run, RunFolder
+from pneumo_dist.run import RunFolder
 from tests.unit.squeue import squeue
 from tests.unit.test_submit import finished, make
 
@@ -140,8 +139,13 @@ def test_only_listed_variables_reach_slurms_commands_and_the_jobs(
     tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "p.yaml").write_text("setup: [cd $SCRATCH]\nenv: {NCCL_DEBUG: WARN, PYTHONPATH: /ours}")
-    foreign = FILTERS | LEFT_BEHIND | MEANT | {"SCRATCH": "/s", "TOKEN": "secret", "LD_LIBRARY_PATH": "/foreign"}
-    for name, value in (foreign | {"SLURM_CONF": "/etc/ours.conf"}).items():
+    foreign = (
+        FILTERS
+        | LEFT_BEHIND
+        | MEANT
+        | {"SCRATCH": "/s", "TOKEN": "secret", "LD_LIBRARY_PATH": "/foreign", "SLURM_CLUSTERS": "b"}
+    )
+    for name, value in (foreign | {"SLURM_CONF": "/etc/ours.conf", "PYTHONNOUSERSITE": "1"}).items():
         monkeypatch.setenv(name, value)
     listed = {name.lower() if "PROXY" in name else name for name in environment.PASSED + environment.LOCAL}
     readme = (ROOT / "README.md").read_text()
@@ -156,9 +160,11 @@ def test_only_listed_variables_reach_slurms_commands_and_the_jobs(
         seen = dict(line.partition("=")[::2] for line in (tools / f"{command}.env").read_text().splitlines())
         assert not seen.keys() & foreign.keys(), command
         assert seen["SLURM_CONF"] == "/etc/ours.conf" and seen["HOME"] == os.environ["HOME"], command
+        assert seen["PYTHONNOUSERSITE"] == "1", command
     (note,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("note: of this shell")]
     named = {"LD_LIBRARY_PATH", "MASTER_ADDR", "OMP_NUM_THREADS", "RANK", "SBATCH_PARTITION", "SCRATCH", "WORLD_SIZE"}
     assert f"of this shell, {', '.join(sorted(named | {'SLURM_MEM_PER_CPU'}))} will not reach the jobs" in note
+    assert note.endswith("; SLURM_CLUSTERS is ignored: jobs run on the default cluster of this SLURM only")
     text = script(tmp_path / "a", 1)
     assert text.index("export PYTHONPATH=/ours") < text.index("/code/"), "the copy of the code comes first"
     assert "--export=ALL" in text.split("srun ")[1] and "#SBATCH --propagate=NONE" in text
@@ -168,38 +174,107 @@ def test_only_listed_variables_reach_slurms_commands_and_the_jobs(
     assert f"# note: of this shell, {', '.join(sorted(named))} will" in capfd.readouterr().out
 
 
+ALL = ("--stage", "all", "--folds", "0,1")
+
+
+def queue(tools: Path, root: Path, *without: str) -> None:
+    """Let squeue show what is submitted, except the jobs named in `without`, as waiting."""
+    entries = Ledger(RunFolder(root / "a")).entries()
+    rows = [f"{e.job_id}|{e.name}|PENDING|None|" for e in entries if e.key not in without]
+    (tools / "queue").write_text(squeue(*rows) + "\n")
+
+
+@pytest.fixture
+def jobs_end(tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --wait: all jobs of the run succeed, and SLURM takes more."""
+
+    def follow_to_the_end(*_: object) -> int:
+        plan = make(*ALL, "--run", "a", f"run_root={tmp_path}", *SMALL)
+        for name, file in (("dicom_dir", "a.png"), ("rle_csv", ""), ("patient_map", "")):
+            path = plan.run.source(name) / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        for entry in Ledger(plan.run).entries():
+            finished(plan, entry.stage, entry.fold)
+        (tools / "queue").unlink(missing_ok=True)
+        (tools / "refuse").unlink(missing_ok=True)
+        return 0
+
+    monkeypatch.setattr(slurm_chain, "follow", follow_to_the_end)
+    monkeypatch.setattr(prepare, "write_film_plan", lambda *_: None)  # there is no film
+
+
+@pytest.mark.usefixtures("jobs_end")
 @pytest.mark.parametrize("wait", [False, True])
 def test_a_limit_on_submitted_jobs_lets_the_command_continue(
-    wait: bool, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    wait: bool, tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tools / "refuse").write_text("5")
     (tools / "limit").touch()
-    words = ("--stage", "all", "--folds", "0,1")
+    assert submit(tmp_path, *ALL, "--after", "70") == 1
+    said = capfd.readouterr().out
+    assert "(AssocMaxSubmitJobLimit): 4 of 14 are submitted. Repeat the command" in said
+    queue(tools, tmp_path)
     if wait:
-
-        def ended(_run: Run, jobs: dict[Node, str], *_: object) -> int:
-            for node in jobs:
-                finished(plan, node.stage, node.fold)
-            (tools / "refuse").unlink(missing_ok=True)
-            return 0
-
-        plan = make(*words, "--run", "a", f"run_root={tmp_path}", *SMALL)
-        monkeypatch.setattr(slurm_chain, "follow", ended)
-        assert submit(tmp_path, *words, "--wait") == 0
+        (tools / "refuse").write_text("7")
+        assert submit(tmp_path, *ALL, "--after", "70", "--wait") == 0
     else:
-        assert submit(tmp_path, *words) == 1
-        said = capfd.readouterr().out
-        assert "(AssocMaxSubmitJobLimit): 4 of 14 are submitted. Repeat the command" in said
-        rows = [f"{e.job_id}|{e.name}|PENDING|None|" for e in Ledger(RunFolder(tmp_path / "a")).entries()]
-        (tools / "queue").write_text(squeue(*rows) + "\n")
-        assert submit(tmp_path, *words) == 2 and "repeat the command when" in capfd.readouterr().err
+        assert submit(tmp_path, *ALL) == 2 and "repeat the command when" in capfd.readouterr().err
         (tools / "refuse").unlink()
-        assert submit(tmp_path, *words, "stage1.epochs=7") == 2 and "already queued" in capfd.readouterr().err
-        assert submit(tmp_path, *words) == 0
-    entries = {entry.key: entry for entry in Ledger(RunFolder(tmp_path / "a")).entries()}
-    assert len(entries) == 14 and entries["stage1-fold0"].job_id == "4" and not (tools / "cancelled").exists()
+        assert submit(tmp_path, *ALL, "stage1.epochs=7") == 2 and "already queued" in capfd.readouterr().err
+        assert submit(tmp_path, *ALL, "--after", "70") == 0
+    every = Ledger(RunFolder(tmp_path / "a")).entries()
+    entries = {entry.key: entry for entry in every}
+    assert len(every) == len(entries) == 14 and not (tools / "cancelled").exists()
+    assert [entry.key for entry in every if "afterok:70" in entry.after] == ["phantom"]
     assert entries["stage2-fold0"].after == ([] if wait else ["afterok:4"])
-    assert entries["stage2-fold1"].after == [f"afterok:{entries['stage1-fold1'].job_id}"]
+    assert entries["swa-fold1"].after == [f"afterok:{entries['stage2-fold1'].job_id}"]
+
+
+def test_jobs_that_pool_count_for_the_same_folds_only(
+    tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tools / "refuse").write_text("13")
+    (tools / "limit").touch()
+    assert submit(tmp_path, *ALL) == 1
+    queue(tools, tmp_path)
+    (tools / "refuse").unlink()
+    assert submit(tmp_path, *ALL) == 0
+    assert "--dependency=afterok:12\n" in script(tmp_path / "a", 14)
+    for fold in range(3):
+        finished(make(*ALL, "--run", "a", f"run_root={tmp_path}", *SMALL), "evaluate", fold)
+    assert submit(tmp_path, "--stage", "infer", "--folds", "0,1,2") == 2
+    assert "infer needs the folds' pooled evaluation" in capfd.readouterr().err
+
+
+def test_a_job_that_waits_for_a_failed_one_does_not_count(
+    tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert submit(tmp_path, "--stage", "all") == 0
+    queue(tools, tmp_path, "phantom", "preprocess", "finalize", "stage1-fold0", "infer", "merge")
+    assert submit(tmp_path, "--stage", "all") == 2
+    assert "stage 2 of this run is already queued or running as SLURM job 5" in capfd.readouterr().err
+    assert (tools / "count").read_text() == "9\n"
+
+
+@pytest.mark.usefixtures("jobs_end")
+def test_a_limit_that_other_jobs_fill_is_waited_for(
+    tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tools / "limit").touch()
+    (tools / "refuse").write_text("1")
+    assert submit(tmp_path, "--stage", "1", "--after", "70", "--nodes", "2", "--wait") == 2
+    assert "have ended\n" in capfd.readouterr().err
+    assert submit(tmp_path, "--stage", "infer", "--after", "70", "--nodes", "2") == 2
+    assert "or use fewer --nodes: it counts as 2 jobs" in capfd.readouterr().err
+    counts = iter((2, 2, None, 1))  # nobody answers once
+    monkeypatch.setattr(slurm, "jobs_of_user", lambda: next(counts))
+    pauses: list[float] = []
+    monkeypatch.setattr(slurm_chain.time, "sleep", pauses.append)
+    monkeypatch.setattr(slurm_chain, "renewed", lambda plan: (tools / "refuse").unlink() or plan)
+    assert submit(tmp_path, "--stage", "preprocess", "--wait") == 0
+    assert pauses.count(slurm_chain.ROOM_POLL_S) == 3
+    assert "waiting until one of your 2 jobs has ended" in capfd.readouterr().out
 
 
 def test_after_stands_for_what_is_missing(tools: Path, tmp_path: Path) -> None:

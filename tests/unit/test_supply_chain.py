@@ -43,7 +43,7 @@ def test_locks_agree_with_the_requirements():
 
 
 def test_locks_hold_all_that_their_packages_require():
-    """The set-up installs with --no-deps."""
+    """The set-up installs with --no-deps. Only packages installed here tell what they require: those of this build."""
     from packaging.requirements import Requirement
 
     lacking = {
@@ -85,8 +85,9 @@ def checkout(tmp_path):
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(
-        '#!/bin/bash\n[ "$1" = -c ] && { echo "${BUILD-}"; exit; }\n'
-        'echo "$*" >>calls; [ -z "${FAILS-}" ] || [[ $* != *$FAILS* ]]\n'
+        '#!/bin/bash\n[[ $2 = *version_info* ]] && exit ${TOO_NEW-0}\n[ "$1" = --version ] && exec echo Python 3.14.0\n'
+        '[ "$1" = -c ] && { echo "${BUILD-}"; exit; }\n'
+        'echo "$*${PYTHONPATH-}${PIP_TARGET-}${PIP_USER-}" >>calls; [ -z "${FAILS-}" ] || [[ $* != *$FAILS* ]]\n'
     )
     python.chmod(0o755)
     return tmp_path
@@ -97,7 +98,7 @@ def _set_up(checkout, **environment):
     done = subprocess.run(
         ["bash", "launch/setup_env.sh", "tests"],
         cwd=checkout,
-        env={"PATH": "/usr/bin:/bin", **environment},
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": "/other", "PIP_TARGET": "/other", "PIP_USER": "1", **environment},
         capture_output=True,
         text=True,
     )
@@ -117,3 +118,13 @@ def test_set_up_installs_each_lock_once_and_says_which_failed(checkout):
     assert status == 0 and calls == [("torch-cuda", " --force-reinstall")]
     status, calls, error = _set_up(checkout, PNEUMO_TORCH="rocm")
     assert status == 2 and not calls and "use cpu or cuda" in error
+    status, calls, error = _set_up(checkout, TOO_NEW="1")
+    assert status == 2 and not calls and ".venv has Python 3.14.0" in error and "remove .venv" in error
+
+
+def test_gpus_of_a_large_cluster_are_found(tmp_path):
+    (tmp_path / "sinfo").write_text('#!/bin/sh\n[ -z "$SINFO_PARTITION" ] && yes gpu:4 | head -n 100000\n')
+    (tmp_path / "sinfo").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SINFO_PARTITION": "none"}
+    command = ["bash", "-c", "set -o pipefail; . launch/setup_env.sh; _has_gpus"]
+    assert subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
