@@ -10,6 +10,7 @@ from launch.monitor.display import Display
 from launch.monitor.outcome import print_result, short_path
 from launch.monitor.status import folds_of, job_rows, query_slurm
 from launch.monitor.table import trouble
+from launch.planning.plan import DERIVED
 from launch.state import progress
 from launch.state import slurm_client as slurm
 from launch.state.ledger import Ledger
@@ -56,7 +57,7 @@ def wait(run: Run) -> int:
     return 0
 
 
-def under_way(run: Run, nodes: Sequence[Node]) -> Jobs:
+def under_way(run: Run, nodes: Sequence[Node], folds: Sequence[int]) -> Jobs:
     """Return the jobs of `nodes` if all are queued or running with the settings of `run`; else {}.
 
     An array counts until the job that merges it has ended: only then the stage is done.
@@ -70,6 +71,8 @@ def under_way(run: Run, nodes: Sequence[Node]) -> Jobs:
     for node in nodes:
         submitted = run.job_config_file(node.key)
         if not live.keys() & {node.key, job_key(closing(node.stage), node.fold)} or node.key not in newest:
+            return {}
+        if node.stage in DERIVED and newest[node.key].extra.get("folds") != sorted(folds):
             return {}
         if not submitted.is_file() or submitted.read_text() != settings:
             return {}

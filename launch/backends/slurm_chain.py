@@ -93,7 +93,7 @@ def submit_chain(plan: Plan, site: Site) -> int:
         ConfigError: something must be corrected, or SLURM refused a job; then no job stays submitted.
     """
     while plan.todo or plan.conflicts:
-        if plan.request.wait and not plan.request.redo and (jobs := under_way(plan.run, plan.todo)):
+        if plan.request.wait and not plan.request.redo and (jobs := under_way(plan.run, plan.todo, plan.folds)):
             print("queued or running already: following these jobs", flush=True)
             return follow(plan.run, jobs, plan.targets, plan.folds)
         try:

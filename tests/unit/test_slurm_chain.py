@@ -231,6 +231,7 @@ def test_a_limit_on_submitted_jobs_lets_the_command_continue(
     assert entries["swa-fold1"].after == [f"afterok:{entries['stage2-fold1'].job_id}"]
 
 
+@pytest.mark.usefixtures("jobs_end")
 def test_jobs_that_pool_count_for_the_same_folds_only(
     tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,6 +246,10 @@ def test_jobs_that_pool_count_for_the_same_folds_only(
         finished(make(*ALL, "--run", "a", f"run_root={tmp_path}", *SMALL), "evaluate", fold)
     assert submit(tmp_path, "--stage", "infer", "--folds", "0,1,2") == 2
     assert "infer needs the folds' pooled evaluation" in capfd.readouterr().err
+    finished(make(*ALL, "--run", "a", f"run_root={tmp_path}", *SMALL), "pool")
+    queue(tools, tmp_path)
+    assert submit(tmp_path, "--stage", "infer", "--folds", "0,1,2", "--wait") == 2
+    assert "infer of this run is already queued" in capfd.readouterr().err
 
 
 def test_a_job_that_waits_for_a_failed_one_does_not_count(

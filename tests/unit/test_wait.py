@@ -102,11 +102,11 @@ def test_an_array_is_under_way_until_the_job_that_merges_it_has_ended(
     for live in ("preprocess", "finalize"):  # the array runs; then only the last job is left
         queue.write_text(squeue(f"{ids[live]}|{live}.a|RUNNING|None|n1") + "\n")
         nodes = [node for node in plan.todo if node.key == "preprocess"]
-        assert {node.key: job for node, job in follow.under_way(plan.run, nodes).items()} == {
+        assert {node.key: job for node, job in follow.under_way(plan.run, nodes, plan.folds).items()} == {
             "preprocess": ids["preprocess"]
         }
     queue.write_text("")
-    assert follow.under_way(plan.run, plan.todo) == {}
+    assert follow.under_way(plan.run, plan.todo, plan.folds) == {}
 
 
 @pytest.mark.parametrize("local", [True, False])
