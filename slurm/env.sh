@@ -2,11 +2,11 @@
 # Sourced by every *.sbatch of this folder: sets up the environment of a node and defines `task`, which runs one stage
 # with srun. It needs plain bash only. Adapt the lines at the top to the cluster.
 
-# sbatch passes the calling shell's variables on. Those of an earlier torchrun, of other Python packages and of other
-# networks must not act here: what this cluster needs is set below.
+# sbatch passes the calling shell's variables on. Those of an earlier torchrun or job step, of other Python packages and
+# of other networks must not act here: what this cluster needs is set below.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT PNEUMO_STORE OMP_NUM_THREADS NVIDIA_TF32_OVERRIDE \
     PYTHONPATH PYTHONHOME PYTHONUSERBASE PYTHONOPTIMIZE PYTHONWARNINGS PYTHONINSPECT LD_PRELOAD \
-    "${!NCCL_@}" "${!GLOO_@}" "${!TORCH_NCCL_@}"
+    "${!NCCL_@}" "${!GLOO_@}" "${!TORCH_NCCL_@}" "${!SLURM_STEP_@}" SLURM_STEPID
 # Loaded modules need it, so it stays.
 if [ -n "${LD_LIBRARY_PATH:-}" ]; then echo "note: libraries in LD_LIBRARY_PATH of the calling shell come first"; fi
 if [ -n "${SLURM_MEM_PER_NODE:-}" ]; then unset SLURM_MEM_PER_CPU; fi # srun refuses both

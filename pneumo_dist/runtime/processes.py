@@ -42,8 +42,9 @@ def cores(configured: int) -> int:
 
 def thread_count(configured: int) -> int:
     """Return the torch threads of a rank: `configured`, or if that is 0 what the environment says, or its cores."""
-    environ = os.environ.get("OMP_NUM_THREADS") or os.environ.get("SLURM_CPUS_PER_TASK") or 0
-    return configured or int(environ) or len(os.sched_getaffinity(0))
+    said = os.environ.get("OMP_NUM_THREADS") or os.environ.get("SLURM_CPUS_PER_TASK", "")
+    first = said.partition(",")[0].strip()  # OpenMP takes a number for each level of nesting
+    return configured or int(first if first.isdigit() else 0) or len(os.sched_getaffinity(0))
 
 
 def keep_memory(largest: int = 64 << 20) -> None:

@@ -99,7 +99,7 @@ class Trainer:
         newest = self.ranks.broadcast(self.ranks.on_first(self.store.newest))
         if newest is None:
             return
-        state, problem = self.store.read(newest)
+        state, problem = self.store.read(newest, checked=self.ranks.first)
         if problem := self.ranks.agree(problem):
             raise CheckpointError(problem)
         if state["result_hash"] != self.task.result_hash:

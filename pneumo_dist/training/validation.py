@@ -73,7 +73,8 @@ def evaluation_copy(model: nn.Module, ranks: Ranks) -> nn.Module:
     """Return a copy in evaluation mode with rank 0's batch-norm buffers; collective."""
     copied = copy.deepcopy(model).eval()
     buffers = dict(copied.named_buffers())
-    canonical = ranks.broadcast({name: value.numpy(force=True) for name, value in buffers.items()})
+    own = {name: value.numpy(force=True) for name, value in buffers.items()} if ranks.first else {}
+    canonical = ranks.broadcast(own)
     for name, value in buffers.items():
         value.copy_(torch.from_numpy(canonical[name]))
     return copied

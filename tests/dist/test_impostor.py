@@ -76,7 +76,7 @@ def _until_open(port: int) -> None:
 def test_an_impostor_neither_joins_nor_runs_code_and_the_job_goes_on(tmp_path: Path) -> None:
     codes, printed = exits(play, 3, str(tmp_path), str(os.getpid()))
     assert codes == [0, 0, 0], printed
-    assert "127.0.0.1 was refused: it does not know the secret of this run" in printed[0]
+    assert "127.0.0.1 was refused: it is not a rank of this job" in printed[0]
     assert not (tmp_path / "code-has-run").exists()
 
 

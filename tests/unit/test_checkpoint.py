@@ -56,6 +56,7 @@ def test_a_rank_waits_for_the_checkpoint_that_rank_0_has_found(tmp_path, monkeyp
     assert store.read(entry)[0]["step"] == 1
     monkeypatch.setattr(checkpoint, "_PATIENCE_S", 0)
     state, problem = store.read(entry | {"sha256": "0"})
+    assert store.read(entry | {"sha256": "0"}, checked=True)[0]["step"] == 1
     assert state == {} and "0000000001.pt cannot be read: its sha256 differs from that which rank 0 found" in problem
 
 

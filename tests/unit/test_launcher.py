@@ -61,6 +61,11 @@ def test_the_launcher_and_the_place_it_gives(environ: dict, by: str, place: tupl
         (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, 2, "submitted for 2 ranks, but SLURM started 1"),
         (STALE, 2, "submitted for 2 ranks, but nothing started 1"),
         (STEP | TORCHRUN, 0, "RANK=5, WORLD_SIZE=8) contradict SLURM's (4 tasks): unset RANK WORLD_SIZE"),
+        (
+            STEP | TORCHRUN | {"GROUP_WORLD_SIZE": "1"},
+            0,
+            "start it in a job step of one task per node (on one node: srun --ntasks=1)",
+        ),
         (STALE | {"WORLD_SIZE": "2"}, 0, "neither torchrun nor srun started this process: unset RANK"),
         (BATCH, 0, "2 nodes and 4 tasks, but srun did not start this process"),
         (BATCH | STALE, 0, "2 nodes and 4 tasks, but srun did not start this process"),
@@ -80,12 +85,17 @@ def test_an_earlier_torchruns_variables_are_named_where_they_do_not_count() -> N
 def test_attempts_of_a_job_have_meetings_of_their_own() -> None:
     first, again = launch_of(STEP), launch_of(STEP | {"SLURM_RESTART_COUNT": "1"})
     assert first.session != again.session and first.ports == launch_of(STEP | {"SLURM_PROCID": "0"}).ports
+    torchrun = BATCH | TORCHRUN
+    here, restarted = launch_of(torchrun), launch_of(torchrun | {"SLURM_RESTART_COUNT": "1"})
+    alias = launch_of(torchrun | {"MASTER_ADDR": "gpu03-ib", "TORCHELASTIC_RESTART_COUNT": "1"})
+    assert here.session == alias.session != restarted.session
     assert len(set(first.ports)) == 16 and all(10000 <= port < 30000 for port in first.ports)
 
 
 def test_the_module_prints_the_endpoint_for_torchrun() -> None:
     command = [sys.executable, "-m", "pneumo_dist.runtime.meeting.launcher"]
-    environ = os.environ | {"SLURM_JOB_ID": "40007", "SLURM_JOB_NODELIST": "gpu[03-04,7],big1"}
+    around = {"SLURM_STEP_NODELIST": "login1"}  # of an interactive step that called sbatch
+    environ = os.environ | around | {"SLURM_JOB_ID": "40007", "SLURM_JOB_NODELIST": "gpu[03-04,7],big1"}
     printed = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True).stdout
     assert printed == "gpu03:30007\n" and 30007 not in Launch(session="1").ports
 

@@ -19,6 +19,7 @@ import torch
 
 from pneumo_dist.runtime.failure import Failure
 from pneumo_dist.runtime.meeting import devices, group, handshake
+from pneumo_dist.runtime.meeting import facts as facts_module
 from pneumo_dist.runtime.meeting.facts import NCCL, decide, own_facts
 from pneumo_dist.runtime.meeting.handshake import Meeting, secret_of
 from pneumo_dist.runtime.meeting.launcher import Launch
@@ -102,8 +103,10 @@ def test_strangers_are_refused_and_the_ranks_meet_all_the_same(
             assert replaying.recv(1000)
             replaying.sendall(here.seal("facts n and the number of another time", facts(1)))
             assert replaying.recv(100) == b""
-        assert meeting(1, 2).visit(facts(1))[0] == {"problem": ""} == host.result()
-    assert "127.0.0.1 was refused: it does not know the secret of this run" in caplog.text
+        with connected(port):  # one that still says nothing when all have met
+            assert meeting(1, 2).visit(facts(1))[0] == {"problem": ""} == host.result()
+    assert "Traceback" not in caplog.text
+    assert "127.0.0.1 was refused: it is not a rank of this job" in caplog.text
 
 
 def test_a_port_in_use_is_left_to_its_owner_and_all_ranks_take_the_next(
@@ -130,6 +133,14 @@ def test_a_rank_without_rank_0_says_where_it_looked() -> None:
         meeting(1, 2, 0.1).visit(facts(1))
 
 
+def test_a_name_with_addresses_of_both_kinds_is_reached_over_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve, families = socket.getaddrinfo, set()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, family=0, **k: families.add(family) or resolve(*a, **k))
+    with pytest.raises(Failure):
+        meeting(1, 2, 0.1, address="localhost").visit(facts(1))
+    assert families == {socket.AF_INET}
+
+
 def test_a_loopback_address_for_another_node_is_refused() -> None:
     with pytest.raises(Failure, match=r"rank 0's address localhost is the loopback address 127\..*2 nodes.*/etc/hosts"):
         meeting(1, 2, address="localhost", nodes=2).visit(facts(1))
@@ -141,9 +152,21 @@ def test_the_secret_is_made_once_and_refused_where_others_may_read_it(
     path = tmp_path / "jobs" / ".secret"
     known = set(threads.map(lambda _: secret_of(path), range(8)))
     assert len(known) == 1 and len(known.pop()) == 64 and path.stat().st_mode & 0o777 == 0o600
-    path.chmod(0o640)
-    with pytest.raises(Failure, match="other accounts may read the secret"):
+    assert list(path.parent.iterdir()) == [path]
+    path.chmod(0o755)
+    with pytest.raises(Failure, match=r"other accounts may read the secret .*\(mode 755\): .*mounted with umask=077"):
         secret_of(path)
+
+
+def test_a_process_killed_while_it_makes_the_secret_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handshake.secrets, "token_hex", lambda _: os._exit(9))
+    if (child := os.fork()) == 0:
+        secret_of(tmp_path / ".secret")
+    os.waitpid(child, 0)
+    monkeypatch.undo()
+    assert len(secret_of(tmp_path / ".secret")) == 64
 
 
 @pytest.mark.parametrize(
@@ -187,7 +210,9 @@ def test_ranks_with_gpus_of_their_own_take_nccl(ranks: list[dict[str, Any]], cho
 def test_ranks_that_share_gpus_take_gloo_with_a_warning_unless_a_gpu_was_lost() -> None:
     answer = decide([gpu(r, 1, "a", "b") for r in range(4)], 4)
     assert answer["backend"] == "gloo" and answer["gpus"] == [0, 1, 0, 1]
-    assert answer["warnings"] == ["4 ranks share 2 GPU(s) on node1 and communicate over gloo: slow, for tests only"]
+    assert answer["warnings"] == [
+        "4 ranks share 2 GPU(s) on node1 and communicate over gloo: slow, for tests only (with MIG: --gpus-per-task)"
+    ]
     lost = decide([gpu(r, 1, "a", "b", "c", given=4) for r in range(4)], 4)
     assert "node1 was given 4 GPUs, but its 4 ranks see 3" in lost["problem"]
 
@@ -196,7 +221,7 @@ def test_ranks_that_share_gpus_take_gloo_with_a_warning_unless_a_gpu_was_lost() 
     "given",
     [
         {"PNEUMO_GPUS": "4"}, {"SLURM_GPUS_ON_NODE": "1"}, {"SLURM_STEP_GPUS": "0"}, {"SLURM_JOB_GPUS": "2,3"},
-        {"SLURM_GPUS_PER_NODE": "a100:2"}, {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "0"},
+        {"SLURM_GPUS_PER_NODE": "a100:2"}, {"PNEUMO_GPUS": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_GPUS": "0"},
     ],
 )  # fmt: skip
 def test_a_job_with_gpus_does_not_work_on_the_cpu(
@@ -221,11 +246,45 @@ def test_a_job_with_gpus_does_not_work_on_the_cpu(
     assert Ranks().device.type == "cpu"
 
 
-def test_without_gpus_the_cpu_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "around",
+    [
+        {"PNEUMO_GPUS": "0"}, {"CUDA_VISIBLE_DEVICES": "0"},
+        {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "0"},  # of the shell that called sbatch
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_GPUS": "0,1"},  # --exclusive
+    ],
+)  # fmt: skip
+def test_without_gpus_the_cpu_is_right(around: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("PNEUMO_GPUS", "0")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # in a shell outside SLURM
+    for name, value in around.items():
+        monkeypatch.setenv(name, value)
     assert Ranks().device.type == "cpu"
+
+
+def test_a_process_with_mig_sees_one_slice_of_those_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    for visible, given in (("0,1,2,3", 4), ("MIG-a,MIG-b,MIG-c,MIG-d", 0)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert own_facts(Launch(), "", 1)["given"] == given
+
+
+def test_what_editors_leave_is_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts_module, "__file__", str(tmp_path / "runtime/meeting/facts.py"))
+    (tmp_path / "a.py").write_text("1")
+    before = facts_module.code_hash()
+    (tmp_path / ".#a.py").symlink_to("me@host.123:4")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints/a.py").write_text("2")
+    assert facts_module.code_hash() == before
+    (tmp_path / "b.py").write_text("")
+    assert facts_module.code_hash() != before
+
+
+def test_a_rank_that_dies_after_the_meeting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        answer = {"store": ["127.0.0.1", listener.getsockname()[1]], "backend": "gloo", "hosts": ["n1", "n2"]}
+        with pytest.raises(Failure, match="^rank 1 on n2 did not connect: see its log$"):
+            group._connect(Ranks(0, 2), answer, [listener], 1)
 
 
 def test_a_rank_tells_its_gpus_and_takes_the_one_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +328,7 @@ def test_values_come_back_from_bytes_and_code_does_not() -> None:
     came = unpack(pack(value))
     assert came[:6] == value[:6]
     assert all(came[6][k].dtype == v.dtype and np.array_equal(came[6][k], v) for k, v in arrays.items())
-    for wrong in ({1, 2}, np.array([object()])):
+    for wrong in ({1, 2}, np.array([object()]), [{"x": {1: 2}}]):
         with pytest.raises((TypeError, ValueError)):
             pack(wrong)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pneumo_dist.runtime import processes
-from pneumo_dist.runtime.processes import Answer, Pool
+from pneumo_dist.runtime.processes import Answer, Pool, thread_count
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -178,3 +178,10 @@ def test_a_child_whose_parent_is_dead_already_leaves():
     child.start()
     child.join()
     assert child.exitcode == 1
+
+
+@pytest.mark.parametrize(("said", "threads"), [("8,2", 8), (" 3 ", 3), ("", 5), ("many", len(os.sched_getaffinity(0)))])
+def test_a_rank_has_the_threads_that_openmp_reads(said: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "5")
+    assert thread_count(0) == threads

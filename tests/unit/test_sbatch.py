@@ -197,6 +197,8 @@ def test_plain_scripts_leave_out_what_the_shell_had_set_for_something_else(tmp_p
         "PYTHONPATH": "/foreign",
         "NCCL_DEBUG": "INFO",
         "SLURM_MEM_PER_CPU": "9",
+        "SLURM_STEP_GPUS": "0",  # of an interactive job step that called sbatch
+        "SLURM_STEPID": "0",
     }
     shell = {
         "PATH": f"{tmp_path}:/usr/bin:/bin",

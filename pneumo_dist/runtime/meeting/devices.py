@@ -7,24 +7,24 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from pneumo_dist.runtime.meeting.launcher import in_step
+
 ASKED_GPUS = "PNEUMO_GPUS"  # set by the job and the local executor: GPUs per node that were asked for
 _COUNTS = (ASKED_GPUS, "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK", "SLURM_GPUS")
-_LISTS = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def given_gpus(environ: Mapping[str, str] = os.environ) -> str:
     """Return what says that this job has GPUs, as NAME=value; "" where nothing does.
 
-    CUDA_VISIBLE_DEVICES=-1 hides them on purpose.
+    CUDA_VISIBLE_DEVICES=-1 hides them on purpose (srun replaces it).
     """
-    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
-    if visible == "-1":
+    if environ.get("CUDA_VISIBLE_DEVICES") == "-1":
         return ""
+    # With --exclusive, a job has all GPUs of its nodes, but its steps only those that were asked for.
+    lists = ("SLURM_STEP_GPUS",) if in_step(environ) else ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
     said = {name: environ[name] for name in _COUNTS if re.search("[1-9]", environ.get(name, "").rpartition(":")[2])}
-    said |= {name: environ[name] for name in _LISTS if environ.get(name)}
-    if "SLURM_JOB_ID" in environ and visible not in ("", "NoDevFiles"):
-        said["CUDA_VISIBLE_DEVICES"] = visible
+    said |= {name: environ[name] for name in lists if environ.get(name)}
     return next((f"{name}={value}" for name, value in said.items()), "").replace(ASKED_GPUS, "--gpus-per-node")
 
 
@@ -68,5 +68,5 @@ def blindness(environ: Mapping[str, str] = os.environ) -> str:
     return (
         f"the job has GPUs ({given}), but torch {torch.__version__} ({f'CUDA {build}' if build else 'a CPU build'}) "
         f"sees none, with {f'driver {version}' if version else 'no NVIDIA driver'} on this node: {advice}; to work on "
-        "the CPU, ask for none (--gpus-per-node 0, or CUDA_VISIBLE_DEVICES=-1 in the profile's env)"
+        "the CPU, ask for none (--gpus-per-node 0; without srun also CUDA_VISIBLE_DEVICES=-1)"
     )

@@ -33,22 +33,25 @@ _ALIKE = ("gpu", "threads")
 
 
 def code_hash() -> str:
-    """Return a hash of the package's source files."""
+    """Return a hash of the package's source files, without what editors leave beside them."""
     root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+        name = path.relative_to(root)
+        if not any(part.startswith(".") for part in name.parts):
+            digest.update(f"{name}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
 def own_facts(launch: Launch, configuration: str, threads: int) -> Facts:
     """Return what this rank tells; configuration: hash of its settings; threads: 0 for the task's cores."""
-    gpus = visible_gpus()
+    gpus, visible = visible_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return {
         "rank": launch.rank,
         "host": socket.gethostname(),
         "problem": blindness() or _interface_problem(launch),
-        "given": int(os.environ.get("SLURM_GPUS_ON_NODE") or 0),
+        # CUDA shows a process only one MIG slice, however many it was given.
+        "given": 0 if "MIG" in visible else int(os.environ.get("SLURM_GPUS_ON_NODE") or 0),
         "gpus": [uuid for uuid, _ in gpus],
         "world size": launch.world_size,
         "code": code_hash(),
@@ -87,7 +90,7 @@ def decide(ranks: Sequence[Facts], world_size: int) -> Facts:
     gpus, shared = _assign(ranks)
     warnings = [line for name in _ALIKE if (line := _difference(ranks, name))]
     if shared:
-        warnings.append(f"{shared} and communicate over gloo: slow, for tests only")
+        warnings.append(f"{shared} and communicate over gloo: slow, for tests only (with MIG: --gpus-per-task)")
     on_gpus = ranks[0]["device"] == "cuda"
     nodes = len({rank["host"] for rank in ranks})
     backend = NCCL if on_gpus and not shared else "gloo"

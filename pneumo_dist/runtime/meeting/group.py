@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import secrets
+import re
 import socket
 import struct
 from contextlib import suppress
@@ -48,10 +48,10 @@ def init(secret_file: Path, configuration: str, meet_s: float, first_s: float, t
     own, listeners, address = own_facts(launch, configuration, threads), list[socket.socket](), ""
 
     def answer_all(facts: list[Facts], at: str) -> Facts:
-        # The store of the process group: one address, a port that nobody can know beforehand, a prefix of its keys.
+        # The store of the process group: one address, and a port that nobody can know beforehand.
         listeners.append(socket.create_server((at, 0), backlog=1024))
-        store = [at, listeners[0].getsockname()[1], secrets.token_hex(16)]
-        return decide(facts, launch.world_size) | {"store": store}
+        store = [at, listeners[0].getsockname()[1]]
+        return decide(facts, launch.world_size) | {"store": store, "hosts": [rank["host"] for rank in facts]}
 
     if launch.rank:
         answer, address = meeting.visit(own)
@@ -88,11 +88,11 @@ def _choose_interface(own: str, first: str) -> None:
 def _connect(ranks: Ranks, answer: Facts, listeners: list[socket.socket], timeout_s: float) -> None:
     import torch
     import torch.distributed as dist
-    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
-    (address, port, prefix), timeout = answer["store"], timedelta(seconds=timeout_s)
+    (address, port), timeout = answer["store"], timedelta(seconds=timeout_s)
     try:
         store = TCPStore(
             address,
@@ -103,14 +103,13 @@ def _connect(ranks: Ranks, answer: Facts, listeners: list[socket.socket], timeou
             master_listen_fd=listeners[0].detach() if listeners else None,
         )
         dist.init_process_group(
-            answer["backend"],
-            store=PrefixStore(prefix, store),
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            timeout=timeout,
+            answer["backend"], store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
         )
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
+        if absent := re.search(r"keys: .*/(\d+)$", reason):
+            rank = int(absent[1])
+            raise Failure(f"rank {rank} on {answer['hosts'][rank]} did not connect: see its log") from None
         interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
         raise Failure(
             f"the ranks have met at {address}, but this one cannot connect to the others "

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from pneumo_dist.runtime.failure import Failure
@@ -38,16 +39,22 @@ def secret_of(path: Path) -> bytes:
         Failure: others may read the file, or it is not whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secrets.token_hex(_SECRET_BYTES // 2))
-    if path.stat().st_mode & 0o077:
-        raise Failure(f"{path}: other accounts may read the secret of this run: remove it, and keep the folder private")
-    deadline = time.monotonic() + NAMED_AFTER_S
-    while time.monotonic() < deadline:
-        with suppress(PermissionError):
-            if len(secret := path.read_bytes()) == _SECRET_BYTES:
-                return secret
-        time.sleep(0.2)  # another rank is writing it
+    if not path.exists():
+        with NamedTemporaryFile("w", dir=path.parent, prefix=path.name) as file:  # of mode 600
+            file.write(secrets.token_hex(_SECRET_BYTES // 2))
+            file.flush()
+            os.fsync(file.fileno())
+            with suppress(FileExistsError):  # another rank was faster
+                os.link(file.name, path)
+    mode = path.stat().st_mode & 0o777
+    if mode & 0o077:
+        raise Failure(
+            f"{path}: other accounts may read the secret of this run (mode {mode:o}): remove it; if the next "
+            "one is the same, this file system ignores modes: have it mounted with umask=077, or keep runs on another"
+        )
+    with suppress(PermissionError):
+        if len(secret := path.read_bytes()) == _SECRET_BYTES:
+            return secret
     raise Failure(f"{path}: the secret of this run is damaged or of another account: remove it, repeat the command")
 
 
@@ -72,7 +79,7 @@ class Meeting:
         """
         proof, _, text = line.decode(errors="replace").rstrip("\n").partition(" ")
         if not hmac.compare_digest(proof.encode(), self._proof(what, text).encode()):
-            raise ValueError("who answers does not know the secret of this run")
+            raise ValueError("who answers is not a rank of this job")
         return json.loads(text)
 
     def _proof(self, what: str, text: str) -> str:
@@ -138,9 +145,9 @@ class _Host:
             place += drawn
             async with asyncio.timeout(NAMED_AFTER_S):
                 facts = self._meeting.open(f"facts {place}", await reader.readline())
-        except (TimeoutError, OSError, ValueError):
+        except (TimeoutError, OSError, ValueError, asyncio.CancelledError):  # cancelled: the meeting is over
             if (stranger := _end(writer, "peername")) not in self._strangers:
-                log.warning("%s was refused: it does not know the secret of this run", stranger)
+                log.warning("%s was refused: it is not a rank of this job", stranger)
             self._strangers.add(stranger)
             writer.close()
             return
@@ -209,15 +216,14 @@ async def _visit(meeting: Meeting, own: Facts) -> tuple[Facts, str]:
             reader, writer = None, None
             try:
                 async with asyncio.timeout(_GREETING_S):
-                    reader, writer = await asyncio.open_connection(launch.address, port)
+                    reader, writer = await asyncio.open_connection(launch.address, port, family=socket.AF_INET)
                     place = secrets.token_hex(16)
                     writer.write(meeting.seal("hello", place))
                     place += meeting.open(f"welcome {place}", await reader.readline())
                 break
             except (OSError, TimeoutError, ValueError) as error:
-                number = (
-                    getattr(error, "errno", None) or 0
-                )  # asyncio's own text names the port; -2 is of name resolution
+                # asyncio's own text names the port; negative numbers are of name resolution
+                number = getattr(error, "errno", None) or 0
                 reasons.add(os.strerror(number) if number > 0 else str(error) or "no answer")
                 if writer:
                     writer.close()

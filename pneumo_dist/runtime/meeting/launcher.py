@@ -50,15 +50,14 @@ def launch_of(environ: Mapping[str, str] = os.environ) -> Launch:
         return Launch(by="this machine", session=environ[LOCAL_STORE], **_numbers(environ))
     if _started_by_torchrun(environ):
         nodes = int(environ["GROUP_WORLD_SIZE"])
-        names = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
         return Launch(
             by="torchrun",
             nodes=nodes,
             address=environ["MASTER_ADDR"] if nodes > 1 else LOOPBACK,
-            session=" ".join(environ.get(name, "") for name in names),
+            session=_session(environ, "TORCHELASTIC_RUN_ID", "MASTER_PORT"),
             **_numbers(environ),
         )
-    if not _in_step(environ):
+    if not in_step(environ):
         return Launch()
     nodes = int(environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1")))
     return Launch(
@@ -67,23 +66,30 @@ def launch_of(environ: Mapping[str, str] = os.environ) -> Launch:
         world_size=int(environ["SLURM_STEP_NUM_TASKS"]),
         local_rank=int(environ.get("SLURM_LOCALID", "0")),
         nodes=nodes,
-        address=first_node(environ) if nodes > 1 else LOOPBACK,
-        session=" ".join(environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")),
+        address=first_node(environ["SLURM_STEP_NODELIST"]) if nodes > 1 else LOOPBACK,
+        session=_session(environ),
     )
+
+
+def _session(environ: Mapping[str, str], *more: str) -> str:
+    """Return what all ranks of this attempt know, and no other attempt: not how each node names the first one."""
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", *more)
+    return " ".join(environ.get(name, "") for name in names)
 
 
 def _numbers(environ: Mapping[str, str]) -> dict[str, Any]:
     return {name: int(environ[name.upper()]) for name in ("rank", "world_size", "local_rank")}
 
 
-def _in_step(environ: Mapping[str, str]) -> bool:
+def in_step(environ: Mapping[str, str]) -> bool:
+    """Tell whether srun started this process, or one above it."""
     return "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ
 
 
 def _started_by_torchrun(environ: Mapping[str, str]) -> bool:
     """Tell whether torchrun's variables are whole, and agree with SLURM's where there is a job step."""
     whole = {*OF_TORCHRUN, "GROUP_WORLD_SIZE", "TORCHELASTIC_RUN_ID"} <= environ.keys()
-    return whole and (not _in_step(environ) or environ["GROUP_WORLD_SIZE"] == environ["SLURM_STEP_NUM_TASKS"])
+    return whole and (not in_step(environ) or environ["GROUP_WORLD_SIZE"] == environ["SLURM_STEP_NUM_TASKS"])
 
 
 def contradiction(launch: Launch, environ: Mapping[str, str] = os.environ) -> str:
@@ -96,7 +102,10 @@ def contradiction(launch: Launch, environ: Mapping[str, str] = os.environ) -> st
         )
     left = ", ".join(f"{name}={environ[name]}" for name in OF_TORCHRUN[:2] if name in environ)
     if "TORCHELASTIC_RUN_ID" in environ and launch.by == "SLURM":
-        return f"torchrun's variables ({left}) contradict SLURM's ({launch.world_size} tasks): {_unset(environ)}"
+        return (
+            f"torchrun's variables ({left}) contradict SLURM's ({launch.world_size} tasks): {_unset(environ)}; or, if "
+            "torchrun is to start the ranks, start it in a job step of one task per node (on one node: srun --ntasks=1)"
+        )
     if not launch.by and environ.get("WORLD_SIZE", "1") != "1":
         return f"{left} is set, but neither torchrun nor srun started this process: {_unset(environ)}"
     nodes, tasks = environ.get("SLURM_JOB_NUM_NODES", "1"), environ.get("SLURM_NTASKS", "1")
@@ -114,13 +123,12 @@ def left_behind(launch: Launch, environ: Mapping[str, str] = os.environ) -> list
     return [f"{name}={environ[name]}" for name in OF_TORCHRUN if launch.by == "SLURM" and name in environ]
 
 
-def first_node(environ: Mapping[str, str] = os.environ) -> str:
-    """Return the first node of the job step (of the job, in its batch script): rank 0 runs there."""
-    nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", ""))
+def first_node(nodes: str) -> str:
+    """Return the first node of SLURM's list: rank 0 runs there."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0] if first else "")
 
 
 if __name__ == "__main__":
     # torchrun listens as long as the job runs: not at a port where the ranks meet.
-    print(f"{first_node()}:{30000 + int(os.environ['SLURM_JOB_ID']) % 2000}")
+    print(f"{first_node(os.environ['SLURM_JOB_NODELIST'])}:{30000 + int(os.environ['SLURM_JOB_ID']) % 2000}")

@@ -21,14 +21,18 @@ def pack(value: Any) -> bytes:
     """
     arrays: list[np.ndarray] = []
 
-    def note(item: Any) -> dict[str, int]:
-        if not isinstance(item, np.ndarray):
-            raise TypeError(f"a {type(item).__name__} cannot be sent to other ranks")
-        arrays.append(item)
-        return {_ARRAY: len(arrays) - 1}
+    def noted(item: Any) -> Any:
+        if isinstance(item, np.ndarray):
+            arrays.append(item)
+            return {_ARRAY: len(arrays) - 1}
+        if isinstance(item, dict):
+            if not all(isinstance(key, str) for key in item):  # json would make texts of numbers
+                raise TypeError("a dict with other keys than texts cannot be sent to other ranks")
+            return {key: noted(value) for key, value in item.items()}
+        return [noted(value) for value in item] if isinstance(item, (list, tuple)) else item
 
     stream = io.BytesIO()
-    stream.write(json.dumps(value, default=note).encode() + b"\n")
+    stream.write(json.dumps(noted(value)).encode() + b"\n")
     for array in arrays:
         np.save(stream, array, allow_pickle=False)
     return stream.getvalue()
