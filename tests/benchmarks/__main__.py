@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks [step|ddp|loader|preprocess|infer|checkpoint|startup|all] [--device cpu|cuda] [--json OUT]
     python -m tests.benchmarks real_films --dicom-dir DIR --csv FILE --patients FILE --work DIR [--weights FILE]
+    python -m tests.benchmarks gpu --phase NAME,... | --merge DIR       # in phases of minutes, for a machine with a GPU
 
 Further words go to the benchmark itself: `python -m tests.benchmarks step --help`. Those that have peers run under
 `.venv-benchmarks`, which is made on first use (environment.py). What was measured stands in RESULTS.md.
@@ -31,6 +32,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every table there")
     if len(sys.argv) > 2 and {"-h", "--help"} & set(sys.argv[2:]) and sys.argv[1] in WITH_PEERS | NEEDS_FILMS:
         return subprocess.run([sys.executable, "-m", f"tests.benchmarks.{sys.argv[1]}", "--help"], cwd=ROOT).returncode
+    if sys.argv[1:2] == ["gpu"]:  # its phases write one file each
+        return subprocess.run([sys.executable, "-m", "tests.benchmarks.gpu", *sys.argv[2:]], cwd=ROOT).returncode
     asked, further = parser.parse_known_args()
     names = list(WITH_PEERS) if asked.benchmark == "all" else [asked.benchmark]
     if further and len(names) > 1:
