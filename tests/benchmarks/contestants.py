@@ -22,6 +22,7 @@ from pneumo_dist.model.unet import ResNet34UNet, normalise
 from pneumo_dist.runtime.processes import keep_memory
 from pneumo_dist.runtime.processor import set_threads
 from pneumo_dist.runtime.ranks import Ranks
+from pneumo_dist.training.graph import StepGraph
 from pneumo_dist.training.step import Stepper, TrainBatch
 
 Run = Callable[[int], float]  # steps -> seconds
@@ -103,6 +104,8 @@ class Ours:
         self.batch = TrainBatch(images, masks, labels, case.batch * ranks.world_size, positives)
         with self.settings():
             self.stepper = Stepper(ResNet34UNet(0, film_head=True), self.config, self.config.stage1, ranks)
+            graph = self.config.train.cuda_graph
+            self._step = StepGraph(self.stepper.step, ranks) if graph else self.stepper.step
         self._run = timed(self.step, case.device)
 
     def settings(self) -> Settings:
@@ -111,7 +114,7 @@ class Ours:
 
     def step(self) -> object:
         """Train one step."""
-        return self.stepper.step(self.batch)
+        return self._step(self.batch)
 
     def __call__(self, steps: int) -> float:
         with self.settings():

@@ -87,7 +87,7 @@ def table(folder: Path, settings: list[str], stages: list[Case]) -> Table:
     ]
     found = Table(f"Whole stages: {'; '.join(str(case) for case in stages)}", columns)
     for way, key in WAYS.items():
-        run_dir = new_run(folder / key, [*settings, f"data.shard_dir={data / 'shards'}"])
+        run_dir = new_run(folder / key, [*settings, f"data.shard_dir={data / 'shards'}", f"data.on_device={key}"])
         rows = [stage_of(run_dir, i) for i in numbers]
         seconds = sum(
             epochs * (FILMS / rate + VALIDATION_FILMS * ms / 1000)

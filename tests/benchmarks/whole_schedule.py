@@ -13,6 +13,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pneumo_dist.model.unet import ResNet34UNet
@@ -26,6 +27,16 @@ LARGER = "256x128,256x256,512x32,512x64"
 # Lower bound of a step by memory traffic and arithmetic (bf16, 600 TFLOP/s in convolutions; H100 3.0 TB/s, H200 4.3),
 # every operator's inputs read and outputs written once: images/s by GPU and image side, at the paper's batches.
 BOUND = {"H100": {256: 5366, 512: 1342}, "H200": {256: 6615, 512: 1654}}
+LOOSE = "train.deterministic=false"
+WAYS = {  # name -> settings
+    "cpu": {OURS: (), f"{OURS}, {LOOSE}": (LOOSE,)},  # compile takes minutes of a C++ compiler there
+    "cuda": {
+        OURS: (),
+        f"{OURS}, train.cuda_graph=true": ("train.cuda_graph=true",),
+        f"{OURS}, {LOOSE}": (LOOSE,),
+        f"{OURS}, {LOOSE}, train.compile=true": (LOOSE, "train.compile=true"),
+    },
+}
 PEER = "segmentation_models_pytorch, plain loop with autocast"
 TUNED_PEER = "the same, channels_last, cudnn.benchmark, fused Adam"
 
@@ -35,10 +46,9 @@ def operations(size: int) -> int:
 
     Convolutions and their gradients only; normalisation and activations are left out, as is usual.
     """
-    with torch.device("meta"):
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:  # shapes only
         model = ResNet34UNet()
         images = torch.empty((2, 3, size, size))  # two: batch norm refuses one image where one value a channel is left
-    with FlopCounterMode(display=False) as counter:
         model(images)[0].sum().backward()
     return counter.get_total_flops() // 2
 
@@ -74,17 +84,9 @@ def _release(device: str) -> None:
 
 def measure(case: Case, rounds: int, steps: int) -> tuple[Table, float]:
     """Measure ours, ours without determinism and the plain loop with autocast in turns; return table and ours' images/s."""
-    makers = {
-        OURS: lambda: Ours(case),
-        f"{OURS}, train.deterministic=false": lambda: Ours(case, None, "train.deterministic=false"),
-        f"{OURS}, train.deterministic=false, train.compile=true": lambda: Ours(
-            case, None, "train.deterministic=false", "train.compile=true"
-        ),
-    }
+    makers = {name: lambda words=words: Ours(case, None, *words) for name, words in WAYS[case.device].items()}
     if find_spec("segmentation_models_pytorch"):
         makers |= {PEER: lambda: smp_loop(case), TUNED_PEER: lambda: smp_tuned(case)}
-    if case.device == "cpu":
-        del makers[f"{OURS}, train.deterministic=false, train.compile=true"]  # minutes of a C++ compiler
     memory: dict[str, float | None] = {}
     for name, make in makers.items():  # one after the other, alone on the device
         _release(case.device)
