@@ -1,10 +1,12 @@
 """The benchmarks' arithmetic: turns, ratios, the model of N nodes, the paper's schedule. Nothing is timed in here."""
 
-from dataclasses import replace
+import importlib
+import json
+from dataclasses import asdict, replace
 
 import pytest
 
-from tests.benchmarks import frame, paper_model, whole_schedule
+from tests.benchmarks import frame, gpu, paper_model, whole_schedule
 from tests.benchmarks.paper_model import Link, Step
 
 STEP = Step(fixed_s=0.01, image_s=0.02, gradient_bytes=100e6)
@@ -69,3 +71,23 @@ def test_schedule_counts_whole_batches_of_both_stages():
 
 def test_operations_grow_with_the_area():
     assert whole_schedule.operations(128) == pytest.approx(4 * whole_schedule.operations(64))
+
+
+def test_phases_measured_on_a_gpu_are_merged_once_and_again(tmp_path):
+    results = tmp_path / "RESULTS.md"
+    results.write_text(f"before\n{gpu.BEGIN}\nold\n{gpu.END}\nafter\n")
+    table = asdict(frame.Table("Facts", ["", "found"], [["a", 1.5]]))
+    found = {"machine": {"gpu": "NVIDIA X"}, "versions": {"torch": "1"}, "tables": [table]}
+    (tmp_path / "facts.json").write_text(json.dumps(found))
+    for _ in range(2):
+        gpu.merge(tmp_path, results)
+        text = results.read_text()
+        assert text.startswith("before\n") and text.endswith(f"{gpu.END}\nafter\n") and "old" not in text
+        assert text.count("#### Facts") == 1 and "gpu NVIDIA X, torch 1" in text
+        assert "Phase `step256`: not measured." in text
+
+
+def test_every_phase_names_a_benchmark_and_fits_its_limit():
+    for phase in gpu.PHASES.values():
+        assert callable(importlib.import_module(f"tests.benchmarks.{phase.benchmark}").main)
+        assert phase.minutes * 60 < gpu.LIMIT_S
