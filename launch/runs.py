@@ -30,7 +30,7 @@ examples:
   python launch/runs.py logs chest 2 -f           follow the log of stage 2's first rank
   python launch/runs.py logs chest 1 --fold 3 --rank 5
   python launch/runs.py cancel chest              all waiting and running SLURM jobs of the run
-  python launch/runs.py tensorboard chest         on localhost; prints the ssh command for remote access
+  python launch/runs.py tensorboard chest         on 127.0.0.1; prints the ssh command for remote access
   python launch/runs.py validate submission.csv --against /data/dicom-images-test
   python launch/runs.py score submission.csv --truth /data/train-rle.csv
 
@@ -65,7 +65,7 @@ def _parser() -> Parser:
     cancel = commands.add_parser("cancel", parents=[shared], help="cancel the SLURM jobs of a run")
     cancel.add_argument("run")
     cancel.add_argument("stage", nargs="?", help="preprocess, 1, 2, swa, evaluate, infer (default: all)")
-    tensorboard = commands.add_parser("tensorboard", parents=[shared], help="start TensorBoard for a run on localhost")
+    tensorboard = commands.add_parser("tensorboard", parents=[shared], help="start TensorBoard for a run on 127.0.0.1")
     tensorboard.add_argument("run")
     tensorboard.add_argument("--port", type=int, default=6006, help="port to listen on (default 6006; 0: any)")
     validate = commands.add_parser("validate", help="check the format of a submission")

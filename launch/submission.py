@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import os
 import sys
 
 from launch import bootstrap
-from launch.backends.prepare import Changes, write_config
+from launch.backends.prepare import Changes, close_folders, write_config
 from launch.monitor.outcome import print_result
 from launch.planning import checks
 from launch.planning.arguments import Request
@@ -15,7 +15,6 @@ from launch.planning.plan import Plan, check_recipe, make_plan, missing_line, ti
 from launch.planning.recipe import resolve
 from launch.planning.site import choose_site
 from pneumo_dist.config import ConfigError
-from pneumo_dist.runtime.files import restrict
 
 
 def run(request: Request) -> int:
@@ -42,14 +41,8 @@ def run(request: Request) -> int:
         print("no infer.dir: inferring on the training films; scores on them are inflated", flush=True)
     site = choose_site(request, plan.run)
     print(site.line, flush=True)
-    run = plan.run
-    try:
-        restrict((run.folder, run.jobs_dir, run.code_dir), site.profile.file_mask)
-    except OSError:
-        print(f"note: {run.folder} belongs to another account: its permissions stay as they are", flush=True)
+    os.umask(site.profile.file_mask)
     if site.slurm:
-        if re.search(r"[%\\\x00-\x1f]", str(run.folder)):  # SLURM would replace %j in the names of logs
-            raise ConfigError(f"{run.folder}: SLURM cannot write logs below a path with % or \\: {checks.OTHER_FOLDER}")
         bootstrap.ensure(slurm=True)
         # Imported late: it needs submitit, which a machine without SLURM may lack.
         from launch.backends.slurm_chain import submit_chain
@@ -60,6 +53,7 @@ def run(request: Request) -> int:
     for node, job in plan.missing:
         raise ConfigError(missing_line(plan, node, job))
     checks.refuse(plan, site)
+    close_folders(plan.run, site.profile.file_mask)
     for estimate in estimates(plan, site):
         print(f"note: {estimate}", flush=True)
     return run_local_chain(plan, site)

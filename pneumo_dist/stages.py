@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
         run_stage(options.stage, options.run_dir, options.fold, options.part, stop)
         return 0
     except Exception as error:
-        return exit_status(error, stopping.requeue if stopping.under_slurm() else None, stop)
+        return exit_status(error, stopping.requeue if stopping.under_slurm() else None)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ PYTHON=${PYTHON:-$PWD/.venv/bin/python}
 # -----------------------------------------------------------------------------------------------------------------
 
 set -euo pipefail
-umask 027 # pictures of patients: no other account reads them, except those of the group
+umask "$(printf %04o $((027 | 0$(umask))))" # pictures of patients: no account outside the group reads them
 if [ ! -d pneumo_dist ]; then
     echo "error: $PWD is not a checkout of pneumo_dist: call sbatch from the checkout's directory" >&2
     exit 2

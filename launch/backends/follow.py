@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from launch.backends.prepare import ledger_entry
 from launch.monitor.display import Display
 from launch.monitor.outcome import print_result, short_path
 from launch.monitor.status import folds_of, job_rows, query_slurm
 from launch.monitor.table import trouble
-from launch.planning.plan import DERIVED
-from launch.state import progress
+from launch.planning.plan import DERIVED, Plan
+from launch.planning.recipe import ROOT
+from launch.planning.site import Site
+from launch.state import codecopy, progress
 from launch.state import slurm_client as slurm
 from launch.state.ledger import Ledger
 from pneumo_dist import done
@@ -47,6 +52,8 @@ def wait(run: Run) -> int:
         raise ConfigError(answer.note)
     submitted = [row for row in job_rows(run, answer) if row.job_id]
     jobs = {row.node: row.job_id for row in submitted if row.state != "done" and row.job_id != "local"}
+    if needed := _live_and_needed(run, [row.job_id for row in submitted if row.state in slurm.LIVE]):
+        jobs = {node: job_id for node, job_id in jobs.items() if job_id in needed}
     if jobs:
         return follow(run, jobs, list(jobs), folds_of(run, []))
     undone = next((row for row in submitted if row.state != "done"), None)
@@ -57,26 +64,53 @@ def wait(run: Run) -> int:
     return 0
 
 
-def under_way(run: Run, nodes: Sequence[Node], folds: Sequence[int]) -> Jobs:
-    """Return the jobs of `nodes` if all are queued or running with the settings of `run`; else {}.
+def _live_and_needed(run: Run, live: Sequence[str]) -> set[str]:
+    """Return the ids of live jobs and of those that they depend on, directly or not; empty without a live one."""
+    needed = set(live)
+    for entry in reversed(Ledger(run).entries()):  # a job is submitted after those that it depends on
+        if entry.job_id in needed:
+            needed.update(re.findall(r"\d+", " ".join(entry.after)))
+    return needed
+
+
+def under_way(plan: Plan) -> Jobs:
+    """Return the jobs of the plan if all are queued or running with its settings and folds; else {}.
 
     An array counts until the job that merges it has ended: only then the stage is done.
     """
+    run = plan.run
     ledger, settings = Ledger(run), to_yaml(run.config)
     try:
         live = ledger.live()
     except slurm.SlurmError:  # reported where the jobs are submitted
         return {}
     newest = ledger.latest()
-    for node in nodes:
+    for node in plan.todo:
         submitted = run.job_config_file(node.key)
         if not live.keys() & {node.key, job_key(closing(node.stage), node.fold)} or node.key not in newest:
             return {}
-        if node.stage in DERIVED and newest[node.key].extra.get("folds") != sorted(folds):
-            return {}
         if not submitted.is_file() or submitted.read_text() != settings:
             return {}
-    return {node: newest[node.key].job_id for node in nodes}
+        if node.stage in DERIVED and newest[node.key].extra.get("folds") != sorted(plan.folds):
+            return {}
+    return {node: newest[node.key].job_id for node in plan.todo}
+
+
+def changed_request(plan: Plan, site: Site) -> str:
+    """Return in what the submitted jobs of the plan differ from the present command, as text; "" in nothing."""
+    newest, code = Ledger(plan.run).latest(), Path(codecopy.code_hash(ROOT))
+    waits = {job_id for node in plan.todo for job_id in re.findall(r"\d+", " ".join(newest[node.key].after))}
+    differing = {}
+    for node in plan.todo:
+        was, now = newest[node.key], ledger_entry(plan, site, node, code)
+        for name in ("nodes", "gpus_per_node", "profile"):
+            if was.extra.get(name) != now.extra[name]:
+                differing[name] = f"{name} {was.extra.get(name)}, now {now.extra[name]}"
+        if was.code != now.code:
+            differing["code"] = "code other than that of the checkout"
+    if not waits.issuperset(re.findall(r"\d+", plan.request.after or "")):
+        differing["after"] = f"no --after {plan.request.after}"
+    return "; ".join(differing.values())
 
 
 def follow(run: Run, jobs: Jobs, targets: Sequence[Node], folds: Sequence[int]) -> int:

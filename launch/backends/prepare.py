@@ -5,7 +5,9 @@ Starts nothing and submits nothing.
 
 from __future__ import annotations
 
+import errno
 import functools
+import stat
 import sys
 import time
 from dataclasses import dataclass, field
@@ -99,6 +101,18 @@ def prepare(plan: Plan, nodes: int = 1) -> tuple[Path, Changes]:
     if films and films.is_dir():  # not yet for films still to be generated: the first task then writes it
         write_film_plan(run, nodes)
     return codecopy.copy(ROOT, run), changes
+
+
+def close_folders(run: Run, mask: int) -> None:
+    """Take the permissions in `mask` from the folders of a run that were made with another umask."""
+    for folder in (run.folder, run.jobs_dir, run.code_dir):
+        try:
+            if folder.is_dir() and (mode := stat.S_IMODE(folder.stat().st_mode)) & mask:
+                folder.chmod(mode & ~mask)
+                print(f"note: {folder} is now closed to other accounts (umask {mask:04o})", flush=True)
+        except OSError as error:
+            reason = "it belongs to another account" if error.errno == errno.EPERM else error.strerror
+            print(f"note: the permissions of {folder} stay as they are: {reason}", flush=True)
 
 
 def write_config(run: Run, changes: Changes) -> None:

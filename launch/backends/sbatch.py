@@ -126,8 +126,8 @@ def _default_cpus(spec: JobSpec) -> int:
 
 def _setup_lines(spec: JobSpec) -> list[str]:
     return [
-        f"umask {spec.profile.file_mask:04o}",
         *spec.profile.setup,
+        f"umask {spec.profile.file_mask:04o}",  # what `setup` sources may set another one
         *(f"export {key}={shlex.quote(value)}" for key, value in sorted(spec.profile.env.items())),
         f"export PYTHONPATH={shlex.quote(str(spec.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         # `python -m` searches the current directory first: in the checkout it would not run the copy. UTF-8 whatever

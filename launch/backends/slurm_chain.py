@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.backends.follow import follow, under_way
-from launch.backends.prepare import ledger_entry, prepare, refuse_live
+from launch.backends.follow import changed_request, follow, under_way
+from launch.backends.prepare import close_folders, ledger_entry, prepare, refuse_live
 from launch.backends.sbatch import JobSpec, blocks_signals, script, submit
 from launch.jobs import Job
 from launch.planning import checks
@@ -93,8 +93,10 @@ def submit_chain(plan: Plan, site: Site) -> int:
         ConfigError: something must be corrected, or SLURM refused a job; then no job stays submitted.
     """
     while plan.todo or plan.conflicts:
-        if plan.request.wait and not plan.request.redo and (jobs := under_way(plan.run, plan.todo, plan.folds)):
+        if plan.request.wait and not plan.request.redo and not plan.conflicts and (jobs := under_way(plan)):
             print("queued or running already: following these jobs", flush=True)
+            if changed := changed_request(plan, site):
+                print(f"note: they were submitted with {changed}: to change that, cancel them first", flush=True)
             return follow(plan.run, jobs, plan.targets, plan.folds)
         try:
             job_ids, limit = _submit(plan, site)
@@ -142,6 +144,7 @@ def _submit(plan: Plan, site: Site) -> tuple[JobIds, str | None]:
     ledger = Ledger(plan.run)
     plan, job_ids = _live_jobs(plan, ledger)
     checks.refuse(plan, site)
+    close_folders(plan.run, site.profile.file_mask)
     if note := site.environment_note:
         print(note, flush=True)
     for line in estimates(plan, site):

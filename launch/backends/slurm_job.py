@@ -45,7 +45,7 @@ class Job:
         except Exception as error:
             # submitit catches what exit_status raises and writes the traceback into the log and the result file.
             requeue = partial(requeue_handler, signal.SIGUSR2, None) if callable(requeue_handler) else None
-            sys.exit(exit_status(error, requeue, stop))
+            sys.exit(exit_status(error, requeue))
 
     def checkpoint(self) -> Any:
         """Return the same job again (submitit's protocol for a requeue)."""

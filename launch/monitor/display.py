@@ -6,6 +6,7 @@ A terminal shows progress bars that are redrawn in place; other outputs get a pl
 from __future__ import annotations
 
 import codecs
+import io
 import os
 import shutil
 import sys
@@ -35,7 +36,10 @@ class _PlainText:
 
 @contextmanager
 def plain_output() -> Iterator[None]:
-    """Write no control character of a file name, a configuration or a log to the terminal."""
+    """Write any text of a file name, a configuration or a log to the terminal, but no control character."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal need not be UTF-8
     out, error = _PlainText(sys.stdout), _PlainText(sys.stderr)
     with redirect_stdout(out), redirect_stderr(error):
         yield

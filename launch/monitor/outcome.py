@@ -20,15 +20,23 @@ TAIL_BYTES = 64 * 1024
 # The last line of a traceback, this project's one-line errors, and messages of SLURM and the kernel on a killed job.
 _ERROR = re.compile(
     r"^error: |^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Timeout|Stale)\b|^slurmstepd(-\S+)?: error|^srun: error|"
-    r"^srun: fatal|^sbatch: (error|fatal)|oom.kill|Out Of Memory|No space left|CUDA out of memory|"
+    r"^srun: fatal|^sbatch: (error|fatal)|\boom.kill|Out Of Memory|No space left|CUDA out of memory|"
     r": No such file or directory$|: Permission denied$|command not found$|collective operation timeout",
     re.IGNORECASE,
 )
+# Lines that look like errors and are none: SLURM goes on; the program's own remarks, after which it has gone on.
+_HARMLESS = re.compile(r"going to /tmp|already completing|^\d\d:\d\d:\d\d( \[rank \d+\])? [DIW] ")
 # Attempts append to the same file; each starts with such a line.
 _ATTEMPT = re.compile(r"--- \d{4}-|.*submitit INFO .*Starting with JobEnvironment")
 _OWN_PREFIX = re.compile(r"^(error: |pneumo_dist\.\S*ConfigError: )")  # the message after it is complete without it
+# Lines of SLURM and of the shell: a failed line of `setup` does not end the job.
+_SURROUNDINGS = re.compile(
+    r"^(srun|sbatch|slurmstepd)\b|^/\S+: line \d+: |command not found$|"
+    r"^[\w./-]+: .*: (No such file or directory|Permission denied)$"
+)
 # Consequences of the end of another rank: they explain a failure only when there is no other line.
 _CONSEQUENCE = re.compile(
+    r"rank [\d, ]+( and \d+ more)? did not come to|rank 0 was not found at|"
     r"Connection (closed|reset) by peer|Broken pipe|remote process exited|\bDist(Backend|Network|Store)Error\b|"
     r"waiting for job step|Job step aborted"
 )
@@ -51,10 +59,12 @@ def failure_line(logs: Iterable[Path]) -> tuple[str, Path] | None:
 
 def _relevance(line: str) -> int:
     if is_root_cause(line):
-        return 4
+        return 5
     if "CANCELLED AT" in line or _TASK_END.search(line):
         return 2 if _ABRUPT_END.search(line) else 0
-    return 1 if _CONSEQUENCE.search(line) else 3
+    if _CONSEQUENCE.search(line):
+        return 1
+    return 3 if _SURROUNDINGS.search(line) else 4
 
 
 def _error_lines(path: Path) -> list[str]:
@@ -68,8 +78,9 @@ def _error_lines(path: Path) -> list[str]:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     starts = [i for i, line in enumerate(lines) if _ATTEMPT.match(line)]
     attempt = lines[starts[-1] :] if starts else lines
-    ends = [line for line in attempt if _TASK_END.search(line)]
-    errors = [_OWN_PREFIX.sub("", line)[:300] for line in attempt if _ERROR.search(line) and line not in ends[1:]]
+    attempt = [line for line in attempt if _ERROR.search(line) and not _HARMLESS.search(line)]
+    later_ends = [i for i, line in enumerate(attempt) if _TASK_END.search(line)][1:]
+    errors = [_OWN_PREFIX.sub("", line)[:300] for i, line in enumerate(attempt) if i not in later_ends]
     return sorted(errors, key=_relevance)  # stable: of equal lines the newest stays last
 
 

@@ -1,4 +1,4 @@
-"""Start TensorBoard for a run. It answers only requests with a secret in their path, and listens on localhost only.
+"""Start TensorBoard for a run. It answers only requests with a secret in their path, and listens on 127.0.0.1 only.
 
 TensorBoard has no login, and every account of this host can reach its port.
 """
@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from pneumo_dist.config import ConfigError
 from pneumo_dist.run import RunFolder
+from pneumo_dist.runtime.meeting.launcher import LOOPBACK
 
 
 def start_tensorboard(run: RunFolder, port: int) -> None:
@@ -32,7 +33,7 @@ def start_tensorboard(run: RunFolder, port: int) -> None:
 
     secret = secrets.token_urlsafe(16)
     server = program.TensorBoard(plugins=default.get_plugins())
-    options = ["--logdir", str(run.folder), "--host", "localhost", "--port", str(port), "--load_fast", "false"]
+    options = ["--logdir", str(run.folder), "--host", LOOPBACK, "--port", str(port), "--load_fast", "false"]
     server.configure(argv=["tensorboard", *options, "--path_prefix", f"/{secret}"])
     try:
         port = urlsplit(server.launch()).port or port  # --port 0: any free one
@@ -41,7 +42,7 @@ def start_tensorboard(run: RunFolder, port: int) -> None:
     names = (socket.getfqdn(), socket.gethostname())  # the full name, unless /etc/hosts makes it localhost
     host = next((name for name in names if not name.startswith("localhost")), names[1])
     jump = f"-J {getpass.getuser()}@{os.environ['SLURM_SUBMIT_HOST']} " if "SLURM_SUBMIT_HOST" in os.environ else ""
-    print(f"http://localhost:{port}/{secret}/   (curves on one page: add #custom_scalars)")
-    print(f"from another machine, first: ssh -N -L {port}:localhost:{port} {jump}{getpass.getuser()}@{host}")
+    print(f"http://{LOOPBACK}:{port}/{secret}/   (curves on one page: add #custom_scalars)")
+    print(f"from another machine, first: ssh -N -L {port}:{LOOPBACK}:{port} {jump}{getpass.getuser()}@{host}")
     print("only this address answers: other accounts of this host cannot read the films without it", flush=True)
     threading.Event().wait()

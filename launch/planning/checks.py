@@ -6,6 +6,7 @@ Writes nothing, except one test file that is removed at once when a run is about
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -171,6 +172,8 @@ def problems(plan: Plan, site: Site, probe: bool) -> Iterator[str]:
         probe: also write a test file; False for a dry run.
     """
     yield from plan.conflicts
+    if site.slurm and re.search(r"[%\\\x00-\x1f]", str(plan.run.folder)):  # SLURM would replace %j in the names of logs
+        yield f"{plan.run.folder}: SLURM cannot write logs below a path with % or \\: {OTHER_FOLDER}"
     yield from _too_many_ranks(plan, site)
     yield from _bad_training(plan)
     yield from _missing_films(plan)

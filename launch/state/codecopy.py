@@ -40,9 +40,16 @@ def copy(root: Path, run: RunFolder) -> Path:
     """Copy the code to `code/<hash>` of the run unless that folder exists, and return the folder.
 
     Raises:
-        ConfigError: an existing copy has a changed, additional or linked file, which the jobs would run.
+        ConfigError: an existing copy has a changed, additional or linked file, which the jobs would run, or the disk
+            fails.
     """
-    target = run.code_dir / code_hash(root)
+    try:
+        return _copy(root, run.code_dir / code_hash(root))
+    except OSError as error:
+        raise ConfigError(f"{error.filename or run.code_dir}: cannot copy the code: {error.strerror}") from None
+
+
+def _copy(root: Path, target: Path) -> Path:
     if target.is_symlink() or target.exists():
         for path in _differences(root, target):
             raise ConfigError(
@@ -50,7 +57,7 @@ def copy(root: Path, run: RunFolder) -> Path:
                 "this run, remove that folder, and repeat the command"
             )
         for cache in list(target.rglob("__pycache__")):  # Python would run what it holds in place of the sources
-            shutil.rmtree(cache)
+            shutil.rmtree(cache, ignore_errors=True)  # a running job may write to it
         return target
     temporary = target.with_name(f".copying-{uuid.uuid4().hex[:8]}")
     try:
@@ -70,13 +77,17 @@ def copy(root: Path, run: RunFolder) -> Path:
 
 
 def _differences(root: Path, copied: Path) -> Iterator[Path]:
-    """Yield what differs in a copy. Links are not followed: none is made by a copy."""
+    """Yield what differs in a copy. Links are not followed: none is made by a copy. Hidden files are never run."""
     if copied.is_symlink():
         yield Path()
         return
-    entries = [path for path in copied.rglob("*") if "__pycache__" not in path.parts or path.is_symlink()]
     expected = set(_files(root))
-    found = {path.relative_to(copied) for path in entries if path.is_symlink() or not path.is_dir()}
+    found = {
+        path.relative_to(copied)
+        for path in copied.rglob("*")
+        if path.is_symlink()
+        or not (path.is_dir() or path.name.startswith(".") or "__pycache__" in path.relative_to(copied).parts)
+    }
     yield from sorted(expected ^ found)
     for path in sorted(expected & found):
         if (copied / path).is_symlink() or (copied / path).read_bytes() != (root / path).read_bytes():

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 from pathlib import Path
 
 from pneumo_dist.config import ConfigError
@@ -36,12 +37,15 @@ def stage_shards(shard_dir: Path, stage_dir: Path, size: int) -> Path:
         raise ConfigError(f"data.stage_dir={stage_dir}: the variable is not set on this node: set another directory")
     hashes = _hashes(shard_dir, size, read_json(shard_dir / "manifest.json")["shards"])
     key = hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()[:16]
-    copy = Path(target).absolute() / f"pneumo_dist-shards-{key}"
+    copy = Path(target).absolute() / f"pneumo_dist-shards-{key}-{os.getuid()}"
     try:
         copy.mkdir(parents=True, exist_ok=True)
-        if copy.stat().st_uid != os.getuid():  # the copy is read without its hashes from now on
-            raise ConfigError(f"data.stage_dir={stage_dir}: {copy} belongs to another account: set another directory")
-        with copy.with_suffix(".lock").open("w") as lock:
+        found = copy.lstat()
+        if found.st_uid != os.getuid() or stat.S_ISLNK(found.st_mode):  # it is read without its hashes from now on
+            raise ConfigError(
+                f"data.stage_dir={stage_dir}: {copy} is a link or belongs to another account: set another directory"
+            )
+        with (copy / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it if its holder dies
             if not (copy / COMPLETE).exists():
                 _copy(shard_dir, copy, hashes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import subprocess
 import sys
@@ -13,19 +12,15 @@ from pneumo_dist.config import ConfigError
 from pneumo_dist.runtime.failure import error_line
 from pneumo_dist.runtime.ranks import discover
 from pneumo_dist.runtime.runlog import plain_text
-from pneumo_dist.runtime.stopping import Stopped, StopSignal
-
-# How the ranks of a job end that was suspended: the first one whose time is up closes its connections.
-_LOST_CONTACT = re.compile(r"Application timeout|[Tt]imed out|Connection (closed|reset)|Broken pipe")
+from pneumo_dist.runtime.stopping import Stopped
 
 
-def exit_status(error: Exception, requeue: Callable[[], object] | None, stop: StopSignal) -> int:
+def exit_status(error: Exception, requeue: Callable[[], object] | None) -> int:
     """Print the error line of a stage that raised `error`, and return the exit status of its process.
 
     Args:
         requeue: asks SLURM to requeue this job, and raises what submitit and subprocess raise when that fails;
             None outside SLURM.
-        stop: the signals that this process has received.
 
     Raises:
         Exception: `error` itself, after its line, when it is a programming error and needs its traceback.
@@ -41,10 +36,6 @@ def exit_status(error: Exception, requeue: Callable[[], object] | None, stop: St
             return _requeued(requeue) if ranks.first else 0
         _print(f"rank {ranks.rank}: {error}; repeat the same command to continue")
         return error.status
-    # SIGCONT also comes before the SIGTERM of a cancelled or preempted job, which must not be requeued.
-    if stop.suspended and not stop.save and requeue and _LOST_CONTACT.search(str(error)):
-        _print(f"{ranks.label}: suspended for longer than the ranks wait for each other: continues from the checkpoint")
-        return _requeued(requeue) if ranks.first else 0
     line = error_line(error)
     _print(f"error: {ranks.label}: {line or ' '.join(f'{type(error).__name__}: {error}'.split())[:300]}")
     if line is None:
@@ -70,7 +61,7 @@ def _requeued(requeue: Callable[[], object]) -> int:
         reason = f"SLURM refused to requeue (scontrol exited {failed.returncode})"
     except subprocess.TimeoutExpired:
         reason = "scontrol requeue did not answer"
-    _print(f"error: the state is saved, but {reason}: repeat the same command to continue")
+    _print(f"error: stopped before the time limit, but {reason}: repeat the same command to continue")
     return 1
 
 

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,18 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from pneumo_dist.runtime.failure import disk_error
-
-
-def restrict(folders: Iterable[Path], mask: int) -> None:
-    """Create files without the permissions in `mask` from now on, and take them from the folders that exist.
-
-    Raises:
-        OSError: a folder belongs to another account.
-    """
-    os.umask(mask)
-    for folder in folders:
-        if folder.is_dir() and (mode := stat.S_IMODE(folder.stat().st_mode)) & mask:
-            folder.chmod(mode & ~mask)
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -43,13 +43,10 @@ class StopSignal:
         self.leave: int = 0  # number of the signal that requests a save and an exit, 0 for none
         self.save: bool = False  # a save is requested (SIGTERM under SLURM)
         self.saved: bool = False  # the save that was requested is done
-        self.suspended: bool = False  # SLURM has stopped this process and let it go on
 
     def note(self, signum: int, _frame: Any = None) -> None:
         """Remember the request (the signal handler)."""
-        if signum == signal.SIGCONT:
-            self.suspended = True
-        elif signum == signal.SIGTERM and under_slurm():
+        if signum == signal.SIGTERM and under_slurm():
             self.save = True
         elif not self.leave:
             self.leave = int(signum)
@@ -76,7 +73,7 @@ def install() -> StopSignal:
     Launchers start Python with the signals blocked, so that one that arrives during the start stays pending.
     """
     stop = StopSignal()
-    for signum in (*SIGNALS, signal.SIGCONT):
+    for signum in SIGNALS:
         signal.signal(signum, stop.note)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     return stop

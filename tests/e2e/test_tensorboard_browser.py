@@ -76,14 +76,14 @@ def served(run_dir, tmp_path):
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (Debian package chromium)")
 def test_scalars_images_and_the_first_page_load(run_dir, served, tmp_path):
     port, printed = served
-    assert f" -L {port}:localhost:{port} -J " in printed and "@login1" in printed
+    assert f" -L {port}:127.0.0.1:{port} -J " in printed and "@login1" in printed
     others = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), port, socket.AF_INET)}
     for address in others - {"127.0.0.1"}:
         if not address.startswith("127."):
             assert socket.socket().connect_ex((address, port)), f"reachable at {address}"
     scores = json.loads((run_dir / "fold0" / "evaluate" / "scores.json").read_text())
     with Browser(tmp_path / "profile") as browser:
-        address = re.search(r"http://localhost:\d+/[\w-]+/", printed)[0]
+        address = re.search(r"http://127\.0\.0\.1:\d+/[\w-]+/", printed)[0]
         browser.call("Page.navigate", url=f"{address}?tagFilter=evaluation%2Fdice_all_empty%7Coverlay#timeseries")
         browser.until(f"{CELLS}.includes('fold0/stage1/tensorboard')", LIMIT_S)
         browser.until(f"{CELLS}.includes('{scores['dice_all_empty']:.4g}')", LIMIT_S)
@@ -92,7 +92,7 @@ def test_scalars_images_and_the_first_page_load(run_dir, served, tmp_path):
         browser.call("Page.navigate", url=f"{address}#custom_scalars")
         browser.until(f"{CHARTS} >= {len(tensorboard.layout(False, False)['Learning'])}", LIMIT_S)
         assert all(
-            url.startswith((f"http://localhost:{port}/", "data:", "blob:", "chrome:", "about:"))
+            url.startswith((f"http://127.0.0.1:{port}/", "data:", "blob:", "chrome:", "about:"))
             for url in browser.requests
         )
 

@@ -105,6 +105,33 @@ LOGS = {
         [f"{PORT}\nsubmitit INFO (2026-11-25 17:28:02,371) - Starting with JobEnvironment(job_id=23)\nKeyError: 'x'\n"],
         "KeyError", "",
     ),
+    "harmless lines around a rank's own error": (
+        ["/var/spool/slurmd/job00019/slurm_script: line 9: module: command not found\ncat: /opt/x: Permission denied\n"
+         "slurmstepd: error: couldn't chdir to `/r': No such file or directory: going to /tmp instead\n"
+         "srun: error: Unable to create step for job 5: Job/step already completing or completed\n"
+         "12:00:00 I no space left on device: trying the next one\n",
+         "12:00:00 [rank 1] W No space left on device: no picture\nKeyError: '/data/room_killer'\n"],
+        "KeyError", "",
+    ),
+    "only harmless lines and a set-up line": (
+        ["/x/slurm_script: line 9: module: command not found\n"
+         "slurmstepd: error: couldn't chdir to `/r': No such file or directory: going to /tmp instead\n"],
+        "module", "`setup`",
+    ),
+    "ranks that did not come, and why": (
+        ["error: rank 0 of 2 on n1: of 2 ranks, rank 1 did not come to n1, port 3; the others are on n1: see the log\n",
+         "error: rank 1 of 2 on n2: the job has GPUs (GPUS=1), but torch 2 (CUDA 13.0) sees none, with no driver\n"],
+        "sees none", "",
+    ),
+    "ranks that did not meet": (
+        ["error: rank 0 of 2 on n1: of 2 ranks, rank 1 did not come to n1, port 3; the others are on n1: see the log\n"
+         "srun: error: n1: task 0: Exited with exit code 1\n",
+         "error: rank 1 of 2 on n2: rank 0 was not found at n1 (10.0.0.1), ports 3, ... (Connection reset by peer)\n"],
+        "did not come", "",
+    ),
+    "equal ends of tasks": (
+        ["srun: error: n1: task 0: Killed\nsrun: error: n1: task 0: Killed\n"], "task 0: Killed", "mem_gb",
+    ),
     "a port that was in use, said in passing": (
         ["12:00:00 W port 29500: address already in use, trying 29501\nKeyError: 'x'\n"], "KeyError", "",
     ),
@@ -121,6 +148,11 @@ def test_the_first_cause_is_named_with_what_to_do(tmp_path: Path, name: str) -> 
     assert found and line in found[0]
     helped = advice(found[0], "FAILED", "exit 1:0")
     assert wanted in helped and bool(helped) == bool(wanted)
+
+
+def test_a_status_is_not_looked_for_within_other_words() -> None:
+    assert advice("", "PENDING", "waits for stage 1; process 7 on 10.0.0.1:5312") == ""
+    assert advice("", "FAILED", "exit 15:53, ") == advice("", "FAILED", "exit 0:53") != ""
 
 
 @pytest.mark.parametrize(

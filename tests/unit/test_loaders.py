@@ -291,10 +291,18 @@ def test_a_half_made_copy_is_completed_and_a_damaged_source_refused(shards, tmp_
 def test_an_unset_variable_or_a_small_disk_is_one_line(shards, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="variable is not set"):
         stage_shards(shards, "$NO_SUCH_VARIABLE_HERE/x", 32)
-    (tmp_path / "tmp" / stage_shards(shards, tmp_path / "mine", 32).name).mkdir(parents=True)
-    with monkeypatch.context() as other, pytest.raises(ConfigError, match="belongs to another account"):
-        other.setattr(staging.os, "getuid", lambda: 65534)
-        stage_shards(shards, tmp_path / "tmp", 32)
+    mine = stage_shards(shards, tmp_path / "mine", 32)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / mine.name).symlink_to(mine)
+    (tmp_path / "tmp" / mine.name.replace(f"-{os.getuid()}", "-65534")).mkdir(parents=True)
+    for folder, uid in (("linked", os.getuid()), ("tmp", 65534)):
+        with (
+            monkeypatch.context() as other,
+            pytest.raises(ConfigError, match="is a link or belongs to another account"),
+        ):
+            other.setattr(staging.os, "getuid", lambda uid=uid: uid)
+            stage_shards(shards, tmp_path / folder, 32)
+    assert stage_shards(shards, tmp_path / "tmp", 32).name == mine.name, "another account's copy is not in the way"
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: staging.shutil._ntuple_diskusage(1, 1, 10))
     with pytest.raises(ConfigError, match="GB free, the shards need"):
         stage_shards(shards, tmp_path / "small", 32)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import io
 import logging
 import os
 import re
@@ -15,6 +18,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 
+from launch.backends.prepare import close_folders
 from launch.monitor.display import Display, plain_output
 from launch.planning.profile import load_profile
 from launch.planning.recipe import ROOT
@@ -27,11 +31,11 @@ from pneumo_dist.inference.film_plan import PlannedFilm
 from pneumo_dist.inference.outputs import csv_text, empty_row, write_predictions
 from pneumo_dist.run import RunFolder
 from pneumo_dist.runtime import runlog
-from pneumo_dist.runtime.files import restrict
 from pneumo_dist.scoring.submission_csv import as_cell, from_cell, read_rows, score_submission, write_submission
 from tests.film_files import film_bytes, grey, streamed_bytes
 from tests.unit.test_sbatch import script
 from tests.unit.test_slurm_chain import submit, tools
+from tests.unit.test_submit import make
 
 __all__ = ["tools"]
 
@@ -64,24 +68,34 @@ def test_the_umask_of_the_profile_reaches_the_jobs(
     shell(of_shell)
     (tmp_path / "p.yaml").write_text(text)
     profile = load_profile(tmp_path / "p.yaml")
-    assert profile.file_mask == mask and f"\numask {mask:04o}\n" in script(tmp_path, profile=profile)
+    written = script(tmp_path, profile=dataclasses.replace(profile, setup=["umask 0"]))
+    assert profile.file_mask == mask and written.index("\numask 0\n") < written.index(f"\numask {mask:04o}\n")
+
+
+@pytest.mark.parametrize(("of_shell", "mask"), [("022", "0027"), ("077", "0077"), ("0", "0027")])
+def test_plain_scripts_have_the_shells_umask_if_it_is_stricter(of_shell: str, mask: str) -> None:
+    program = ["bash", "-c", f"umask {of_shell}; . slurm/env.sh; umask"]
+    assert subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()[-1] == mask
 
 
 @pytest.mark.parametrize("value", ["'002'", "77", "0o27", "27", "027", "727", "[1]"])
 def test_a_umask_with_which_others_could_write_is_refused(tmp_path: Path, value: str) -> None:
     (tmp_path / "p.yaml").write_text(f"umask: {value}")
-    with pytest.raises(ConfigError, match="umask=|umask:|put 027 in quotes"):
+    with pytest.raises(ConfigError, match="umask=|umask:|umask must not|put 027 in quotes"):
         load_profile(tmp_path / "p.yaml")
 
 
 def test_no_other_account_reads_a_run_and_nobody_else_writes_it(
-    tools: Path, tmp_path: Path, shell: Callable[[int], int]
+    tools: Path, tmp_path: Path, shell: Callable[[int], int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Also a run that an older version has begun."""
     shell(0)
     for folder in ("a", "a/jobs", "a/code"):
         (tmp_path / folder).mkdir()
+    assert submit(tmp_path, "--stage", "preprocess", "--nodes", "2000") == 2, "a refused command changes nothing"
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o777
     assert submit(tmp_path, "--stage", "preprocess") == 0
+    assert capfd.readouterr().out.count("is now closed to other accounts (umask 0027)") == 3
     entries = [tmp_path / "a", *(tmp_path / "a").rglob("*")]
     assert len(entries) > 100
     for path in entries:
@@ -89,15 +103,18 @@ def test_no_other_account_reads_a_run_and_nobody_else_writes_it(
 
 
 def test_a_run_of_another_account_keeps_its_permissions(
-    tmp_path: Path, shell: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shell: Callable[[int], int], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shell(0o022)
-    (tmp_path / "new").mkdir(mode=0o750)
-    (tmp_path / "old").mkdir()
-    monkeypatch.setattr(Path, "chmod", lambda *_: (_ for _ in ()).throw(PermissionError))
-    restrict([tmp_path / "new", tmp_path / "none"], 0o027)
-    with pytest.raises(PermissionError):
-        restrict([tmp_path / "old"], 0o027)
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "code").mkdir(mode=0o750)
+    tmp_path.chmod(0o750)
+    run = make("--stage", "1", f"run_root={tmp_path.parent}", "--run", tmp_path.name, "model.pretrained=none").run
+    for number, reason in ((errno.EPERM, "it belongs to another account"), (errno.EROFS, "Read-only file system")):
+        failed = OSError(number, os.strerror(number))
+        monkeypatch.setattr(Path, "chmod", lambda *_, failed=failed: (_ for _ in ()).throw(failed))
+        close_folders(run, 0o027)
+        assert capfd.readouterr().out == f"note: the permissions of {tmp_path / 'jobs'} stay as they are: {reason}\n"
 
 
 # ---- the copy of the code
@@ -128,6 +145,7 @@ CHANGES: dict[str, Callable[[Path, Path], object]] = {
     "pneumo_dist/b.py": lambda code, out: _replaced(code / "pneumo_dist/b.py", out),
     "launch/__pycache__": lambda code, out: (out.mkdir(), (code / "launch/__pycache__").symlink_to(out)),
     "": lambda code, out: _replaced(code, out),
+    ".a.py": lambda code, out: (out.touch(), (code / ".a.py").symlink_to(out)),
 }
 
 
@@ -146,7 +164,27 @@ def test_compiled_files_of_a_copy_are_not_used_again(copied: tuple[Path, RunFold
     root, run, code = copied
     (code / "launch" / "__pycache__").mkdir()
     (code / "launch" / "__pycache__" / "a.cpython-311.pyc").write_bytes(b"anything")
+    for hidden in (".nfs0001", ".DS_Store"):
+        (code / hidden).touch()
     assert codecopy.copy(root, run) == code and not (code / "launch" / "__pycache__").exists()
+
+
+def test_a_running_job_or_a_failing_disk_is_no_traceback(
+    copied: tuple[Path, RunFolder, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, run, code = copied
+    (code / "launch" / "__pycache__").mkdir()
+
+    def job_writes(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    with monkeypatch.context() as busy:
+        busy.setattr(os, "rmdir", job_writes)
+        assert codecopy.copy(root, run) == code
+    (root / "launch" / "a.py").write_text("changed")
+    monkeypatch.setattr(codecopy.shutil, "copyfile", job_writes)
+    with pytest.raises(ConfigError, match="cannot copy the code: Directory not empty"):
+        codecopy.copy(root, run)
 
 
 # ---- csv
@@ -221,6 +259,15 @@ def test_no_control_character_reaches_the_terminal(
         assert text in shown
 
 
+def test_a_terminal_that_is_not_utf_8_shows_every_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with plain_output():
+        print("fine \u00fc, film \u6f22")
+    stream.flush()
+    assert stream.buffer.getvalue() == b"fine \xfc, film \\u6f22\n"
+
+
 @pytest.mark.parametrize("name", ["DOE JOHN", "DOE^JOHN", "12345678"])
 def test_no_message_quotes_a_text_of_the_header(name: str) -> None:
     pixels = grey(20, 24)
@@ -242,9 +289,9 @@ def test_tensorboard_answers_only_who_knows_the_secret(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         try:
             assert server.stdout is not None
-            address = re.match(r"(http://localhost:\d+/)([\w-]{20,})/", server.stdout.readline())
+            address = re.match(r"(http://127\.0\.0\.1:\d+/)([\w-]{20,})/", server.stdout.readline())
             assert address
-            assert "ssh -N -L" in server.stdout.readline() and "other accounts" in server.stdout.readline()
+            assert ":127.0.0.1:" in server.stdout.readline() and "other accounts" in server.stdout.readline()
             for path in ("", "data/runs", f"{'x' * len(address[2])}/data/runs"):
                 with pytest.raises(HTTPError, match="404"):
                     urlopen(address[1] + path)

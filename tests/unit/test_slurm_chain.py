@@ -103,6 +103,14 @@ def test_a_refused_job_takes_the_earlier_ones_back(
     assert (tools / "cancelled").read_text() == "1 2\n"
 
 
+def test_a_path_that_slurm_would_change_is_refused_and_shown_by_a_dry_run(
+    tools: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert [submit(tmp_path / "100%j", "--stage", "preprocess", *words) for words in ([], ["--dry-run"])] == [2, 0]
+    refused = capfd.readouterr().err
+    assert "error: " in refused and "warning: " in refused and refused.count("a path with % or \\: choose") == 2
+
+
 def test_a_refused_redo_leaves_the_old_result_where_it_was(tools: Path, tmp_path: Path) -> None:
     plan = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL)
     for stage, fold in (("finalize", None), ("1", 0)):

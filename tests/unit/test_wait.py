@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -102,11 +103,47 @@ def test_an_array_is_under_way_until_the_job_that_merges_it_has_ended(
     for live in ("preprocess", "finalize"):  # the array runs; then only the last job is left
         queue.write_text(squeue(f"{ids[live]}|{live}.a|RUNNING|None|n1") + "\n")
         nodes = [node for node in plan.todo if node.key == "preprocess"]
-        assert {node.key: job for node, job in follow.under_way(plan.run, nodes, plan.folds).items()} == {
-            "preprocess": ids["preprocess"]
-        }
+        under_way = follow.under_way(dataclasses.replace(plan, todo=tuple(nodes)))
+        assert {node.key: job for node, job in under_way.items()} == {"preprocess": ids["preprocess"]}
     queue.write_text("")
-    assert follow.under_way(plan.run, plan.todo, plan.folds) == {}
+    assert follow.under_way(plan) == {}
+
+
+def test_jobs_for_other_folds_are_not_followed_and_other_requests_are_said(
+    queue: Path, tmp_path: Path, tools: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tools / "count").write_text("10")
+    words = ("--stage", "all", "--run", "a", f"run_root={tmp_path}", *SMALL, "--folds")
+    queue.write_text("")
+    assert submit(tmp_path, "--stage", "all", "--folds", "0,1") == 0
+    entries = Ledger(RunFolder(tmp_path / "a")).entries()[2:]
+    queue.write_text(squeue(*(f"{e.job_id}|{e.name}|RUNNING|None|n1" for e in entries)) + "\n")
+    both = make(*words, "1,0")
+    assert len(follow.under_way(both)) == len(both.todo)
+    pool = tuple(node for node in both.todo if node.stage == "pool")
+    assert not follow.under_way(dataclasses.replace(make(*words, "0,1,2"), todo=pool))
+    with monkeypatch.context() as ctrl_c:
+        ctrl_c.setattr(follow, "Display", Interrupted)
+        ctrl_c.setattr(follow.codecopy, "code_hash", lambda _: "other")
+        more = ("--nodes", "2", "--profile", "configs/cluster/gpu.yaml", "--after", "99")
+        assert submit(tmp_path, "--stage", "all", "--folds", "0,1", "--wait", *more) == 130
+    (note,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("note: they were")]
+    for said in ("nodes 1, now 2", "gpu.yaml", "code other than", "no --after 99"):
+        assert said in note
+
+
+def test_an_old_failed_job_is_not_waited_for(
+    queue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where others are live; those that they depend on are."""
+    swa = Entry(key="swa-fold0", stage="swa", fold=0, cluster="slurm", job_id="7", name="swa-fold0.a")
+    Ledger(RunFolder(tmp_path / "a")).append(swa)
+    first = squeue("1|stage1-fold0.a|FAILED|NonZeroExitCode|n1|0|256", "2|stage2-fold0.a|PENDING|Dependency|")
+    queue.write_text(first + "\n" + squeue("7|swa-fold0.a|FAILED|NonZeroExitCode|n1|0|256") + "\n")
+    monkeypatch.setattr(follow, "Display", Interrupted)
+    assert wait(tmp_path) == 130
+    shown = capfd.readouterr().out
+    assert "stage1-fold0" in shown and "stage2-fold0" in shown and "swa-fold0" not in shown
 
 
 @pytest.mark.parametrize("local", [True, False])
