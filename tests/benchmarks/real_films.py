@@ -1,15 +1,16 @@
 """Learning on real films: out-of-fold scores of this project's recipe, of its former loss, and of a peer.
 
     python -m tests.benchmarks real_films --dicom-dir DIR --csv FILE... --patients FILE... --work DIR [--seeds 0,1]
-        [--size 96 --epochs 20 ...] [--arms ours,before,peer] [--weights FILE --device cuda]
+        [--size 96 --epochs 20 ...] [--arms ours,before,peer] [--films 200,400,0] [--weights FILE --device cuda]
 
 Every arm sees the same films and patient folds, for as many epochs of the same size. "ours" is configs/small.yaml;
 "before" is the same with Dice over all films, best Dice over all films, the data's share of positives, and without the
 image-level term and the affine augmentation; "peer" is segmentation_models_pytorch's
 Unet("resnet34") with its own DiceLoss and BCE in a plain loop over shuffled films. All start from random weights, or
-all from torchvision's ImageNet weights (--weights). No epoch is chosen by looking. Thresholds are tuned on other folds.
-Finished folds are not repeated, and an unfinished one of ours resumes, when --work is given again; processes with other seeds
-or arms may run at the same time.
+with the encoder of --weights: torchvision's ImageNet weights, or any ResNet-34 of its names. --films trains on about
+so many films of each training fold, whole patients; the validation folds stay. No epoch is chosen by looking.
+Thresholds are tuned on other folds. Finished folds are not repeated, and an unfinished one of ours resumes, when --work
+is given again; processes with other seeds, arms or folds may run at the same time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import sys
+from collections import Counter
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +33,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pneumo_dist import config as configuration
 from pneumo_dist.data.augment import Augmenter
-from pneumo_dist.data.cases import Case, read_cases
+from pneumo_dist.data.cases import HOLDOUT, read_cases, write_cases
 from pneumo_dist.data.loaders import FilmDataset, TrainBatches, fold_cases, make_loader
-from pneumo_dist.model.pretrained import imagenet_file, import_torchvision
+from pneumo_dist.model.pretrained import import_torchvision
 from pneumo_dist.model.unet import normalise
 from pneumo_dist.prediction.forward import Predictor, predict_records
 from pneumo_dist.runtime.files import write_json, write_text
@@ -46,16 +51,16 @@ COLUMNS = ("Dice on positives", "AUC", "sens. at 0.9 spec.", "Dice, cross-fitted
 Floats = NDArray[np.float64]
 
 
-def recipe(options: argparse.Namespace, arm: str, seed: int) -> configuration.Config:
-    """Return the configuration of one arm; the peer takes films, size and length from it."""
+def recipe(options: argparse.Namespace, arm: str, seed: int, shards: Path) -> configuration.Config:
+    """Return the configuration of one arm; the peer takes films, start, size and length from it."""
     words = [
         f"data.dicom_dir={options.dicom_dir.absolute()}",
         f"data.rle_csv={options.work / 'rle.csv'}",
         f"data.patient_map={options.work / 'patients.csv'}",
-        f"data.shard_dir={options.work / 'shards'}",
+        f"data.shard_dir={shards}",
         "data.shards=4",
         "data.workers=1",
-        f"model.pretrained={'imagenet' if options.weights else 'none'}",
+        "model.pretrained=none",
         f"train.seed={seed}",
         f"train.threads={options.threads}",
         "train.workers=0",
@@ -65,8 +70,8 @@ def recipe(options: argparse.Namespace, arm: str, seed: int) -> configuration.Co
         f"stage1.size={options.size}",
         f"stage1.epochs={options.epochs}",
     ]
-    words += [f"model.weights={options.weights.absolute()}"] if options.weights else []
-    words += BEFORE if arm == "before" else ()
+    words += [f"stage1.init_from={options.weights.absolute()}"] if options.weights else []
+    words += BEFORE if arm != "ours" else ()
     return configuration.load(ROOT / "configs" / "small.yaml", words)
 
 
@@ -76,24 +81,52 @@ def join_lists(paths: list[Path], target: Path) -> None:
     write_text(target, "\n".join([texts[0][0], *(line for text in texts for line in text[1:])]) + "\n")
 
 
-def prepare(options: argparse.Namespace) -> list[Case]:
-    """Make the shards and folds that all arms share, and return the films."""
+def prepare(options: argparse.Namespace) -> Path:
+    """Make the shards and folds that all arms share, and return their folder."""
+    shards: Path = options.work / "shards"
     options.work.mkdir(parents=True, exist_ok=True)
     with open(options.work / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be starting too
         join_lists(options.csv, options.work / "rle.csv")
         join_lists(options.patients, options.work / "patients.csv")
         folder = options.work / f"data-{options.size}"
-        write_text(folder / "config.yaml", configuration.to_yaml(recipe(options, "ours", 0)))
+        write_text(folder / "config.yaml", configuration.to_yaml(recipe(options, "ours", 0, shards)))
         for stage in ("preprocess", "finalize"):
             run_stage(stage, folder)
-    return read_cases(options.work / "shards")
+    return shards
 
 
-def ours(options: argparse.Namespace, arm: str, seed: int, fold: int) -> Path:
-    """Train and evaluate one fold through the ordinary stages; return the file of its records."""
-    run_dir = options.work / f"{arm}-{options.size}-seed{seed}"
-    config = recipe(options, arm, seed)
+def part_of(shards: Path, films: int, seed: int, fold: int) -> Path:
+    """Return a view of the shards in which all but about so many training films of the fold are held out.
+
+    Patients are drawn in one order for every number of films: fewer films are a part of more.
+    """
+    cases = read_cases(shards)
+    counts = Counter(case.group for case in fold_cases(cases, fold)[0])
+    order = np.random.default_rng([seed, fold]).permutation(sorted(counts))
+    before = np.cumsum([counts[group] for group in order]) - [counts[group] for group in order]
+    kept = set(order[before < films].tolist())
+    view = shards.with_name(f"{shards.name}-{films}-seed{seed}-fold{fold}")
+    view.mkdir(exist_ok=True)
+    for path in shards.iterdir():
+        if path.name != "cases.csv" and not (view / path.name).exists():
+            (view / path.name).symlink_to(path)
+    write_cases(view, [case if case.fold == fold or case.group in kept else replace(case, fold=HOLDOUT) for case in cases])  # fmt: skip
+    return view
+
+
+def records_of(options: argparse.Namespace, shards: Path, arm: str, films: int, seed: int, fold: int) -> Path:
+    """Train and evaluate one fold of one arm where that is not done; return the file of its records."""
+    name = f"{arm}-{options.size}-{options.epochs}-{options.amp}"
+    name += f"-{options.weights.stem}" if options.weights else ""
+    name += f"-{films}films-of-fold{fold}" if films else ""
+    shards = part_of(shards, films, seed, fold) if films else shards
+    train = peer if arm == "peer" else ours
+    return train(recipe(options, arm, seed, shards), options.work / f"{name}-seed{seed}", fold)
+
+
+def ours(config: configuration.Config, run_dir: Path, fold: int) -> Path:
+    """Train and evaluate one fold through the ordinary stages."""
     write_text(run_dir / "config.yaml", configuration.to_yaml(config))
     for stage in (*config.stages, "evaluate"):
         run_stage(stage, run_dir, fold)
@@ -105,34 +138,33 @@ class PeerNet(nn.Module):
 
     film_head = None
 
-    def __init__(self, weights: Path | None) -> None:
+    def __init__(self, weights: str | None) -> None:
         super().__init__()
         import_torchvision()  # the library imports it
         import segmentation_models_pytorch as smp
 
         self.net = smp.Unet("resnet34", encoder_weights=None, in_channels=3, classes=1)
         if weights:
-            state = torch.load(imagenet_file(weights), map_location="cpu", weights_only=True)
+            state = torch.load(weights, map_location="cpu", weights_only=True)
             self.net.encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         return self.net(x), None
 
 
-def peer(options: argparse.Namespace, seed: int, fold: int, cases: list[Case]) -> Path:
-    """Train the other library's network on one fold, score it as ours is; return the file of its records."""
-    settings_name = f"peer-{options.size}-{options.epochs}-{options.amp}{'-pretrained' if options.weights else ''}"
-    path = options.work / f"{settings_name}-seed{seed}" / f"fold{fold}" / "records.npz"
+def peer(config: configuration.Config, run_dir: Path, fold: int) -> Path:
+    """Train the other library's network on one fold, and score it as ours is."""
+    path = run_dir / f"fold{fold}" / "records.npz"
     if path.exists():
         return path
-    config, device = recipe(options, "before", seed), Ranks().device
-    torch.set_num_threads(options.threads)
+    device, seed, shards = Ranks().device, config.train.seed, Path(str(config.data.shard_dir))
+    torch.set_num_threads(config.train.threads)
     torch.manual_seed(seed)
-    net = PeerNet(options.weights).to(device)
+    net = PeerNet(config.stage1.init_from).to(device)
     import segmentation_models_pytorch as smp
 
-    train, validation = fold_cases(cases, fold)
-    stage, shards, half = config.stage1, options.work / "shards", options.amp == "bf16"
+    train, validation = fold_cases(read_cases(shards), fold)
+    stage, half = config.stage1, config.train.amp == "bf16"
     batches = TrainBatches(len(train), stage.batch_size, seed, stage.epochs)
     films = make_loader(FilmDataset(shards, stage.size, train, Augmenter(config.augment, seed)), batches, 0, seed)
     optimizer = torch.optim.Adam(net.parameters(), lr=stage.lr)
@@ -239,7 +271,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folds", type=numbers, default=[0, 1, 2, 3, 4])
     parser.add_argument("--size", type=int, default=96, help="pixels")
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--weights", type=Path, help="torchvision's resnet34 weights; default: random start")
+    parser.add_argument("--films", type=numbers, default=[0], help="training films of a fold, a learning curve; 0: all")
+    parser.add_argument(
+        "--weights", type=Path, help="state dict of a resnet34, torchvision's names; default: random start"
+    )
     parser.add_argument("--amp", default="bf16", help="train.amp: bf16, or off where the processor has no bfloat16")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on the CPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the GPU that torch sees")
@@ -247,6 +282,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
+    if options.weights and not options.weights.is_file():
+        parser.error(f"--weights {options.weights}: no such file")
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     options.work = options.work.absolute()
@@ -256,19 +293,19 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Train what is missing, and print the tables."""
     options = arguments()
-    cases = prepare(options)
+    shards = prepare(options)
     parts: dict[tuple[str, int], list[Path]] = {}
-    for seed in options.seeds:
-        for arm in options.arms:
-            parts[arm, seed] = [
-                peer(options, seed, fold, cases) if arm == "peer" else ours(options, arm, seed, fold)
-                for fold in options.folds
-            ]
-    result = report(parts, recipe(options, "ours", 0).evaluate)
+    for seed, arm, films in product(options.seeds, options.arms, options.films):
+        label = f"{arm}, {films} films" if films else arm
+        parts[label, seed] = [records_of(options, shards, arm, films, seed, fold) for fold in options.folds]
+    result = report(parts, recipe(options, "ours", 0, shards).evaluate)
     if options.json:
         settings = {k: str(v) for k, v in vars(options).items()}
         write_json(options.json, {"options": settings, "scores": result})
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except configuration.ConfigError as error:
+        sys.exit(f"error: {error}")
