@@ -41,6 +41,11 @@ def undisturbed(prepared, tmp_path_factory):
     return run_dir
 
 
+def change(run_dir, *words):
+    config = configuration.load(run_dir / "config.yaml", list(words))
+    (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
+
+
 class StopAt:
     """Ask to leave after given steps of successive attempts; "e3" means during the validation of epoch 3."""
 
@@ -112,8 +117,7 @@ def test_the_plateau_rule_continues_from_its_state(prepared, tmp_path, monkeypat
     for name, points in (("calm", []), ("stopped", [3, "e2", 5])):
         run_dir = small_run.copy_of(prepared, tmp_path / name)
         settings = ["stage1.schedule=plateau", "stage1.plateau_patience=1", "stage1.lr=0.5"]  # too high: the loss rises
-        config = configuration.load(run_dir / "config.yaml", settings)
-        (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
+        change(run_dir, *settings, "loss.dice_over=batch")
         StopAt(monkeypatch, run_dir, points).run()
         monkeypatch.undo()
         found.append(small_run.fingerprint(run_dir))
@@ -125,6 +129,7 @@ def test_stage_2_and_the_batch_norm_job_continue_with_the_same_bits(undisturbed,
     found = []
     for name, points in (("calm", []), ("stopped", [2, 5])):
         run_dir = small_run.copy_of(undisturbed, tmp_path / name)
+        change(run_dir, "loss.dice_over=all")
         StopAt(monkeypatch, run_dir, points, "2").run()
         monkeypatch.undo()
         if points:
