@@ -1,6 +1,6 @@
 """Training from pretrained weights, shown with phantom films: the encoder of one data set starts the network of another.
 
-    python -m tests.benchmarks.pretrained [--films 64 --epochs 8 --lr 0.001,0.0003 --work DIR ...]
+    python -m tests.benchmarks.pretrained [--films 64 --epochs 8 --lr 0.001 --work DIR ...]
 
 The encoder is trained on other, more and smaller films, and stored as torchvision stores ImageNet weights: a bare
 ResNet-34. Both arms see the same films, fold, seeds and learning rates; decoder and heads start at random. What counts
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--films", type=int, default=64)
     parser.add_argument("--size", type=int, default=96, help="pixels")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--lr", default="0.001,0.0003", help="learning rates, of the whole network")
+    parser.add_argument("--lr", default="0.001", help="learning rates of the whole network, for example 0.001,0.0003")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="torch threads on the CPU")
     parser.add_argument("--work", type=Path, help="folder of the runs; default: a temporary one")
