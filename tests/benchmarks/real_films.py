@@ -20,7 +20,6 @@ import fcntl
 import os
 import sys
 from collections import Counter
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pneumo_dist import config as configuration
 from pneumo_dist.data.augment import Augmenter
-from pneumo_dist.data.cases import HOLDOUT, read_cases, write_cases
+from pneumo_dist.data.cases import read_cases, write_cases
 from pneumo_dist.data.loaders import FilmDataset, TrainBatches, fold_cases, make_loader
 from pneumo_dist.model.pretrained import import_torchvision
 from pneumo_dist.model.unet import normalise
@@ -97,7 +96,7 @@ def prepare(options: argparse.Namespace) -> Path:
 
 
 def part_of(shards: Path, films: int, seed: int, fold: int) -> Path:
-    """Return a view of the shards in which all but about so many training films of the fold are held out.
+    """Return a view of the shards that lists the fold's validation films and about so many of its training films.
 
     Patients are drawn in one order for every number of films: fewer films are a part of more.
     """
@@ -111,7 +110,7 @@ def part_of(shards: Path, films: int, seed: int, fold: int) -> Path:
     for path in shards.iterdir():
         if path.name != "cases.csv" and not (view / path.name).exists():
             (view / path.name).symlink_to(path)
-    write_cases(view, [case if case.fold == fold or case.group in kept else replace(case, fold=HOLDOUT) for case in cases])  # fmt: skip
+    write_cases(view, (case for case in cases if case.fold == fold or case.group in kept))
     return view
 
 
