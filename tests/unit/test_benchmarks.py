@@ -6,7 +6,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from tests.benchmarks import frame, gpu, paper_model, whole_schedule
+from pneumo_dist.data.cases import Case, read_cases, write_cases
+from pneumo_dist.data.loaders import fold_cases
+from tests.benchmarks import frame, gpu, paper_model, real_films, whole_schedule
 from tests.benchmarks.paper_model import Link, Step
 
 STEP = Step(fixed_s=0.01, image_s=0.02, gradient_bytes=100e6)
@@ -91,3 +93,15 @@ def test_every_phase_names_a_benchmark_and_fits_its_limit():
     for phase in gpu.PHASES.values():
         assert callable(importlib.import_module(f"tests.benchmarks.{phase.benchmark}").main)
         assert phase.minutes * 60 < gpu.LIMIT_S
+
+
+def test_fewer_training_films_are_whole_patients_and_part_of_more(tmp_path):
+    cases = [Case(f"f{i:03}", 0, i, 9, 9, i % 2, i % 7 % 3, i % 7, "", "", "-1") for i in range(100)]
+    write_cases(tmp_path / "shards", cases)
+    few, more = (
+        fold_cases(read_cases(real_films.part_of(tmp_path / "shards", n, seed=0, fold=1)), 1) for n in (20, 40)
+    )
+    train, validation = fold_cases(cases, 1)
+    assert few[1] == more[1] == validation
+    assert 20 <= len(few[0]) < 40 <= len(more[0]) < len(train) and set(few[0]) < set(more[0]) < set(train)
+    assert {c.group for c in few[0]}.isdisjoint(c.group for c in train if c not in few[0])
