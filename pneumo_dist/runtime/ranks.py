@@ -6,6 +6,7 @@ single-process stages start quickly. Nothing that crosses ranks is a pickle.
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -147,11 +148,15 @@ class Ranks:
         _set_pg_timeout(timedelta(seconds=timeout_s))
 
     def close(self) -> None:
-        """Destroy the process group, if there is one."""
+        """Destroy the process group, if there is one, and end its threads.
+
+        They free tensors, which needs the interpreter: one that does so while the process exits would abort it.
+        """
         if self.world_size > 1:
             import torch.distributed as dist
 
             dist.destroy_process_group()
+            gc.collect()  # what is left of DDP refers to the group
 
 
 def discover(environ: Mapping[str, str] = os.environ) -> Ranks:

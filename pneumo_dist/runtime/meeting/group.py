@@ -88,6 +88,7 @@ def _choose_interface(own: str, first: str) -> None:
 def _connect(ranks: Ranks, answer: Facts, listeners: list[socket.socket], timeout_s: float) -> None:
     import torch
     import torch.distributed as dist
+    import torch.distributed.nn  # now: default arguments in there would keep the group, and its threads, for ever
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
     if ranks.device.type == "cuda":
