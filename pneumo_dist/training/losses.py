@@ -50,12 +50,9 @@ class BatchLoss:
         """
         if self.config.dice_over == "all":
             return torch.full_like(labels, 1 / films)
-        masked = masks.flatten(1).any(1)
-        return (
-            labels
-            * masked
-            / (torch.as_tensor(positives).clamp(min=1) if self.config.dice_over == "positives" else films)
-        )
+        # On the device also for a number: a GPU divides by one from the host otherwise, which may change the last bit.
+        count = (labels.new_zeros(()) + positives).clamp(min=1) if self.config.dice_over == "positives" else films
+        return labels * masks.flatten(1).any(1) / count
 
     def share(
         self,
