@@ -6,7 +6,7 @@ import os
 import sys
 
 from launch import bootstrap
-from launch.backends.prepare import Changes, close_folders, write_config
+from launch.backends.prepare import close_folders, write_config_alone
 from launch.monitor.outcome import print_result
 from launch.planning import checks
 from launch.planning.arguments import Request
@@ -33,7 +33,7 @@ def run(request: Request) -> int:
     if not plan.todo and not plan.conflicts:
         name = "the whole chain" if request.stage == "all" else title(request.stage, None)
         print(f"{name} is done already (--redo runs it again)")
-        write_config(plan.run, Changes())
+        write_config_alone(plan.run)
         print_result(plan.run, plan.targets, plan.folds)
         return 0
     check_recipe(plan)

@@ -65,7 +65,6 @@ _INFER = (
     "infer.triplet",
     "infer.outputs",
     "infer.batch_size",
-    "infer.part_size",
     "train.amp",
     "data.max_pixels",
 )

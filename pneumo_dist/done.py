@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import shlex
 from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
@@ -150,6 +151,7 @@ def read_done(run: Run, stage: str, fold: int | None) -> dict[str, Any] | None:
         record = dict(read_json(run.done_file(stage, fold)))
         if not {"settings", "inputs", "outputs"} <= record.keys():
             raise ValueError
+        record["settings"].pop("infer.part_size", None)  # earlier versions recorded it; it changes no answer
         return record
     except FileNotFoundError:
         return None
@@ -259,9 +261,17 @@ def difference_line(run: Run, stage: str, fold: int | None, keys: list[str]) -> 
     again = f"--stage {command} --redo" + (f" --folds {fold}" if fold else "")
     shown = "; ".join(_both(run, stage, key, record) for key in keys)
     return (
-        f"{run.dir_of(stage, fold)} is done with other settings ({shown}): keep its settings, "
+        f"{run.dir_of(stage, fold)} is done with other settings ({shown}): "
+        f"keep its settings{words_for(keys, record['settings'])}, "
         f"choose another name with --run OTHER, or repeat it with {again}"
     )
+
+
+def words_for(keys: Collection[str], settings: dict[str, Any]) -> str:
+    """Return the words to type for the settings of a result, in brackets; "" if none of `keys` is one."""
+    known = configuration.keys().keys() & settings.keys() & set(keys)
+    words = " ".join(shlex.quote(f"{key}={configuration.word(settings[key])}") for key in sorted(known))
+    return f" (type {words})" if words else ""
 
 
 def _both(run: Run, stage: str, key: str, record: dict[str, Any]) -> str:

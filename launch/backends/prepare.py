@@ -10,6 +10,7 @@ import functools
 import stat
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from launch.planning.site import Site
 from launch.state import codecopy
 from launch.state import slurm_client as slurm
 from launch.state.ledger import Entry, Ledger
-from launch.state.locks import holder
+from launch.state.locks import Locked, holder, lock
 from pneumo_dist import config as configuration
 from pneumo_dist.chain import Node
 from pneumo_dist.config import ConfigError
 from pneumo_dist.inference.film_plan import write_film_plan
 from pneumo_dist.run import Run
-from pneumo_dist.runtime.files import write_text
+from pneumo_dist.runtime.files import write_bytes
 
 
 def refuse_live(plan: Plan, ledger: Ledger, slurm_answers: bool) -> None:
@@ -64,43 +65,64 @@ class Changes:
     """Changes on disk that can be undone, if the jobs for which they were made were not submitted."""
 
     renamed: list[tuple[Path, Path]] = field(default_factory=list)  # folders of old results: name before, name now
-    texts: dict[Path, str | None] = field(default_factory=dict)  # files and what they held; None: there was none
+    files: dict[Path, bytes | None] = field(default_factory=dict)  # what they held; None: there was none
 
-    def replace(self, path: Path, text: str | None) -> None:
-        """Write a file, or remove it for None."""
-        self.texts.setdefault(path, path.read_text() if path.exists() else None)
-        if text is None:
-            path.unlink(missing_ok=True)
+    def keep(self, path: Path) -> bytes | None:
+        """Return what a file holds, and keep it for `undo`."""
+        held = path.read_bytes() if path.exists() else None
+        self.files.setdefault(path, held)
+        return held
+
+    def replace(self, path: Path, data: bytes | None) -> None:
+        """Write a file unless it holds `data` already, or remove it for None."""
+        if self.keep(path) == data:
+            return
+        if data is None:
+            path.unlink()
         else:
-            write_text(path, text)
+            write_bytes(path, data)
 
     def undo(self) -> None:
-        """Rename old results back, and give the files what they held."""
-        for before, now in self.renamed:
-            if not before.exists():
-                now.rename(before)
-        for path, text in self.texts.items():
-            self.replace(path, text)
+        """Give the files what they held, and rename old results back."""
+        try:
+            for path, data in self.files.items():
+                self.replace(path, data)
+        finally:
+            for before, now in self.renamed:
+                with suppress(OSError):  # it replaces an empty folder only: a cancelled job may have begun already
+                    now.rename(before)
 
 
 def prepare(plan: Plan, nodes: int = 1) -> tuple[Path, Changes]:
     """Rename old results (--redo), write the configurations and the copy of the code; return the copy's folder.
 
+    After an error or Ctrl-C every change is undone.
+
     Args:
         nodes: tasks of an array.
     """
-    run, changes = plan.run, Changes()
+    code, changes = codecopy.copy(ROOT, plan.run), Changes()
+    try:
+        _write(plan, nodes, changes)
+    except BaseException:
+        changes.undo()
+        raise
+    return code, changes
+
+
+def _write(plan: Plan, nodes: int, changes: Changes) -> None:
+    run = plan.run
     if plan.request.redo:
         _rename_old_results(plan, changes)
     write_config(run, changes)
     for node in plan.todo:
         if node.stage in DERIVED:  # recomputed from its inputs: the old DONE.json would end the job at once
             changes.replace(run.done_file(node.stage, node.fold), None)
-        changes.replace(run.job_config_file(node.key), configuration.to_yaml(run.config))
+        changes.replace(run.job_config_file(node.key), configuration.to_yaml(run.config).encode())
     films = run.infer_source if any(node.stage == "infer" for node in plan.todo) else None
     if films and films.is_dir():  # not yet for films still to be generated: the first task then writes it
+        changes.keep(run.infer_dir / "plan.json")
         write_film_plan(run, nodes)
-    return codecopy.copy(ROOT, run), changes
 
 
 def close_folders(run: Run, mask: int) -> None:
@@ -117,13 +139,27 @@ def close_folders(run: Run, mask: int) -> None:
 
 def write_config(run: Run, changes: Changes) -> None:
     """Write config.yaml of an accepted command; the text before is kept under the next number."""
-    text = configuration.to_yaml(run.config)
-    before = run.config_file.read_text() if run.config_file.exists() else None
+    text = configuration.to_yaml(run.config).encode()
+    before = changes.keep(run.config_file)
     if before not in (None, text):
         number = len(list(run.config_history.glob("*.yaml"))) + 1
         changes.replace(run.config_history / f"{number:04d}.yaml", before)
-    if before != text:
-        changes.replace(run.config_file, text)
+    changes.replace(run.config_file, text)
+
+
+def write_config_alone(run: Run) -> None:
+    """Write config.yaml of a command that starts no job; say so if that is not possible."""
+    text, held = configuration.to_yaml(run.config), run.config_file
+    try:
+        if held.exists() and held.read_text() == text:
+            return
+        guard = lock(run.submit_lock, wait_s=30)
+        try:
+            write_config(run, Changes())
+        finally:
+            guard.release()
+    except (OSError, Locked) as error:
+        print(f"note: {held} keeps the settings of the command before: {error}", flush=True)
 
 
 def _rename_old_results(plan: Plan, changes: Changes) -> None:
@@ -153,6 +189,7 @@ def ledger_entry(plan: Plan, site: Site, node: Node, code: Path, **fields: Any) 
         "nodes": site.nodes,
         "gpus_per_node": site.gpus_per_node,
         "profile": str(site.profile_path) if site.profile_path else None,
+        "typed": site.typed,
         "git": _git_state(ROOT),
         "command": sys.argv,
     }

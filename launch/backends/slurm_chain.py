@@ -158,7 +158,7 @@ def _submit(plan: Plan, site: Site) -> tuple[JobIds, str | None]:
         code, changes = prepare(plan, site.array_tasks)
         try:
             submitted, limit = _submit_all(plan, site, code, ledger, job_ids)
-        except ConfigError:
+        except BaseException:  # no job stays submitted
             changes.undo()
             raise
     finally:

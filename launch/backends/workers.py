@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -49,19 +48,6 @@ class Outcome:
     failed: tuple[int, int] | None = None
 
 
-def gpus(visible: str | None) -> list[str]:
-    """Return the GPUs that CUDA shows to a worker with this CUDA_VISIBLE_DEVICES, without importing torch."""
-    if visible is not None:
-        return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [str(i) for i, line in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
-
-
 def job_workers(
     *,
     key: str,
@@ -80,7 +66,7 @@ def job_workers(
     shared = {**environment.passed(local=True), **profile_env}
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     # Ranks choose a GPU by LOCAL_RANK; the tasks of an array all have LOCAL_RANK 0.
-    devices = gpus(shared.get("CUDA_VISIBLE_DEVICES")) if kind == "array" and stage == "infer" else []
+    devices = environment.gpus(shared) if kind == "array" and stage == "infer" else []
     group = []
     for i in range(count):
         command = [python, "-m", "pneumo_dist.stages", "--stage", stage, "--run-dir", str(run.folder)]

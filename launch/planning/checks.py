@@ -15,6 +15,7 @@ from pathlib import Path
 from launch.planning.plan import Plan
 from launch.planning.shape import shape_of
 from launch.planning.site import Site
+from launch.state import environment
 from launch.state.slurm_client import largest_array
 from pneumo_dist.chain import STAGES
 from pneumo_dist.config import TRAIN_STAGES, ConfigError
@@ -84,7 +85,13 @@ def _too_many_ranks(plan: Plan, site: Site) -> Iterator[str]:
             )
 
 
-def _bad_training(plan: Plan) -> Iterator[str]:
+def _gpus(site: Site) -> int:
+    """Return how many GPUs a node has for its jobs; on this machine they need not be asked for."""
+    shell = environment.passed(local=True) | site.profile.env
+    return site.gpus_per_node if site.slurm else len(environment.gpus(shell))
+
+
+def _bad_training(plan: Plan, site: Site) -> Iterator[str]:
     config = plan.run.config
     stages = {node.stage for node in plan.todo}
     if "1" in stages and config.model.weights and not Path(config.model.weights).is_file():
@@ -94,6 +101,11 @@ def _bad_training(plan: Plan) -> Iterator[str]:
         )
     if stages & set(TRAIN_STAGES):
         yield from _error_line(config.loss.check)
+        if config.train.cuda_graph and (site.ranks > 1 or not _gpus(site)):
+            yield (
+                "train.cuda_graph=true needs one rank with a GPU: give --nodes 1 --gpus-per-node 1, or set "
+                "train.cuda_graph=false"
+            )
     for stage in stages & set(TRAIN_STAGES):
         init_from = config.train_stage(stage).init_from
         if init_from:
@@ -175,7 +187,7 @@ def problems(plan: Plan, site: Site, probe: bool) -> Iterator[str]:
     if site.slurm and re.search(r"[%\\\x00-\x1f]", str(plan.run.folder)):  # SLURM would replace %j in the names of logs
         yield f"{plan.run.folder}: SLURM cannot write logs below a path with % or \\: {OTHER_FOLDER}"
     yield from _too_many_ranks(plan, site)
-    yield from _bad_training(plan)
+    yield from _bad_training(plan, site)
     yield from _missing_films(plan)
     not_writable = _not_writable(plan.run.folder)
     if not_writable:

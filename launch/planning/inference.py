@@ -23,12 +23,15 @@ def inference_notes(plan: Plan, site: Site) -> Iterator[str]:
     """Yield the notes, one line each; a missing folder is an error elsewhere."""
     run = plan.run
     with suppress(ConfigError):
-        films = make_film_plan(run, site.array_tasks, read_film_plan(run.infer_dir))
+        existing = None if plan.request.redo else read_film_plan(run.infer_dir)
+        films = make_film_plan(run, site.array_tasks, existing)
         idle = site.array_tasks - films.parts
+        smaller = -(-len(films.films) // site.array_tasks)
         if idle > 0:
+            more = f": give infer.part_size={smaller} for more" if smaller < films.part_size else ""
             yield (
                 f"{idle} of the {site.array_tasks} tasks of infer have nothing to do: its {len(films.films)} films are "
-                f"{films.parts} part{'s' if films.parts > 1 else ''} (infer.part_size={films.part_size})"
+                f"{films.parts} part{'s' if films.parts > 1 else ''} of up to {films.part_size}{more}"
             )
         if 0 < len(films.pictures) < len(films.films) and "dicomseg" in run.config.infer.outputs:
             yield f"{len(films.pictures)} of {len(films.films)} films are no DICOM files and get no DICOM SEG"

@@ -110,7 +110,7 @@ def _planned(
 ) -> Plan:
     run = recipe.run
     todo, conflicts, kept = _compare_with_disk(recipe, targets, requested, request)
-    conflicts += _contradictions(recipe, targets, todo)
+    conflicts += [*_contradictions(recipe, targets, todo), *_other_folds(run, folds, todo)]
     if not request.redo and not any(node.stage in ("preprocess", "finalize") for node in todo):
         todo = [node for node in todo if node.stage != "phantom"]  # only preprocessing reads it
     return Plan(
@@ -212,6 +212,19 @@ def _contradictions(recipe: Recipe, targets: Sequence[Node], todo: Sequence[Node
             yield done.difference_line(run, closing(node.stage), node.fold, differ)
 
 
+def _other_folds(run: Run, folds: Sequence[int], todo: Sequence[Node]) -> Iterator[str]:
+    """Refuse to pool folds of new shards with evaluated folds of the present ones."""
+    if not {"finalize", "pool"} <= {node.stage for node in todo}:
+        return
+    others = [k for k in run.folds if k not in folds and done.read_done(run, "evaluate", k) is not None]
+    if others and done.differences(run, "finalize", None) != []:
+        yield (
+            f"{run.shard_dir} will change, but {', '.join(f'fold {k}' for k in others)} of this run, which would be "
+            f"pooled too, is evaluated on what it holds now: repeat these folds with "
+            f"--folds {','.join(map(str, sorted([*folds, *others])))} --redo, or choose another name with --run OTHER"
+        )
+
+
 def _split_of_others(run: Run) -> Iterator[str]:
     """Say that shards of another run are divided by lists that this run does not name."""
     record = done.read_done(run, "finalize", None)
@@ -233,8 +246,8 @@ def submitted_otherwise(run: Run, job: JobName) -> str | None:
         return None
     shown = "; ".join(f"{key}={word(then.get(key))}, now {word(now[key])}" for key in differ)
     return (
-        f"{title(*job)} was submitted with other settings ({shown}): keep them, choose another name with --run OTHER, "
-        f"or repeat it with --stage {command_stage(job[0])} --redo"
+        f"{title(*job)} was submitted with other settings ({shown}): keep them{done.words_for(differ, then)}, choose "
+        f"another name with --run OTHER, or repeat it with --stage {command_stage(job[0])} --redo"
     )
 
 

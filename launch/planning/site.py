@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class Site:
     nodes: int
     gpus_per_node: int
     line: str  # message for the user: SLURM, or why this machine
+    typed: dict[str, Any]  # profile, nodes and GPUs as far as this command or an earlier one names them
     _partitions: dict[str | None, slurm_client.Partition | None] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -69,7 +71,9 @@ class Site:
 
 
 def choose_site(request: Request, run: RunFolder) -> Site:
-    """Choose between SLURM and this machine; profile, nodes and GPUs are by default those of the last submission.
+    """Choose between SLURM and this machine; profile, nodes and GPUs are by default those last typed for such jobs.
+
+    A typed profile comes before earlier GPUs, and another one before earlier nodes too.
 
     Raises:
         ConfigError: SLURM is requested but not available, or the profile is wrong.
@@ -81,25 +85,38 @@ def choose_site(request: Request, run: RunFolder) -> Site:
         if request.after:
             raise ConfigError(f"--after waits for a SLURM job, but the jobs would run on this machine: {reason}")
     last = _last_submission(request, run, slurm=not reason)
+    if not request.profile and not Path(last.get("profile", "/")).exists():
+        print(f"note: the profile of the last submission is gone: {last.pop('profile')}", file=sys.stderr)
     path = find_profile(request.profile or last.get("profile"))
     profile = load_profile(path)
-    if last.get("profile") != (str(path) if path else None):
+    typed: dict[str, Any] = {"profile": str(path)} if request.profile else {}
+    if typed and typed["profile"] != last.get("profile"):
         last = {}  # the nodes and GPUs of another profile
-    nodes = request.nodes or last.get("nodes") or 1
-    gpus = last.get("gpus_per_node") if request.gpus_per_node is None else request.gpus_per_node
-    gpus = profile.gpus_per_node if gpus is None else gpus
+    elif typed and profile.gpus_per_node is not None:
+        last.pop("gpus_per_node", None)
+    given = {"nodes": request.nodes, "gpus_per_node": request.gpus_per_node}
+    typed |= {key: value for key, value in given.items() if value is not None}
+    kept = " ".join(f"--{key.replace('_', '-')} {last[key]}" for key in last if key not in typed)
+    typed = last | typed
+    gpus = typed.get("gpus_per_node", profile.gpus_per_node)
     if gpus is None:
         partition = None if reason else slurm_client.partition(profile.partition)
         gpus = 1 if partition and partition.gpus else 0
     line = f"running on this machine ({reason})" if reason else "submitting to SLURM"
-    typed = {"profile": request.profile, "nodes": request.nodes, "gpus_per_node": request.gpus_per_node}
-    kept = [f"--{key.replace('_', '-')} {last[key]}" for key in typed if typed[key] is None and last.get(key)]
-    line += f" (as in the last submission: {' '.join(kept)})" if kept else ""
-    return Site(slurm=not reason, profile=profile, profile_path=path, nodes=nodes, gpus_per_node=gpus, line=line)
+    line += f" (as in the last submission: {kept})" if kept else ""
+    return Site(
+        slurm=not reason,
+        profile=profile,
+        profile_path=path,
+        nodes=typed.get("nodes", 1),
+        gpus_per_node=gpus,
+        line=line,
+        typed=typed,
+    )
 
 
 def _last_submission(request: Request, run: RunFolder, slurm: bool) -> dict[str, Any]:
-    """Return profile, nodes and GPUs of the run's last submission to SLURM, or to this machine; {} without one.
+    """Return what was typed of profile, nodes and GPUs by the run's last submission to SLURM, or to this machine.
 
     Only jobs of the same shape count: a training does not need the nodes of an array.
     """
@@ -108,5 +125,5 @@ def _last_submission(request: Request, run: RunFolder, slurm: bool) -> dict[str,
         family = FAMILY.get(entry.stage, entry.stage)
         same = family == array if array else STAGES[family].shape == "ranks"
         if entry.event == "submitted" and same and (entry.cluster == "slurm") == slurm:
-            return entry.extra
+            return dict(entry.extra.get("typed", {}))
     return {}

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
+from collections.abc import Mapping
 
 from launch import bootstrap
 
@@ -43,3 +46,17 @@ def left_out(local: bool = False) -> set[str]:
     other = ("SLURM_", "SRUN_", "SBATCH_") if local else ("SLURM_", "SRUN_") if "SLURM_JOB_ID" in os.environ else ()
     names = {name for name in os.environ if _MEANT.match(name) and not name.startswith(other)}
     return (names | set(bootstrap.taken_out)) - passed(local).keys()
+
+
+def gpus(environ: Mapping[str, str]) -> list[str]:
+    """Return the GPUs that CUDA shows to a worker with these variables, without importing torch."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [str(i) for i, line in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]

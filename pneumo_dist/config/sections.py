@@ -294,9 +294,7 @@ class Infer:
     unreadable: str = key("skip", "rows of unreadable films in submission.csv: skip (none) or negative (-1)")
     follow_links: bool = key(False, "follow symbolic links that lead out of infer.dir")
     batch_size: int = key(8, "films of one forward pass; a GPU adds their mirror images")
-    part_size: int = key(
-        0, "films of one part, the unit of a restart; 0: at most 256, as many parts for each node of the first command"
-    )
+    part_size: int = key(0, "films of one part, the unit of a restart; 0: at most 256, the same number for each node")
 
     def __post_init__(self) -> None:
         for name in self.outputs:

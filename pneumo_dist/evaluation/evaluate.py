@@ -27,6 +27,7 @@ from pneumo_dist.prediction.forward import Predictor, predict_records
 from pneumo_dist.runtime import history
 from pneumo_dist.runtime.files import sha256_file, write_csv, write_json, write_text
 from pneumo_dist.runtime.processes import cores
+from pneumo_dist.runtime.processor import set_precision
 from pneumo_dist.runtime.runlog import RunLog
 from pneumo_dist.runtime.stopping import Stopped
 from pneumo_dist.runtime.task import Task
@@ -60,6 +61,7 @@ def run(task: Task) -> dict[str, Path]:
         Stopped: a signal requested the stop; nothing is written.
     """
     config, ranks = task.config, task.ranks
+    set_precision(config.train)
     if ranks.device.type == "cpu":
         torch.set_num_threads(cores(config.train.threads))
     assert task.fold is not None

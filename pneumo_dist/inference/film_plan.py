@@ -11,7 +11,7 @@ import os
 import re
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pneumo_dist.runtime.files import read_json, sha256_text, write_bytes
 
 FORMAT = "pneumo_dist.plan/2"
 PART = 256  # films of a part, at most
+MANY = 64  # parts; with more than these, a plan made for few films is made anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,8 @@ def file_name(film_id: str) -> str:
 def make_film_plan(run: Run, nodes: int = 1, existing: FilmPlan | None = None) -> FilmPlan:
     """List the films of `infer.dir` (or of the training data).
 
-    With infer.part_size=0 the parts are as large as in the existing plan, else at most PART films, as many per node.
+    With infer.part_size=0 the parts have at most PART films, and every node as many parts; those of an existing plan
+    keep their size, so that finished ones count, unless the films that were added would make too many of them.
 
     `created` is the current time, or SOURCE_DATE_EPOCH if that is set (reproducible-builds.org). Outputs contain no
     other date.
@@ -106,8 +108,12 @@ def make_film_plan(run: Run, nodes: int = 1, existing: FilmPlan | None = None) -
     films = tuple(PlannedFilm(name, path, _size(folder / path), file_name(name)) for name, path in listed)
     created = int(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
     parts = nodes * -(-len(films) // (nodes * PART))
-    fitting = existing.part_size if existing else -(-len(films) // parts)
-    return FilmPlan(run.infer_dir.name, run.config.infer.part_size or fitting, created, tuple(ignored), films)
+    size = run.config.infer.part_size or -(-len(films) // parts)
+    plan = FilmPlan(run.infer_dir.name, size, created, tuple(ignored), films)
+    if existing is None or run.config.infer.part_size:
+        return plan
+    kept = replace(plan, part_size=existing.part_size)
+    return kept if kept.parts <= max(existing.parts, MANY, 4 * parts) else plan
 
 
 def _size(path: Path) -> int:

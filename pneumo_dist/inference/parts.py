@@ -68,12 +68,14 @@ def append_batch(working: Path, rows: list[dict[str, Any]]) -> None:
 def _batches(folder: Path, signature: str) -> list[list[dict[str, Any]]]:
     """Return the batches of an unfinished part with this signature, up to the first one that is not whole."""
     batches: list[list[dict[str, Any]]] = []
-    with suppress(OSError, ValueError), (folder / JOURNAL).open() as lines:
-        if json.loads(next(lines, "null")) != signature:
+    # Line by line as bytes: where a node lost power, the last line may hold anything.
+    damage = (OSError, ValueError, TypeError, KeyError, AttributeError)
+    with suppress(*damage), (folder / JOURNAL).open("rb") as lines:
+        if json.loads(next(lines, b"null")) != signature:
             return []
         for line in lines:
             rows = json.loads(line)
-            if not _whole(folder, rows):
+            if not rows or not _whole(folder, rows):
                 break
             batches.append(rows)
     return batches

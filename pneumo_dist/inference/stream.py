@@ -32,6 +32,7 @@ from pneumo_dist.run import pooled_thresholds
 from pneumo_dist.runtime import ranks
 from pneumo_dist.runtime.files import sha256_text
 from pneumo_dist.runtime.processes import Answer, Pool, cores
+from pneumo_dist.runtime.processor import set_precision
 from pneumo_dist.runtime.runlog import progress_bar
 from pneumo_dist.runtime.task import Task
 from pneumo_dist.scoring.records import Triplet
@@ -68,6 +69,7 @@ def stream_parts(task: Task, plan: FilmPlan, indices: Sequence[int]) -> None:
     readers = start_readers(_reader_count(config.data.workers, device))  # forked before CUDA and threads start
     predictor: Predictor | None = None
     try:
+        set_precision(config.train)
         if device.type == "cpu":
             torch.set_num_threads(cores(config.train.threads))
         paths = task.run.model_paths()

@@ -11,10 +11,8 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """Return the autocast type that `amp` ("auto", "fp16", "bf16", "off") means on `device`; None for float32.
 
     auto: bfloat16 on GPUs that have it, float16 on older ones, float32 on the CPU. On a CPU with matrix units (AMX)
-    "bf16" is nearly twice as fast. off: float32 in convolutions too, where torch takes TF32 on a GPU by default.
+    "bf16" is nearly twice as fast. off: float32; stages then exclude TF32 too (`runtime.processor.set_precision`).
     """
-    if amp == "off" and device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False
     if amp == "auto":
         if device.type != "cuda":
             return None

@@ -40,8 +40,9 @@ def describe_processor() -> dict[str, str | int]:
 
 
 def set_threads(train: Train) -> dict[str, str | int]:
-    """Set torch's threads and determinism for this rank; return `describe_processor()`."""
+    """Set torch's threads, precision and determinism for this rank; return `describe_processor()`."""
     torch.set_num_threads(thread_count(train.threads))
+    set_precision(train)
     if not torch.cuda.is_available():
         keep_memory(512 << 20)  # every step allocates feature maps of tens of MB: page faults took 3 to 5 % of its time
     # warn_only: no operation of a step is on PyTorch's list of those without a deterministic form; lists change.
@@ -52,6 +53,11 @@ def set_threads(train: Train) -> dict[str, str | int]:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not train.deterministic
     return describe_processor()
+
+
+def set_precision(train: Train) -> None:
+    """Exclude TF32, which torch takes for convolutions in float32, if train.amp is off: for the whole process."""
+    torch.backends.cudnn.allow_tf32 = train.amp != "off"
 
 
 def warn_if_bits_may_differ(

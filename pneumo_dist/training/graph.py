@@ -15,9 +15,8 @@ from pneumo_dist.config import ConfigError
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.training.step import StepResult, TrainBatch
 
-_WARM_UP = (
-    3  # steps in which libraries choose kernels and optimizer and scaler make their state, as in the documentation
-)
+# Steps in which libraries choose kernels, and optimizer and scaler make their state, as in the documentation.
+_WARM_UP = 3
 
 
 class StepGraph:

@@ -50,12 +50,9 @@ class BatchLoss:
         """
         if self.config.dice_over == "all":
             return torch.full_like(labels, 1 / films)
-        masked = masks.flatten(1).any(1)
-        return (
-            labels
-            * masked
-            / (torch.as_tensor(positives).clamp(min=1) if self.config.dice_over == "positives" else films)
-        )
+        # A GPU multiplies by the inverse of a number from the host: the same bits, because it divides 0 or 1.
+        count = torch.as_tensor(positives).clamp(min=1) if self.config.dice_over == "positives" else films
+        return labels * masks.flatten(1).any(1) / count
 
     def share(
         self,

@@ -35,7 +35,7 @@ _LEAVE_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broad
 
 
 class TrainBatch(NamedTuple):
-    """This rank's films of one global batch, n of them on the CPU, and what every rank knows of the whole batch."""
+    """This rank's n films of one global batch, on the CPU or the device, and what all ranks know of the whole batch."""
 
     images: Tensor  # uint8 (n, 1, S, S)
     masks: Tensor  # uint8 (n, 1, S, S), 0 and 1
@@ -87,7 +87,7 @@ class Stepper:
         # Before DDP, whose buckets keep this layout. A compiled network works in channels_last in any case.
         self.model.lay_out(stage.size if self.device.type == "cpu" and not config.train.compile else None)
         if config.train.compile:
-            # In place: torch.compile(model) would change the state-dict keys. Batches of a stage have one size.
+            # In place: torch.compile(model) would change the state-dict keys. Batches of a stage have few sizes.
             self.model.compile(dynamic=False)
         self.ddp: nn.Module = self.model
         if ranks.world_size > 1:

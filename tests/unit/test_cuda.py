@@ -9,11 +9,12 @@ from torch.nn.functional import interpolate
 from torch.optim.swa_utils import AveragedModel
 
 from pneumo_dist import config as configuration
-from pneumo_dist.config import ConfigError
+from pneumo_dist.config import ConfigError, Train
 from pneumo_dist.model.precision import amp_dtype
 from pneumo_dist.model.resnet import ResNet34Encoder
 from pneumo_dist.model.unet import DecoderBlock, ResNet34UNet
 from pneumo_dist.prediction.predictor import Predictor
+from pneumo_dist.runtime.processor import set_precision
 from pneumo_dist.runtime.ranks import Ranks
 from pneumo_dist.runtime.stopping import StopSignal
 from pneumo_dist.training.agreement import DelayedRead
@@ -204,7 +205,9 @@ def test_a_graph_refuses_several_ranks_and_a_step_that_waits():
             step(_films())
 
 
-def test_off_is_float32_without_tf32(monkeypatch):
+def test_off_is_float32_without_tf32_in_a_stage_and_a_library_call_sets_nothing(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert amp_dtype("off", torch.device("cpu")) is None and torch.backends.cudnn.allow_tf32
-    assert amp_dtype("off", CUDA) is None and not torch.backends.cudnn.allow_tf32
+    assert amp_dtype("off", CUDA) is None and torch.backends.cudnn.allow_tf32
+    for amp in ("off", "auto"):
+        set_precision(Train(amp=amp))
+        assert torch.backends.cudnn.allow_tf32 == (amp == "auto")

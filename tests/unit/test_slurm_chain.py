@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -111,12 +112,17 @@ def test_a_path_that_slurm_would_change_is_refused_and_shown_by_a_dry_run(
     assert "error: " in refused and "warning: " in refused and refused.count("a path with % or \\: choose") == 2
 
 
-def test_a_refused_redo_leaves_the_old_result_where_it_was(tools: Path, tmp_path: Path) -> None:
+def test_a_refused_redo_leaves_the_old_result_where_it_was(
+    tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = make("--stage", "1", "--run", "a", f"run_root={tmp_path}", *SMALL)
     for stage, fold in (("finalize", None), ("1", 0)):
         finished(plan, stage, fold)
     (tools / "refuse").write_text("1")
     assert submit(tmp_path, "--stage", "1", "--redo") == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(slurm_chain, "submit", mock.Mock(side_effect=KeyboardInterrupt))
+        assert submit(tmp_path, "--stage", "1", "--redo") == 130
     assert (tmp_path / "a" / "fold0" / "stage1" / "DONE.json").exists()
     assert [path.name for path in (tmp_path / "a" / "fold0").iterdir()] == ["stage1"]
 

@@ -6,19 +6,21 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from launch.backends.prepare import prepare
+from launch.backends.prepare import ledger_entry, prepare
 from launch.planning.arguments import parse
 from launch.planning.plan import Plan, make_plan, missing_line
 from launch.planning.site import choose_site
-from launch.state.ledger import Entry, Ledger
+from launch.state.ledger import Ledger
 from launch.submit import main
 from pneumo_dist import config as configuration
 from pneumo_dist import done, stages
 from pneumo_dist.chain import OWN, closing
 from pneumo_dist.config import Config, ConfigError
+from pneumo_dist.inference.film_plan import write_film_plan
 from pneumo_dist.run import Run
 from pneumo_dist.runtime.files import sha256_text
 
@@ -189,7 +191,9 @@ def test_an_unfinished_training_keeps_its_settings(root: Path) -> None:
     prepare(plan_of(root, "--stage", "2", "--run", "a"))
     (root / "a" / "fold0" / "stage2" / "checkpoints").mkdir(parents=True)
     said = conflicts(root, "--stage", "2", "stage2.lr=0.5")
-    assert "stage 2 was submitted with other settings (stage2.lr=0.001, now 0.5)" in said
+    assert (
+        "stage 2 was submitted with other settings (stage2.lr=0.001, now 0.5): keep them (type stage2.lr=0.001)" in said
+    )
     assert not conflicts(root, "--stage", "2") and not conflicts(root, "--stage", "2", "stage2.lr=0.5", "--redo")
 
 
@@ -201,15 +205,57 @@ def test_a_job_refuses_what_its_upstream_was_not_made_with(data: Path, root: Pat
         stages.run_stage("2", root / "a", 0)
 
 
-def test_a_refused_submission_leaves_every_record_as_it_was(root: Path) -> None:
+def test_a_refused_submission_leaves_every_record_as_it_was(
+    data: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def files() -> dict[str, str]:
         return {str(path): path.read_text() for path in sorted((root / "a").rglob("*")) if path.is_file()}
 
-    before = files()
-    _, changes = prepare(plan_of(root, "--stage", "1", "--run", "a", "--redo", "stage1.lr=0.5"))
+    words = ["--stage", "all", "--run", "a", f"infer.models={data}/map.csv"]
+    prepare(plan_of(root, *words))
+    plan, before = plan_of(root, *words, "--redo", "stage1.lr=0.5"), files()
+    assert any(name.endswith("plan.json") for name in before)
+    _, changes = prepare(plan)
     assert files() != before
     changes.undo()
     assert files() == before
+    rename, rest = Path.rename, iter([True, False])
+
+    def second_fails(path: Path, target: Path) -> Path:
+        if next(rest, True):
+            return rename(path, target)
+        raise OSError("no")
+
+    for name, act in {
+        "launch.state.codecopy.copy": OSError("disk"), "launch.backends.prepare.write_film_plan": ConfigError("films"),
+        "launch.backends.prepare.configuration.to_yaml": KeyboardInterrupt(), "pathlib.Path.rename": second_fails,
+    }.items():  # fmt: skip
+        with monkeypatch.context() as patch, pytest.raises(BaseException, match="disk|films|^$|no"):
+            patch.setattr(name, act if callable(act) else mock.Mock(side_effect=act))
+            prepare(plan)
+        assert files() == before, name
+
+
+def test_a_finished_stage_keeps_settings_under_the_lock_or_says_why_not(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--stage", "1", "--run", "a", f"run_root={root}", "stage2.lr=0.3"]
+    with monkeypatch.context() as patch:
+        patch.setattr("launch.backends.prepare.lock", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
+        assert main(words) == 0
+    assert "config.yaml keeps the settings of the command before: [Errno 13]" in capfd.readouterr().out
+    assert Run.load(root / "a").config.stage2.lr == 0.001
+    assert main(words) == 0 and Run.load(root / "a").config.stage2.lr == 0.3
+
+
+def test_new_shards_are_not_pooled_with_folds_on_the_old_ones(data: Path, root: Path) -> None:
+    other = plan_of(root, "--stage", "1", "--run", "a").run.done_file("evaluate", 2)
+    other.parent.mkdir(parents=True)
+    other.write_text('{"settings": {}, "inputs": {}, "outputs": {}}')
+    words = ["--stage", "all", "--redo", f"data.patient_map={data}/map.csv", "--folds"]
+    assert "fold 2 of this run, which would be pooled too" in conflicts(root, *words, "0,1")
+    assert "--folds 0,1,2 --redo" in conflicts(root, *words, "0,1")
+    assert not conflicts(root, *words, "0-2") and not conflicts(root, *words[:3], "--folds", "0,1")
 
 
 def test_the_films_of_a_run_stay_with_another_recipe_and_a_label_with_its_folder(data: Path, root: Path) -> None:
@@ -222,25 +268,32 @@ def test_the_films_of_a_run_stay_with_another_recipe_and_a_label_with_its_folder
     assert plan_of(root, *words[:4], f"infer.dir={data}").run.infer_dir.name == "data"
 
 
-def test_nodes_gpus_and_profile_are_those_of_the_last_submission(root: Path, tmp_path: Path) -> None:
+def test_nodes_gpus_and_profile_are_those_that_were_typed_last(
+    root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     profile = tmp_path / "mine.yaml"
     profile.write_text("gpus_per_node: 4\n")
-    run = plan_of(root, "--stage", "1", "--run", "a").run
-    for stage, nodes in (("1", 3), ("preprocess", 7)):
-        extra = {"profile": str(profile), "nodes": nodes, "gpus_per_node": 2}
-        Ledger(run).append(Entry(key=stage, stage=stage, fold=None, cluster="local", extra=extra))
 
-    def site(*words: str) -> tuple[int, int, str]:
-        chosen = choose_site(parse(["--cluster", "local", *words]), run)
-        return chosen.nodes, chosen.gpus_per_node, chosen.line
+    def site(stage: str, *words: object) -> tuple[int, int, str]:
+        plan = plan_of(root, "--cluster", "local", "--run", "a", "--redo", "--stage", stage, *map(str, words))
+        chosen = choose_site(plan.request, plan.run)
+        Ledger(plan.run).append(ledger_entry(plan, chosen, plan.targets[0], Path("code")))
+        return chosen.nodes, chosen.gpus_per_node, chosen.line.partition("last submission: ")[2]
 
-    assert site("--stage", "2")[:2] == (3, 2) and site("--stage", "preprocess")[0] == 7
-    assert site("--stage", "2")[2].endswith(
-        f"(as in the last submission: --profile {profile} --nodes 3 --gpus-per-node 2)"
-    )
-    assert site("--stage", "2", "--nodes", "1", "--gpus-per-node", "0")[:2] == (1, 0)
-    assert site("--stage", "infer")[:2] == (1, 0)  # no inference yet
-    assert site("--stage", "2", "--profile", "workstation")[0] == 1  # another site
+    assert site("1", "--profile", profile) == (1, 4, "")
+    profile.write_text("gpus_per_node: 2\n")
+    assert site("1") == (1, 2, f"--profile {profile})")  # edited
+    assert site("1", "--nodes", 3, "--gpus-per-node", 0)[:2] == (3, 0) and site("preprocess", "--nodes", 7)[0] == 7
+    assert site("2") == (3, 0, f"--profile {profile} --nodes 3 --gpus-per-node 0)")
+    assert site("1", "--nodes", 2) == (2, 0, f"--profile {profile} --gpus-per-node 0)")
+    assert site("1", "--profile", profile) == (2, 2, "--nodes 2)")
+    assert site("infer", f"infer.models={profile}")[:2] == (1, 0)  # no inference yet
+    assert site("preprocess")[0] == 7
+    profile.unlink()
+    capfd.readouterr()
+    assert site("1") == (2, 0, "--nodes 2)")
+    assert f"note: the profile of the last submission is gone: {profile}" in capfd.readouterr().err
+    assert site("1", "--profile", "workstation")[0] == 1  # another site
 
 
 def test_notes_before_an_inference(data: Path, root: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -254,3 +307,14 @@ def test_notes_before_an_inference(data: Path, root: Path, capfd: pytest.Capture
     assert "1 of the 2 tasks of infer have nothing to do: its 1 films are 1 part" in said
     assert "1 of the 1 films in infer.dir have name and size of a training film" in said
     assert "no film in" in said and "leave dicomseg out" in said
+    for name in "bc":
+        (root / "new" / f"{name}.png").write_bytes(b"x")
+    words = [*words[:-1], "3", f"infer.dir={root}/new"]
+    write_film_plan(plan_of(root, *words).run)
+    assert main(words) == 0
+    said = capfd.readouterr().err
+    assert (
+        "2 of the 3 tasks of infer have nothing to do: its 3 films are 1 part of up to 3: give infer.part_size=1"
+        in said
+    )
+    assert main([*words, "--redo"]) == 0 and "nothing to do" not in capfd.readouterr().err
