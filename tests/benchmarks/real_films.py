@@ -229,10 +229,15 @@ def resamples(files: list[Path], count: int = 1000) -> Floats:
     return np.vstack([np.ones((1, len(groups))), drawn[:, groups]]).astype(np.float64)
 
 
+def interval(values: Floats) -> list[float] | None:
+    """Return a score, or a difference of two, and its 95 % interval by patient; None where one fold cannot give it."""
+    return None if np.isnan(values[0]) else [float(values[0]), *map(float, np.nanquantile(values[1:], (0.025, 0.975)))]
+
+
 def cell(values: Floats) -> str:
-    """Show a score, or a difference of two, with its 95 % interval by patient."""
-    low, high = np.nanquantile(values[1:], (0.025, 0.975))
-    return f"{values[0]:.3f} ({low:.3f} to {high:.3f})"
+    """Show what `interval` returns."""
+    found = interval(values)
+    return "{:.3f} ({:.3f} to {:.3f})".format(*found) if found else "-"
 
 
 def report(parts: dict[tuple[str, int], list[Path]], settings: configuration.Evaluate) -> dict[str, Any]:
@@ -251,7 +256,7 @@ def report(parts: dict[tuple[str, int], list[Path]], settings: configuration.Eva
     }
     for label, row in rows.items():
         print(f"| {label:28} | " + " | ".join(f"{cell(row[name]):24}" for name in COLUMNS) + " |")
-    return {label: {name: [float(v) for v in (x[0], *np.nanquantile(x[1:], (0.025, 0.975)))] for name, x in row.items()} for label, row in rows.items()}  # fmt: skip
+    return {label: {name: interval(values) for name, values in row.items()} for label, row in rows.items()}
 
 
 def arguments() -> argparse.Namespace:
