@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 # A test that runs inside somebody's SLURM job (or after `export SLURM_CONF=...`) must not take itself for a rank of
@@ -20,3 +23,12 @@ for _name in list(os.environ):
         "PNEUMO_RANKS",
     ):
         del os.environ[_name]
+
+
+@pytest.fixture(autouse=True)
+def umask_of_the_shell() -> Iterator[None]:
+    """Undo what a submission in this process does to the files of later tests."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)

@@ -87,6 +87,7 @@ class Cluster:
         self._check_folder()
         for name in ("munge", "controller", "spool", "log", "run", "dev"):
             (self.folder / name).mkdir(parents=True)
+            (self.folder / name).chmod(0o755)  # munge wants a way to its socket for all, whatever the umask
         self.folder.chmod(0o755)
         (self.folder / "controller").chmod(0o700)
         starter = Process.of(os.getpid())

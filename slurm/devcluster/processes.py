@@ -110,6 +110,7 @@ class Daemons:
                 cwd=self.folder,
                 env=self.environment() | extra,
                 start_new_session=True,
+                umask=0o022,
             )
         process = Process.of(child.pid) or Process(child.pid, -1)
         (self.folder / "run" / name).write_text(f"{process.pid} {process.started}\n")

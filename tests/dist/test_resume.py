@@ -129,7 +129,6 @@ def test_stage_2_and_the_batch_norm_job_continue_with_the_same_bits(undisturbed,
     found = []
     for name, points in (("calm", []), ("stopped", [2, 5])):
         run_dir = small_run.copy_of(undisturbed, tmp_path / name)
-        change(run_dir, "loss.dice_over=all")
         StopAt(monkeypatch, run_dir, points, "2").run()
         monkeypatch.undo()
         if points:
