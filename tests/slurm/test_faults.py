@@ -240,7 +240,7 @@ def test_h_site_without_requeueing_goes_on_with_the_repeated_command(disturbed: 
     disturbed.cluster.command("scancel", "--signal=USR2", job)
     assert disturbed.cluster.wait_for(job, within_s=90) == "FAILED"
     assert disturbed.cluster.wait_for(child, within_s=60) == "CANCELLED"
-    assert "state is saved, but SLURM refused to requeue" in disturbed.log(job)
+    assert "stopped before the time limit, but SLURM refused to requeue" in disturbed.log(job)
     again, child = disturbed.submit()
     disturbed.check(child, reference)
     assert "resuming at" in disturbed.log(again)
