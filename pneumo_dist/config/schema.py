@@ -57,7 +57,7 @@ class Config:
             self.data.on_device != "on" or not self.augment.affine,
             "augment.affine moves pixels, which loader processes do: set data.on_device=auto",
         )
-        for name in ("dicom_dir", "masks"):
+        for name in ("dicom_dir", "rle_csv", "patient_map", "masks"):
             if self.phantom.films and getattr(self.data, name):
                 raise ConfigError(f"phantom.films and data.{name} are both set: set phantom.films=0 for real films")
 

@@ -345,6 +345,8 @@ def test_dry_run_warns_of_what_is_missing_and_exits_0(tmp_path: Path) -> None:
         ("--stage preprocess data.dicom_dir={films} data.masks=/none", "data.masks=/none: no such folder"),
         ("--stage preprocess data.dicom_dir={films} data.masks={empty}", "no mask of the 1 films (first: a.png) among"),
         ("--stage preprocess data.masks={empty} phantom.films=8", "phantom.films and data.masks are both set"),
+        ("--stage 1 data.patient_map={empty} phantom.films=8", "phantom.films and data.patient_map are both set"),
+        ("--stage 1 data.rle_csv={empty} phantom.films=8", "phantom.films and data.rle_csv are both set"),
         ("--stage preprocess data.rle=relative", "data.rle='relative' is unknown: choose one of siim, absolute"),
         ("--stage infer --run a infer.dir={empty} infer.models={csv}", "no film"),
         ("--stage infer --run a infer.dir={films} infer.models=/none.pt", "/none.pt"),
